@@ -1,0 +1,70 @@
+// What the scheduler sees of a model: verify reads states, commit advances them, prefill does both for known tokens.
+//
+// Threads: engine thread only. Returned spans live until the next call on the same model.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "models/draft_tree.h"
+#include "models/model_config.h"
+#include "models/state_pool.h"
+
+namespace linspec {
+
+// Rows of several requests, ragged: request r owns rows [row_starts[r], row_starts[r + 1]).
+struct VerifyBatch {
+  std::vector<int32_t> tokens;      // [num_rows]
+  std::vector<int32_t> parents;     // [num_rows] index inside the request, -1 for its root
+  std::vector<int32_t> row_starts;  // [num_requests + 1]
+  std::vector<int32_t> slots;       // [num_requests]
+
+  void Add(int32_t slot, const DraftTree& tree);
+  int num_requests() const { return static_cast<int>(slots.size()); }
+  int num_rows() const { return static_cast<int>(tokens.size()); }
+};
+
+struct PrefillChunk {
+  int32_t slot;
+  std::span<const int32_t> tokens;  // follow what the slot has committed
+};
+
+struct VerifyResult {
+  std::span<const float> logits;    // [num_rows, V]
+  std::span<const float> hidden;    // [num_rows, D] after the final norm: input of Medusa heads
+};
+
+class Model {
+ public:
+  virtual ~Model() = default;
+  virtual const ModelConfig& config() const = 0;
+  virtual int64_t weight_bytes() const = 0;
+  virtual std::string Describe() const = 0;   // one line for the start-up print: parameters, dtype, instruction set
+
+  // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as a one-node tree.
+  virtual absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) = 0;
+  // Logits of every node. Writes no state; keeps the nodes' k and v until Commit or the next Verify.
+  virtual absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) = 0;
+  // paths[r]: accepted nodes of request r from its root on (indices inside the request), empty for none. batch must be
+  // the last one verified.
+  virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) = 0;
+};
+
+struct LoadOptions {
+  std::string path;                 // model folder
+  std::string weight_dtype = "auto";// auto (as stored; F16 and F32 files become bf16), f32, bf16, int8
+  int num_threads = 0;
+  std::string isa = "auto";         // auto, scalar, avx2, avx512
+  std::function<void(double)> progress;  // fraction loaded, may be empty
+};
+
+// Errors name the file, the tensor or the field.
+absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options);
+
+}  // namespace linspec
