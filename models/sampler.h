@@ -1,0 +1,72 @@
+// Choosing tokens exactly: position-keyed Gumbel-max, "sample then match".
+//
+//   token at position p = argmax_v  processed_logit[v] / T + G(seed, p, v),   T = 0: plain argmax, ties to the lowest id
+//
+// The noise depends on seed, position and token only (Philox), never on how many tokens a step produced. So for a given
+// seed the text with speculation equals the text without, token for token, for any drafter and any tree; and it is
+// distributed exactly as softmax(processed / T). Source: Daliri, Musco, Suresh, arXiv 2408.07978.
+//
+// Threads: pure functions and per-sequence objects; engine thread.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "models/sampling_params.h"
+
+namespace linspec {
+
+float GumbelNoise(uint64_t seed, int64_t position, int32_t token);
+
+// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out.
+int32_t CoupledArgmax(std::span<const float> logits, const SamplingParams& params, int64_t position);
+std::vector<int32_t> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position, int k);
+
+struct TokenLogprob {
+  int32_t token;
+  float logprob;
+};
+
+struct SampledToken {
+  int32_t token = 0;
+  float logprob = 0.0f;                     // of the processed distribution (log softmax of processed logits at T = 1
+                                            // when temperature is 0); filled when params.logprobs >= 0
+  std::vector<TokenLogprob> top_logprobs;   // params.logprobs best, descending
+};
+
+// Occurrence counts that penalties need, kept along a sequence; a verify walk pushes and pops tree tokens on top.
+class PenaltyHistory {
+ public:
+  explicit PenaltyHistory(std::span<const int32_t> prompt);
+  void Push(int32_t token);
+  void Pop(int32_t token);                  // undoes the latest Push of token
+  int OutputCount(int32_t token) const;
+  bool Seen(int32_t token) const;           // prompt or output
+  const std::unordered_map<int32_t, int>& output_counts() const { return output_counts_; }
+  const std::unordered_map<int32_t, int>& prompt_counts() const { return prompt_counts_; }
+
+ private:
+  std::unordered_map<int32_t, int> prompt_counts_, output_counts_;
+};
+
+struct SamplingContext {
+  const SamplingParams* params;
+  const PenaltyHistory* history;
+  std::span<const int32_t> banned;          // e.g. eos while output < min_tokens
+  int64_t position;                         // absolute position of the token being chosen
+};
+
+// Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans, temperature, then
+// min_p, top_k, typical_p, top_p on the tempered distribution; then the Gumbel draw.
+// If every token is banned or masked, or a logit is NaN: INVALID state is reported by ok = false (the request fails,
+// the process lives).
+struct SampleResult {
+  bool ok = true;
+  SampledToken token;
+};
+SampleResult SampleToken(std::span<const float> logits, const SamplingContext& context);
+
+}  // namespace linspec

@@ -1,0 +1,87 @@
+// The engine: one thread that owns models, state pool, drafter and scheduler, and turns the crank:
+// admit, plan, prefill, draft, verify, accept, commit, deliver.
+//
+// Threads: Submit, Cancel, Drain, stats() from any thread; everything else is the engine thread's.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "models/drafter.h"
+#include "models/model.h"
+#include "models/state_pool.h"
+#include "scheduler/request.h"
+
+namespace linspec {
+
+struct EngineOptions {
+  int max_requests = 64;              // state slots: how many requests run at once
+  int max_queue_requests = 1024;      // waiting beyond that: RESOURCE_EXHAUSTED at Submit
+  int64_t max_queue_tokens = 4 << 20; // prompt tokens waiting
+  int max_step_tokens = 512;          // token budget of one step: prefill chunk tokens + verify rows
+  int max_prompt_tokens = 1 << 20;
+  int max_output_tokens = 1 << 20;
+  SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
+  int max_draft_nodes = 8;            // tree nodes per request and step, root included
+  int spec_max_batch = 0;             // 0: decided from measured step costs; n: no drafting above n decoding requests
+};
+
+// One step, for the metrics. Plain values; called on the engine thread after delivery.
+struct StepStats {
+  double queue_s = 0, prefill_s = 0, draft_s = 0, verify_s = 0, accept_s = 0, commit_s = 0, deliver_s = 0;
+  int num_running = 0, num_waiting = 0, num_prefill_tokens = 0, num_decode_requests = 0, num_verify_rows = 0;
+  int num_drafts = 0;                 // requests that brought a tree of more than one node
+  int num_draft_tokens = 0, num_accepted_tokens = 0, num_output_tokens = 0;
+  std::array<int, 16> accepted_per_depth{};  // [depth - 1]
+  std::array<int, 16> drafted_per_depth{};
+  std::string_view drafter;           // "" when nothing was drafted
+};
+
+struct EngineStats {                  // a consistent snapshot
+  int64_t slots_total = 0, slots_free = 0, num_running = 0, num_waiting = 0, waiting_tokens = 0;
+  int64_t bytes_per_slot = 0, requests_finished = 0, output_tokens = 0, steps = 0;
+  bool speculation_on = false;
+  double recent_requests_per_s = 0;   // drain rate, for Retry-After
+};
+
+class Engine {
+ public:
+  // drafters may be empty. The observer may be null.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(std::unique_ptr<Model> model,
+                                                        std::vector<std::unique_ptr<Drafter>> drafters,
+                                                        EngineOptions options,
+                                                        std::function<void(const StepStats&)> observer);
+  ~Engine();                          // stops the thread; live requests end with kCancelled
+
+  void Start();                       // launches the engine thread (tests may call Step() themselves instead)
+  bool Step();                        // one turn; false when there was nothing to do. Engine thread only.
+
+  // Errors: INVALID_ARGUMENT (bad sampling, empty or too long prompt, token out of range), RESOURCE_EXHAUSTED (queue
+  // full), UNAVAILABLE (draining). On OK the sink hears of this request until an output with a finish reason.
+  absl::Status Submit(Request request);
+  void Cancel(uint64_t request_id);   // idempotent; unknown ids are ignored
+  void StopAdmitting();               // Submit answers UNAVAILABLE from now on
+  // Waits until all requests ended, at most `timeout`; then aborts what is left with kCancelled. True if none was left.
+  bool Drain(std::chrono::milliseconds timeout);
+
+  EngineStats stats() const;
+  const ModelConfig& model_config() const;
+  const EngineOptions& options() const;
+  std::string Describe() const;       // model, pool and capacity, for the start-up print
+
+ private:
+  class Impl;
+  explicit Engine(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace linspec
