@@ -7,7 +7,7 @@ import random
 import torch
 from tokenizers import Tokenizer
 
-from . import data, objectives, train
+from . import data, evaluate, export, objectives, train
 from . import tokenizer as tok
 from .config import VARIANTS, ModelConfig
 from .model import LanguageModel
@@ -114,6 +114,43 @@ def stage_distill(args):
     train.run(student, objective, data.load(args.data + "/train.bin"), options)
 
 
+def stage_eval(args):
+    model = load_model(args.model).to(args.device).eval()
+    if args.int8:
+        export.rounded_copy_(model)
+    path = os.path.join(args.data, args.split + ".bin")
+    stream = data.load(path)
+    result = {"parameters": model.parameter_count(), "int8": args.int8, "lengths": [], "copy_probe": {}}
+    for length in args.lengths:
+        result["lengths"].append(evaluate.summary(model, path, stream, length, args.tokens, args.device))
+        print(json.dumps(result["lengths"][-1]), flush=True)
+    for distance in args.distances:
+        gain = evaluate.copy_probe(model, stream, distance, args.device)
+        result["copy_probe"][distance] = round(gain, 4)
+        print(f"copy probe at {distance}: {gain:+.4f} nats per token", flush=True)
+    if args.draft:
+        draft = load_model(args.draft).to(args.device).eval()
+        result["draft_agreement"] = round(evaluate.draft_agreement(model, draft, stream, 512, 32, args.device), 4)
+        print(f"draft agreement: {result['draft_agreement']}")
+    if args.out:
+        with open(args.out, "w") as f:
+            json.dump(result, f, indent=2)
+
+
+def stage_sample(args):
+    model = load_model(args.model).eval()
+    tokenizer = Tokenizer.from_file(os.path.join(args.data, "tokenizer.json"))
+    prompt = tokenizer.encode(args.prompt).ids
+    ends = (tok.END_OF_TEXT, tok.END_OF_TURN)
+    tokens = evaluate.generate(model, prompt, args.count, args.temperature, seed=args.seed, ends=ends)
+    print(tokenizer.decode(tokens, skip_special_tokens=False))
+
+
+def stage_export(args):
+    size = export.write(load_model(args.model), os.path.join(args.data, "tokenizer.json"), args.out, not args.float32)
+    print(f"{args.out}/model.safetensors: {size} bytes")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m linearize", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -141,6 +178,33 @@ def main():
     p = stages.add_parser("distill", help="train on the teacher's distribution and the text, end to end")
     add_training_arguments(p, variant, role, init, teacher)
     p.set_defaults(run=stage_distill)
+
+    p = stages.add_parser("eval", help="perplexity, bits per byte, loss by position, copy probe")
+    p.add_argument("--model", required=True, help="training folder")
+    p.add_argument("--data", required=True)
+    p.add_argument("--split", default="test", choices=["valid", "test"])
+    p.add_argument("--lengths", type=int, nargs="*", default=[512, 2048])
+    p.add_argument("--tokens", type=int, default=262144)
+    p.add_argument("--distances", type=int, nargs="*", default=[32, 64, 128, 256, 512, 1024, 2048, 4096])
+    p.add_argument("--int8", action="store_true", help="with the weights as exported")
+    p.add_argument("--draft", help="training folder of a draft, to report how often it agrees")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", help="write the figures here as JSON")
+    p.set_defaults(run=stage_eval)
+    p = stages.add_parser("sample", help="continue a prompt")
+    p.add_argument("--model", required=True)
+    p.add_argument("--data", required=True)
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--count", type=int, default=80)
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.set_defaults(run=stage_sample)
+    p = stages.add_parser("export", help="write a folder that the server loads")
+    p.add_argument("--model", required=True, help="training folder")
+    p.add_argument("--data", required=True, help="folder with tokenizer.json")
+    p.add_argument("--out", required=True)
+    p.add_argument("--float32", action="store_true", help="keep full precision in place of 8-bit weights")
+    p.set_defaults(run=stage_export)
 
     args = parser.parse_args()
     args.run(args)

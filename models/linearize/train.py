@@ -19,7 +19,8 @@ class TrainOptions:
     lr: float = 2e-3
     matrix_lr: float = 0.02
     weight_decay: float = 0.0
-    warmup: float = 0.02
+    warmup: float = 0.02  # share of the budget with rising rate
+    hold: float = 0.0  # share of the budget before the rate starts to fall
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -28,9 +29,10 @@ class TrainOptions:
     max_tokens: int = 0
 
 
-def schedule(progress, warmup):
-    """Linear warm-up, then linear decay to zero, as a share of the time budget."""
-    return min(progress / warmup, 1.0) * max(0.0, 1.0 - progress) if warmup else max(0.0, 1.0 - progress)
+def schedule(progress, warmup, hold):
+    """Linear warm-up, a plateau up to `hold`, linear decay to zero, all as shares of the budget."""
+    rise = min(progress / warmup, 1.0) if warmup else 1.0
+    return rise * min(1.0, max(0.0, 1.0 - progress) / (1.0 - hold))
 
 
 class Checkpoint:
@@ -70,9 +72,9 @@ def run(model, objective, stream, options):
     loss_of = torch.compile(objective) if o.compile else objective
     budget = o.minutes * 60
     log = open(os.path.join(o.out, "log.jsonl"), "a")
-    # Steps before `begin` count in state["seconds"]; the first step also pays for compilation.
+    # After an interruption the clock goes on from where the checkpoint left it.
     begin, shown, saved = time.time() - state["seconds"], 0.0, time.time()
-    total = 0.0
+    average = None
     while not state["done"]:
         x, y = data.random_batch(stream, o.batch, o.length, generator, o.device)
         loss = loss_of(x, y)
@@ -80,7 +82,7 @@ def run(model, objective, stream, options):
         progress = (time.time() - begin) / budget
         if o.max_tokens:
             progress = max(progress, state["tokens"] / o.max_tokens)
-        scale = schedule(progress, o.warmup)
+        scale = schedule(progress, o.warmup, o.hold)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * scale
@@ -90,11 +92,12 @@ def run(model, objective, stream, options):
         state["tokens"] += x.numel()
         state["seconds"] = time.time() - begin
         state["done"] = progress >= 1.0
-        total = loss.detach() if state["step"] == 1 else 0.95 * total + 0.05 * loss.detach() if total else loss.detach()
+        loss = loss.detach()
+        average = loss if average is None else 0.95 * average + 0.05 * loss
         if time.time() - shown > 10 or state["done"]:
             shown = time.time()
             row = {"step": state["step"], "tokens": state["tokens"], "loss": round(float(loss), 4),
-                   "average": round(float(total), 4), "seconds": round(state["seconds"], 1)}
+                   "average": round(float(average), 4), "seconds": round(state["seconds"], 1)}
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(f"step {row['step']}  loss {row['average']:.3f}  {state['tokens'] / 1e6:.2f} M tokens  "
