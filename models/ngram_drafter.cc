@@ -14,10 +14,11 @@ uint64_t Hash(std::span<const int32_t> ngram) {
   return hash;
 }
 
-// Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already.
+// Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already. Past the
+// last token it starts over: a match so close to the end means that the text repeats itself.
 void AddContinuation(std::span<const int32_t> tokens, int64_t begin, int max_nodes, DraftTree* tree) {
   int node = 0;
-  for (int64_t i = begin; i < std::ssize(tokens); ++i) {
+  for (int64_t i = begin;; i = i + 1 < std::ssize(tokens) ? i + 1 : begin) {
     const int child = tree->FindChild(node, tokens[i]);
     if (child < 0 && tree->num_nodes() >= max_nodes) return;
     node = child >= 0 ? child : tree->Add(tokens[i], node);

@@ -33,6 +33,12 @@ TEST(NgramDrafterTest, BranchesWhereTwoContinuationsDiffer) {
   EXPECT_GE(tree.FindChild(0, 5), 1);
 }
 
+TEST(NgramDrafterTest, RepetitionGoesOn) {
+  NgramDrafter drafter;
+  const DraftTree tree = Propose(&drafter, {4, 1, 2, 1, 2}, 6);
+  EXPECT_EQ(tree.tokens, (std::vector<int32_t>{2, 1, 2, 1, 2, 1}));
+}
+
 TEST(NgramDrafterTest, NothingToSayIsAOneNodeTree) {
   NgramDrafter drafter;
   EXPECT_EQ(Propose(&drafter, {1}, 8).num_nodes(), 1);
