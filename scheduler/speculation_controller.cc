@@ -149,7 +149,9 @@ SpeculationController::Allocation SpeculationController::Allocate(std::span<cons
   std::vector<DraftLoad> loads(drafters_.size());
   double tokens = num_requests, rows = num_requests;
   best.tokens_per_s = tokens / step_costs_.Estimate(rows, num_requests);
-  for (int i = 0; i < std::min<int>(max_draft_rows, static_cast<int>(steps.size())); ++i) {
+  const int num_steps = std::min<int>(max_draft_rows, static_cast<int>(steps.size()));
+  int best_count = 0;
+  for (int i = 0; i < num_steps; ++i) {
     SpeculationChoice& choice = choices[steps[i].request];
     AddNode(requests[steps[i].request], &choice, &loads[choice.drafter]);
     tokens += steps[i].tokens;
@@ -159,8 +161,11 @@ SpeculationController::Allocation SpeculationController::Allocate(std::span<cons
       if (loads[d].contexts == 0) continue;
       seconds += drafters_[d].costs.PerLevel(loads[d].contexts) * loads[d].levels + loads[d].catch_up_s;
     }
-    if (tokens / seconds > best.tokens_per_s) best = {choices, tokens / seconds};
+    if (tokens / seconds <= best.tokens_per_s) continue;
+    best.tokens_per_s = tokens / seconds;
+    best_count = i + 1;
   }
+  for (int i = 0; i < best_count; ++i) ++best.choices[steps[i].request].nodes;
   return best;
 }
 

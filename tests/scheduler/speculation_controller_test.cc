@@ -73,16 +73,16 @@ Totals Simulate(const World& world, int batch, int steps, SpeculationController*
 double PlainRate(const World& world, int batch) { return batch / world.Verify(batch, batch); }
 
 TEST(SpeculationControllerTest, NeverMuchSlowerThanPlainAndFasterWhereItPays) {
-  for (const double acceptance : {0.0, 0.2, 0.5, 0.7, 0.9}) {
-    for (const double row_s : {0.0, 0.05, 0.3, 1.0}) {
-      for (const double level_s : {0.01, 0.1, 0.5, 2.0}) {
-        for (const int batch : {1, 4, 16}) {
+  for (const double acceptance : {0.0, 0.3, 0.6, 0.9}) {
+    for (const double row_s : {0.0, 0.1, 1.0}) {
+      for (const double level_s : {0.01, 0.2, 2.0}) {
+        for (const int batch : {1, 8}) {
           World world;
           world.acceptance = acceptance;
           world.row_s = row_s;
           world.level_s = level_s;
           SpeculationController controller = Calibrated(world);
-          const Totals totals = Simulate(world, batch, 2000, &controller);
+          const Totals totals = Simulate(world, batch, 1500, &controller);
           EXPECT_GT(totals.rate(), 0.97 * PlainRate(world, batch))
               << "acceptance " << acceptance << " row " << row_s << " level " << level_s << " batch " << batch;
         }
