@@ -59,6 +59,15 @@ TEST(NgramDrafterTest, IncrementalEqualsFresh) {
   }
 }
 
+TEST(NgramDrafterTest, LongTextsStayBounded) {
+  NgramDrafter drafter;
+  std::vector<int32_t> tokens;
+  for (int64_t i = 0; i < 1000000; ++i) tokens.push_back(static_cast<int32_t>(i * 2654435761 % 997));
+  tokens.insert(tokens.end(), {5, 6, 7, 8, 1, 5, 6});
+  EXPECT_EQ(Propose(&drafter, tokens, 3).tokens, (std::vector<int32_t>{6, 7, 8}));
+  EXPECT_LT(drafter.bytes_per_request(), 1 << 20);
+}
+
 TEST(NgramDrafterTest, ForgetFreesAndSequencesAreApart) {
   NgramDrafter drafter;
   Propose(&drafter, {1, 2, 3, 1, 2}, 4, 1);
