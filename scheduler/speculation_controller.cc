@@ -67,7 +67,10 @@ void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, doub
     const double excess = std::max(seconds - PerLevel(contexts) * levels, 0.0) / static_cast<double>(catch_up_tokens);
     Smooth(&per_token_, excess, per_token_ == 0 ? 1 : kDraftSmoothing);
   } else {
-    Smooth(&per_level_[bucket], seconds / levels, per_level_[bucket] == 0 ? 1 : kDraftSmoothing);
+    double* known = &per_level_[bucket];
+    // A drafter may hide a long catch-up in an ordinary call: outliers count at most double.
+    const double observed = *known == 0 ? seconds / levels : std::min(seconds / levels, 2 * *known);
+    Smooth(known, observed, *known == 0 ? 1 : kDraftSmoothing);
   }
 }
 
