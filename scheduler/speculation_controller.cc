@@ -146,7 +146,8 @@ SpeculationController::Allocation SpeculationController::Allocate(std::span<cons
     best.choices.push_back({drafter, 1});
     for (const double gain : NodeGains(requests[r], drafter)) steps.push_back({r, gain});
   }
-  std::stable_sort(steps.begin(), steps.end(), [](const NodeStep& a, const NodeStep& b) { return a.tokens > b.tokens; });
+  const auto brings_more = [](const NodeStep& a, const NodeStep& b) { return a.tokens > b.tokens; };
+  std::stable_sort(steps.begin(), steps.end(), brings_more);
 
   std::vector<SpeculationChoice> choices = best.choices;
   std::vector<DraftLoad> loads(drafters_.size());

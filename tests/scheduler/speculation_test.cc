@@ -2,6 +2,7 @@
 // what plain decoding gives them.
 #include <string>
 
+#include "fmt/format.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "models/ngram_drafter.h"
@@ -124,7 +125,7 @@ TEST_P(SpeculationTest, ReceivesWhatPlainDecodingGives) {
     for (const int batch : {1, 2, 5}) {
       const std::map<uint64_t, Received> plain = RunEngine(sampling, batch, 512, nullptr);
       for (const int max_step_tokens : {3, 17, 512}) {
-        SCOPED_TRACE(sampling.name + ", batch " + std::to_string(batch) + ", budget " + std::to_string(max_step_tokens));
+        SCOPED_TRACE(fmt::format("{}, batch {}, budget {}", sampling.name, batch, max_step_tokens));
         std::unique_ptr<Drafter> drafter = std::make_unique<NgramDrafter>();
         if (GetParam() == "none") {
           drafter = nullptr;
