@@ -31,14 +31,14 @@ struct ChatMessage {
 using PromptInput = std::variant<std::string, std::vector<int32_t>, std::vector<ChatMessage>>;
 
 struct GenerateSpec {
-  SamplingParams sampling;
+  SamplingParams sampling = {};
   SpeculationMode speculation = SpeculationMode::kDefault;
   int32_t priority = 0;
   bool prompt_logprobs = false;
   bool detokenize = true;
-  std::optional<Clock::time_point> deadline;
-  std::string tenant;               // which API key asks; "" without keys
-  std::string name;                 // the client's request id, for Abort; "" for none
+  std::optional<Clock::time_point> deadline = {};
+  std::string tenant = {};          // which API key asks; "" without keys
+  std::string name = {};            // the client's request id, for Abort; "" for none
 };
 
 class Service;
