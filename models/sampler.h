@@ -21,7 +21,8 @@ namespace linspec {
 
 float GumbelNoise(uint64_t seed, int64_t position, int32_t token);
 
-// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out.
+// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out. TopK is best
+// first and may be shorter than k (NaN and -Inf are never chosen); Argmax answers 0 when nothing can be chosen.
 int32_t CoupledArgmax(std::span<const float> logits, const SamplingParams& params, int64_t position);
 std::vector<int32_t> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position, int k);
 
@@ -32,8 +33,8 @@ struct TokenLogprob {
 
 struct SampledToken {
   int32_t token = 0;
-  float logprob = 0.0f;                     // of the processed distribution (log softmax of processed logits at T = 1
-                                            // when temperature is 0); filled when params.logprobs >= 0
+  float logprob = 0.0f;                     // log softmax of the logits after bias, penalties and bans, before temperature
+                                            // and truncation; filled when params.logprobs >= 0
   std::vector<TokenLogprob> top_logprobs;   // params.logprobs best, descending
 };
 
@@ -60,9 +61,10 @@ struct SamplingContext {
 };
 
 // Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans, temperature, then
-// min_p, top_k, typical_p, top_p on the tempered distribution; then the Gumbel draw.
-// If every token is banned or masked, or a logit is NaN: INVALID state is reported by ok = false (the request fails,
-// the process lives).
+// min_p, top_k, typical_p, top_p on the tempered distribution, each renormalised over what the one before kept; then the
+// Gumbel draw. Ties go to the lower id. At temperature 0 truncation cannot change the choice and is skipped.
+// If every token is banned or masked, or a logit is NaN or +Inf: reported by ok = false (the request fails, the process
+// lives). REQUIRES: ids in params, history and banned lie inside the vocabulary (SamplingParams::Validate, Submit).
 struct SampleResult {
   bool ok = true;
   SampledToken token;

@@ -33,6 +33,8 @@ struct EngineOptions {
   SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
   int max_draft_nodes = 8;            // tree nodes per request and step, root included
   int spec_max_batch = 0;             // 0: decided from measured step costs; n: no drafting above n decoding requests
+  bool calibrate = true;              // measure step costs at Create and adapt; false: always max_draft_nodes, whatever it
+                                      // costs, with the first drafter for kAuto (deterministic, for tests and figures)
 };
 
 // One step, for the metrics. Plain values; called on the engine thread after delivery.
@@ -41,9 +43,10 @@ struct StepStats {
   int num_running = 0, num_waiting = 0, num_prefill_tokens = 0, num_decode_requests = 0, num_verify_rows = 0;
   int num_drafts = 0;                 // requests that brought a tree of more than one node
   int num_draft_tokens = 0, num_accepted_tokens = 0, num_output_tokens = 0;
-  std::array<int, 16> accepted_per_depth{};  // [depth - 1]
-  std::array<int, 16> drafted_per_depth{};
-  std::string_view drafter;           // "" when nothing was drafted
+  std::array<int, 16> accepted_per_depth{};  // [depth - 1] drafts accepted at least that deep
+  std::array<int, 16> drafted_per_depth{};   // [depth - 1] drafts at least that deep
+  std::string_view drafter;           // "" when nothing was drafted, "mixed" when requests used different ones
+  int num_drafter_errors = 0;         // proposals that failed or were malformed, and so not used
 };
 
 struct EngineStats {                  // a consistent snapshot
@@ -51,11 +54,13 @@ struct EngineStats {                  // a consistent snapshot
   int64_t bytes_per_slot = 0, requests_finished = 0, output_tokens = 0, steps = 0;
   bool speculation_on = false;
   double recent_requests_per_s = 0;   // drain rate, for Retry-After
+  int64_t drafter_errors = 0;
 };
 
 class Engine {
  public:
-  // drafters may be empty. The observer may be null.
+  // drafters may be empty. The observer may be null. Errors: INVALID_ARGUMENT names the option (a default speculation
+  // mode whose drafter is missing, too), RESOURCE_EXHAUSTED when the states do not fit in memory.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(std::unique_ptr<Model> model,
                                                         std::vector<std::unique_ptr<Drafter>> drafters,
                                                         EngineOptions options,
@@ -65,12 +70,14 @@ class Engine {
   void Start();                       // launches the engine thread (tests may call Step() themselves instead)
   bool Step();                        // one turn; false when there was nothing to do. Engine thread only.
 
-  // Errors: INVALID_ARGUMENT (bad sampling, empty or too long prompt, token out of range), RESOURCE_EXHAUSTED (queue
-  // full), UNAVAILABLE (draining). On OK the sink hears of this request until an output with a finish reason.
+  // Errors: INVALID_ARGUMENT (bad sampling, empty or too long prompt, token out of range, id in use, no sink, a
+  // speculation mode whose drafter is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining). On OK the
+  // sink hears of this request until an output with a finish reason, or until it returns false: then never again.
   absl::Status Submit(Request request);
   void Cancel(uint64_t request_id);   // idempotent; unknown ids are ignored
   void StopAdmitting();               // Submit answers UNAVAILABLE from now on
   // Waits until all requests ended, at most `timeout`; then aborts what is left with kCancelled. True if none was left.
+  // Without Start the calling thread turns the crank itself.
   bool Drain(std::chrono::milliseconds timeout);
 
   EngineStats stats() const;

@@ -42,7 +42,8 @@ struct RequestOutput {
   RequestTimes times;
 };
 
-// Receives outputs. Return false to cancel the request (the client is gone, or its buffer is full).
+// Receives outputs. Return false to cancel the request (the client is gone, its buffer is full, or a stop string was
+// found): its slot is free at once and the sink is not called again.
 using OutputSink = std::function<bool(RequestOutput&&)>;
 
 struct Request {
@@ -52,7 +53,8 @@ struct Request {
   SpeculationMode speculation = SpeculationMode::kDefault;
   int32_t priority = 0;                     // lower runs first, as vLLM
   std::optional<Clock::time_point> deadline;
-  bool prompt_logprobs = false;             // deliver prompt logprobs (echo); tokens of the first output then start with the prompt
+  bool prompt_logprobs = false;             // deliver prompt logprobs (echo); tokens of the first output then start with the
+                                            // prompt, whose first token has the logprob NaN: nothing predicts it
   OutputSink sink;
 };
 

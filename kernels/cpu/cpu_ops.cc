@@ -1,0 +1,259 @@
+// CpuOps: packing, blocking and threads around the tables of isa_table.h.
+#include "kernels/cpu/cpu_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <thread>
+
+#include "absl/status/status.h"
+#include "fmt/core.h"
+#include "kernels/check.h"
+#include "kernels/cpu/cpu_attention.h"
+
+namespace linspec {
+
+Isa DetectIsa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kScalar;
+}
+
+const char* IsaName(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return "scalar";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+  }
+  LINSPEC_CHECK(false);
+}
+
+absl::StatusOr<std::unique_ptr<CpuOps>> CpuOps::Create(Options options) {
+  if (options.num_threads < 0 || options.num_threads > 1024) {
+    return absl::InvalidArgumentError(fmt::format("threads must be between 0 and 1024, got {}", options.num_threads));
+  }
+  if (static_cast<int>(options.isa) > static_cast<int>(DetectIsa())) {
+    return absl::InvalidArgumentError(
+        fmt::format("this machine cannot run {} code; the best it runs is {}", IsaName(options.isa), IsaName(DetectIsa())));
+  }
+  int threads = options.num_threads;
+  if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
+  return std::make_unique<cpu::CpuOpsImpl>(options.isa, threads);
+}
+
+namespace cpu {
+namespace {
+
+const IsaTable& TableFor(Isa isa) {
+  if (isa == Isa::kAvx512) return Avx512Table();
+  if (isa == Isa::kAvx2) return Avx2Table();
+  return ScalarTable();
+}
+
+float SourceElement(const void* source, DType dtype, int64_t index) {
+  switch (dtype) {
+    case DType::kF32:
+      return static_cast<const float*>(source)[index];
+    case DType::kF16:
+      return HalfToFloat(static_cast<const uint16_t*>(source)[index]);
+    case DType::kBF16:
+      return BFloat16ToFloat(static_cast<const uint16_t*>(source)[index]);
+    case DType::kI8:
+      return static_cast<const int8_t*>(source)[index];
+    default:
+      LINSPEC_CHECK(false);
+  }
+}
+
+int64_t PaddedRows(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
+int64_t PaddedCols(int64_t cols) { return (cols + 3) / 4 * 4; }
+
+}  // namespace
+
+CpuWeight::CpuWeight(int64_t rows, int64_t cols, DType dtype) : rows_(rows), cols_(cols), dtype_(dtype) {
+  const int64_t elements = PaddedRows(rows) * (dtype == DType::kI8 ? PaddedCols(cols) : cols);
+  data_.resize(elements * static_cast<int64_t>(DTypeSize(dtype)) + kAlignment);
+  if (dtype == DType::kI8) {
+    scales_.resize(PaddedRows(rows), 0.0f);
+    row_sums_.resize(PaddedRows(rows), 0);
+  }
+}
+
+void CpuWeight::Fill(const void* source, DType source_dtype, const float* row_scales) {
+  for (int64_t n = 0; n < rows_; ++n) {
+    const int64_t block = n / kLanes, lane = n % kLanes;
+    if (dtype_ == DType::kI8) {
+      FillInt8Row(source, source_dtype, row_scales, n);
+      continue;
+    }
+    for (int64_t k = 0; k < cols_; ++k) {
+      float value = SourceElement(source, source_dtype, n * cols_ + k);
+      if (source_dtype == DType::kI8) value *= row_scales[n];
+      const int64_t target = (block * cols_ + k) * kLanes + lane;
+      if (dtype_ == DType::kF32) {
+        static_cast<float*>(data())[target] = value;
+      } else {
+        static_cast<uint16_t*>(data())[target] = FloatToBFloat16(value);
+      }
+    }
+  }
+}
+
+void CpuWeight::FillInt8Row(const void* source, DType source_dtype, const float* row_scales, int64_t n) {
+  float scale = 1.0f;
+  if (source_dtype == DType::kI8) {
+    scale = row_scales[n];
+  } else {
+    float max_abs = 0;
+    for (int64_t k = 0; k < cols_; ++k) max_abs = std::max(max_abs, std::fabs(SourceElement(source, source_dtype, n * cols_ + k)));
+    scale = max_abs / 127.0f;
+  }
+  scales_[n] = scale;
+  const float inverse = source_dtype == DType::kI8 ? 1.0f : (scale > 0 ? 1.0f / scale : 0.0f);
+  const int64_t stride = PaddedCols(cols_), block = n / kLanes, lane = n % kLanes;
+  int8_t* out = static_cast<int8_t*>(data());
+  for (int64_t k = 0; k < cols_; ++k) {
+    const float value = SourceElement(source, source_dtype, n * cols_ + k) * inverse;
+    // -128 becomes -127: the AVX2 dot needs |w| <= 127, and symmetric quantisers never produce it.
+    const auto quantized = static_cast<int8_t>(std::clamp(std::nearbyint(value), -127.0f, 127.0f));
+    out[(block * stride + k / 4 * 4) * kLanes + lane * 4 + k % 4] = quantized;
+    row_sums_[n] += quantized;
+  }
+}
+
+const void* CpuWeight::data() const {
+  const auto address = reinterpret_cast<uintptr_t>(data_.data());
+  return data_.data() + ((address + kAlignment - 1) / kAlignment * kAlignment - address);
+}
+
+PackedMatrix CpuWeight::matrix() const { return {data(), scales_.data(), row_sums_.data(), rows_, cols_}; }
+
+int64_t CpuWeight::bytes() const {
+  return static_cast<int64_t>(data_.size()) - kAlignment + static_cast<int64_t>(scales_.size()) * 8;
+}
+
+CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads) : isa_(isa), table_(TableFor(isa)), pool_(num_threads) {}
+
+std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales, int64_t rows,
+                                               int64_t cols, DType target) {
+  LINSPEC_CHECK(rows > 0 && cols > 0 && (source_dtype != DType::kI8 || row_scales != nullptr));
+  LINSPEC_CHECK(target == DType::kF32 || target == DType::kBF16 || target == DType::kI8);
+  auto weight = std::make_unique<CpuWeight>(rows, cols, target);
+  weight->Fill(source, source_dtype, row_scales);
+  return weight;
+}
+
+void CpuOpsImpl::Matmul(const MatmulParams& p) {
+  const auto& weight = static_cast<const CpuWeight&>(*p.w);
+  const PackedMatrix w = weight.matrix();
+  const int64_t blocks = PaddedRows(w.rows) / kLanes;
+  if (weight.dtype() == DType::kI8) {
+    const QuantizedRows x = Quantize(p.x, p.num_rows, w.cols);
+    pool_.ParallelFor(blocks, [&](int64_t begin, int64_t end) {
+      table_.matmul_i8(w, x, p.y, p.num_rows, begin, end, p.accumulate);
+    });
+    return;
+  }
+  const auto matmul = weight.dtype() == DType::kF32 ? table_.matmul_f32 : table_.matmul_bf16;
+  pool_.ParallelFor(blocks, [&](int64_t begin, int64_t end) { matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate); });
+}
+
+QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {
+  const int64_t stride = PaddedCols(cols);
+  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) {
+    quantized_.resize(num_rows * stride);
+    biased_.resize(num_rows * stride);
+  }
+  if (static_cast<int64_t>(quantized_scales_.size()) < num_rows) quantized_scales_.resize(num_rows);
+  ForRows(num_rows, cols, [&](int64_t m) {
+    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, biased_.data() + m * stride,
+                        &quantized_scales_[m]);
+  });
+  return {quantized_.data(), biased_.data(), quantized_scales_.data(), stride};
+}
+
+void CpuOpsImpl::RmsNorm(const RmsNormParams& p) {
+  ForRows(p.num_rows, p.dim, [&](int64_t m) { table_.rms_norm(p.x + m * p.dim, p.weight, p.out + m * p.dim, p.dim, p.eps); });
+}
+
+void CpuOpsImpl::SiluMul(const SiluMulParams& p) {
+  ForRows(p.num_rows, p.dim * 4, [&](int64_t m) {
+    const float* gate = p.gate_up + m * 2 * p.dim;
+    table_.silu_mul(gate, gate + p.dim, p.out + m * p.dim, p.dim);
+  });
+}
+
+void CpuOpsImpl::RopeNormalize(const RopeNormalizeParams& p) {
+  UpdateRopeTable(p);
+  const int half = p.head_dim / 2;
+  const int64_t stride = int64_t{p.num_heads + 2 * p.num_kv_heads} * p.head_dim;
+  ForRows(p.num_rows, stride * 2, [&](int64_t m) {
+    for (int h = 0; h < p.num_heads + p.num_kv_heads; ++h) {
+      table_.rope_normalize(p.qkv + m * stride + int64_t{h} * p.head_dim, &rope_.cosines[m * half], &rope_.sines[m * half],
+                            p.head_dim, p.qk_norm_eps);
+    }
+  });
+}
+
+// The angles of a batch are the same in every layer: recomputed only when the positions change. In double, because
+// position * frequency has to stay exact over millions of tokens.
+void CpuOpsImpl::UpdateRopeTable(const RopeNormalizeParams& p) {
+  const bool same = rope_.head_dim == p.head_dim && rope_.theta == p.rope_theta &&
+                    static_cast<int64_t>(rope_.positions.size()) == p.num_rows &&
+                    std::equal(rope_.positions.begin(), rope_.positions.end(), p.positions);
+  if (same) return;
+  const int half = p.head_dim / 2;
+  rope_.head_dim = p.head_dim;
+  rope_.theta = p.rope_theta;
+  rope_.positions.assign(p.positions, p.positions + p.num_rows);
+  rope_.cosines.resize(p.num_rows * half);
+  rope_.sines.resize(p.num_rows * half);
+  std::vector<double> frequencies(half);
+  for (int i = 0; i < half; ++i) frequencies[i] = std::pow(static_cast<double>(p.rope_theta), -2.0 * i / p.head_dim);
+  ForRows(p.num_rows, half * 64, [&](int64_t m) {
+    for (int i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(p.positions[m]) * frequencies[i];
+      rope_.cosines[m * half + i] = static_cast<float>(std::cos(angle));
+      rope_.sines[m * half + i] = static_cast<float>(std::sin(angle));
+    }
+  });
+}
+
+void CpuOpsImpl::VerifyAttention(const VerifyAttentionParams& p) {
+  const int num_kv_heads = p.layer->num_kv_heads;
+  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+    }
+  });
+}
+
+void CpuOpsImpl::CommitAttention(const CommitAttentionParams& p) {
+  const int num_kv_heads = p.layer->num_kv_heads;
+  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      CommitKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, static_cast<int>(i % num_kv_heads));
+    }
+  });
+}
+
+void CpuOpsImpl::PrefillAttention(const PrefillAttentionParams& p) {
+  const int num_kv_heads = p.layer->num_kv_heads;
+  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      PrefillKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace linspec

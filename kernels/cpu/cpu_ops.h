@@ -1,0 +1,81 @@
+// The CPU implementation of CpuOps; see kernels/ops.h for the contract. Private to kernels/.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "kernels/cpu/isa_table.h"
+#include "kernels/ops.h"
+#include "kernels/thread_pool.h"
+
+namespace linspec::cpu {
+
+class CpuWeight : public PackedWeight {
+ public:
+  CpuWeight(int64_t rows, int64_t cols, DType dtype);
+  void Fill(const void* source, DType source_dtype, const float* row_scales);
+  int64_t rows() const override { return rows_; }
+  int64_t cols() const override { return cols_; }
+  DType dtype() const override { return dtype_; }
+  int64_t bytes() const override;
+  PackedMatrix matrix() const;
+
+ private:
+  static constexpr int64_t kAlignment = 64;
+  void FillInt8Row(const void* source, DType source_dtype, const float* row_scales, int64_t n);
+  const void* data() const;
+  void* data() { return const_cast<void*>(static_cast<const CpuWeight*>(this)->data()); }
+
+  int64_t rows_, cols_;
+  DType dtype_;
+  std::vector<uint8_t> data_;      // layout: PackedMatrix; kAlignment bytes of slack
+  std::vector<float> scales_;      // i8 only, padded to whole blocks
+  std::vector<int32_t> row_sums_;  // i8 only
+};
+
+class CpuOpsImpl : public CpuOps {
+ public:
+  CpuOpsImpl(Isa isa, int num_threads);
+  Isa isa() const override { return isa_; }
+  int num_threads() const override { return pool_.num_threads(); }
+  std::unique_ptr<PackedWeight> Pack(const void* source, DType source_dtype, const float* row_scales, int64_t rows,
+                                     int64_t cols, DType target) override;
+  void Matmul(const MatmulParams&) override;
+  void RmsNorm(const RmsNormParams&) override;
+  void SiluMul(const SiluMulParams&) override;
+  void RopeNormalize(const RopeNormalizeParams&) override;
+  void VerifyAttention(const VerifyAttentionParams&) override;
+  void CommitAttention(const CommitAttentionParams&) override;
+  void PrefillAttention(const PrefillAttentionParams&) override;
+
+ private:
+  // Waking the pool costs about a microsecond: small work stays on the caller.
+  template <typename Body>
+  void ForRows(int64_t num_rows, int64_t cost_per_row, Body body) {
+    if (num_rows * cost_per_row < 16384) {
+      for (int64_t m = 0; m < num_rows; ++m) body(m);
+      return;
+    }
+    pool_.ParallelFor(num_rows, [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) body(m);
+    });
+  }
+  QuantizedRows Quantize(const float* x, int64_t num_rows, int64_t cols);
+  void UpdateRopeTable(const RopeNormalizeParams& p);
+
+  const Isa isa_;
+  const IsaTable& table_;
+  ThreadPool pool_;
+  std::vector<int8_t> quantized_;
+  std::vector<uint8_t> biased_;
+  std::vector<float> quantized_scales_;
+  struct {
+    int head_dim = 0;
+    float theta = 0;
+    std::vector<int64_t> positions;
+    std::vector<float> cosines, sines;  // [num_rows, head_dim / 2]
+  } rope_;
+};
+
+}  // namespace linspec::cpu

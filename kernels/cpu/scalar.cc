@@ -1,0 +1,164 @@
+// The reference: plain loops, written to be read. SIMD tables must give the same bits (tests/kernels/ops_test.cc).
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "kernels/cpu/isa_table.h"
+#include "kernels/dtype.h"
+
+namespace linspec::cpu {
+namespace {
+
+// 16 partial sums, then halves onto halves: the one reduction order of this library.
+float ReduceLanes(float (&lanes)[kLanes]) {
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+float Dot(const float* a, const float* b, int64_t n) {
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] = std::fma(a[i], b[i], lanes[i % kLanes]);
+  return ReduceLanes(lanes);
+}
+
+// exp by 2^n * polynomial (Cephes coefficients), relative error under 2e-7; the same operations in every table.
+float Exp(float x) {
+  x = std::min(std::max(x, -87.0f), 88.0f);
+  const float shifted = std::fma(x, 1.44269504f, 12582912.0f);  // adds 1.5 * 2^23: the low bits hold round(x log2 e)
+  const float n = shifted - 12582912.0f;
+  float r = std::fma(n, -0.693359375f, x);
+  r = std::fma(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = std::fma(p, r, 1.3981999507e-3f);
+  p = std::fma(p, r, 8.3334519073e-3f);
+  p = std::fma(p, r, 4.1665795894e-2f);
+  p = std::fma(p, r, 1.6666665459e-1f);
+  p = std::fma(p, r, 5.0000001201e-1f);
+  const float y = std::fma(p * r, r, r) + 1.0f;
+  const int32_t exponent = std::bit_cast<int32_t>(shifted) << 23;
+  return std::bit_cast<float>(std::bit_cast<int32_t>(y) + exponent);
+}
+
+template <typename T>
+float Load(const T* data, int64_t index);
+template <>
+float Load(const float* data, int64_t index) {
+  return data[index];
+}
+template <>
+float Load(const uint16_t* data, int64_t index) {
+  return BFloat16ToFloat(data[index]);
+}
+
+template <typename T>
+void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin, int64_t block_end,
+                 bool accumulate) {
+  const T* data = static_cast<const T*>(w.data);
+  for (int64_t m = 0; m < num_rows; ++m) {
+    for (int64_t n = block_begin * kLanes; n < std::min(block_end * kLanes, w.rows); ++n) {
+      const int64_t block = n / kLanes, lane = n % kLanes;
+      float sum = 0;
+      for (int64_t k = 0; k < w.cols; ++k) {
+        sum = std::fma(x[m * w.cols + k], Load<T>(data, (block * w.cols + k) * kLanes + lane), sum);
+      }
+      float& out = y[m * w.rows + n];
+      out = accumulate ? out + sum : sum;
+    }
+  }
+}
+
+void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block_begin,
+              int64_t block_end, bool accumulate) {
+  const int8_t* data = static_cast<const int8_t*>(w.data);
+  for (int64_t m = 0; m < num_rows; ++m) {
+    for (int64_t n = block_begin * kLanes; n < std::min(block_end * kLanes, w.rows); ++n) {
+      const int64_t block = n / kLanes, lane = n % kLanes;
+      int32_t sum = 0;
+      for (int64_t k = 0; k < x.stride; ++k) {
+        sum += x.values[m * x.stride + k] * data[((block * x.stride + k / 4 * 4) * kLanes) + lane * 4 + k % 4];
+      }
+      const float value = static_cast<float>(sum) * x.scales[m] * w.scales[n];
+      float& out = y[m * w.rows + n];
+      out = accumulate ? out + value : value;
+    }
+  }
+}
+
+void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale) {
+  float max_abs = 0;
+  for (int64_t i = 0; i < cols; ++i) max_abs = std::max(max_abs, std::fabs(x[i]));
+  *scale = max_abs / 127.0f;
+  const float inverse = max_abs > 0 ? 127.0f / max_abs : 0.0f;
+  for (int64_t i = 0; i < padded_cols; ++i) {
+    // The clamp also turns NaN into a number; the scale or the sampler's check still tells of it.
+    const float value = i < cols ? std::min(std::max(-127.0f, std::nearbyint(x[i] * inverse)), 127.0f) : 0.0f;
+    values[i] = static_cast<int8_t>(value);
+    biased[i] = static_cast<uint8_t>(values[i] + 128);
+  }
+}
+
+void RmsNorm(const float* x, const float* weight, float* out, int64_t dim, float eps) {
+  const float scale = 1.0f / std::sqrt(Dot(x, x, dim) / static_cast<float>(dim) + eps);
+  for (int64_t i = 0; i < dim; ++i) out[i] = x[i] * scale * weight[i];
+}
+
+void SiluMul(const float* gate, const float* up, float* out, int64_t dim) {
+  for (int64_t i = 0; i < dim; ++i) out[i] = gate[i] / (1.0f + Exp(-gate[i])) * up[i];
+}
+
+void RopeNormalize(float* x, const float* cosines, const float* sines, int head_dim, float eps) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = std::fma(a, cosines[i], -(b * sines[i]));
+    x[i + half] = std::fma(b, cosines[i], a * sines[i]);
+  }
+  const float scale = 1.0f / std::sqrt(Dot(x, x, head_dim) + eps);
+  for (int i = 0; i < head_dim; ++i) x[i] *= scale;
+}
+
+// y = sum_j ([j in group] relu(q.k_j)^2 + tap_{p-j}) v_j, ascending j; then the grouped branch on top.
+void ComputeAttentionRow(const AttentionRow& row) {
+  const int d = row.head_dim;
+  std::fill(row.out, row.out + d, 0.0f);
+  for (int j = 0; j < row.window; ++j) {
+    const int lag = row.window - 1 - j;
+    float weight = 0;
+    if (j >= row.local_begin) {
+      const float score = std::max(Dot(row.q, row.k[j], d), 0.0f);
+      weight = score * score;
+    }
+    if (lag < row.num_taps) weight += row.taps[lag];
+    for (int c = 0; c < d; ++c) row.out[c] = std::fma(weight, row.v[j][c], row.out[c]);
+  }
+  if (row.s == nullptr) return;
+  std::fill(row.scratch, row.scratch + d, 0.0f);
+  for (int i = 0; i < d; ++i) {
+    for (int c = 0; c < d; ++c) row.scratch[c] = std::fma(row.q[i], row.s[i * d + c], row.scratch[c]);
+  }
+  float scale = row.global_scale;
+  if (row.rms_norm) scale /= std::sqrt(Dot(row.scratch, row.scratch, d) / static_cast<float>(d) + row.eps);
+  for (int c = 0; c < d; ++c) row.out[c] = std::fma(scale, row.scratch[c], row.out[c]);
+}
+
+void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
+  for (int i = 0; i < head_dim; ++i) {
+    for (int c = 0; c < head_dim; ++c) {
+      float sum = s[i * head_dim + c] * decay;
+      for (int j = 0; j < num_tokens; ++j) sum = std::fma(k[j][i], v[j][c], sum);
+      s[i * head_dim + c] = sum;
+    }
+  }
+}
+
+}  // namespace
+
+const IsaTable& ScalarTable() {
+  static constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,     QuantizeRow,        RmsNorm,
+                                      SiluMul,            RopeNormalize,         ComputeAttentionRow, Fold};
+  return kTable;
+}
+
+}  // namespace linspec::cpu

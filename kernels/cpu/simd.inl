@@ -1,0 +1,255 @@
+// The fast tables, written once over a vector V of 16 floats. Included by table_avx2.cc and table_avx512.cc inside their
+// anonymous namespace, after they define V and its operations, so that no symbol compiled for one instruction set can be
+// picked by the linker for another. For the same reason nothing here calls a standard library template.
+//
+// Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
+// ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, RoundToInt8, ScaleByExponent, LoadWeights<T>, and for
+// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles.
+
+float DotProduct(const float* a, const float* b, int64_t n) {
+  V sum = Zero();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(a + i), Load(b + i), sum);
+  if (i < n) sum = Fma(LoadPartial(a + i, n - i), LoadPartial(b + i, n - i), sum);
+  return ReduceAdd(sum);
+}
+
+V ExpV(V x) {  // see scalar.cc
+  x = Min(Max(x, Set1(-87.0f)), Set1(88.0f));
+  const V shifted = Fma(x, Set1(1.44269504f), Set1(12582912.0f));
+  const V n = Sub(shifted, Set1(12582912.0f));
+  V r = Fma(n, Set1(-0.693359375f), x);
+  r = Fma(n, Set1(2.12194440e-4f), r);
+  V p = Set1(1.9875691500e-4f);
+  p = Fma(p, r, Set1(1.3981999507e-3f));
+  p = Fma(p, r, Set1(8.3334519073e-3f));
+  p = Fma(p, r, Set1(4.1665795894e-2f));
+  p = Fma(p, r, Set1(1.6666665459e-1f));
+  p = Fma(p, r, Set1(5.0000001201e-1f));
+  return ScaleByExponent(Add(Fma(Mul(p, r), r, r), Set1(1.0f)), shifted);
+}
+
+void StoreOut(float* out, V value, int64_t lanes, bool accumulate) {
+  if (lanes >= kLanes) {
+    Store(out, accumulate ? Add(Load(out), value) : value);
+  } else {
+    StorePartial(out, accumulate ? Add(LoadPartial(out, lanes), value) : value, lanes);
+  }
+}
+
+template <typename T, int kRows, int kBlocks>
+void FloatTile(const PackedMatrix& w, const float* x, float* y, int64_t m, int64_t block, bool accumulate) {
+  V acc[kRows][kBlocks];
+  for (auto& row : acc) {
+    for (V& a : row) a = Zero();
+  }
+  const T* data = static_cast<const T*>(w.data) + block * w.cols * kLanes;
+  for (int64_t k = 0; k < w.cols; ++k) {
+    V weights[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) weights[b] = LoadWeights(data + (b * w.cols + k) * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const V value = Set1(x[(m + r) * w.cols + k]);
+      for (int b = 0; b < kBlocks; ++b) acc[r][b] = Fma(value, weights[b], acc[r][b]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t n = (block + b) * kLanes;
+      StoreOut(y + (m + r) * w.rows + n, acc[r][b], w.rows - n, accumulate);
+    }
+  }
+}
+
+template <typename T, int kBlocks>
+void FloatRows(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kFloatRows <= num_rows; m += kFloatRows) FloatTile<T, kFloatRows, kBlocks>(w, x, y, m, block, accumulate);
+  for (; m < num_rows; ++m) FloatTile<T, 1, kBlocks>(w, x, y, m, block, accumulate);
+}
+
+template <typename T>
+void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin, int64_t block_end,
+                 bool accumulate) {
+  int64_t block = block_begin;
+  for (; block + kFloatBlocks <= block_end; block += kFloatBlocks) {
+    FloatRows<T, kFloatBlocks>(w, x, y, num_rows, block, accumulate);
+  }
+  for (; block < block_end; ++block) FloatRows<T, 1>(w, x, y, num_rows, block, accumulate);
+}
+
+template <int kRows, int kBlocks>
+void IntTile(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block, bool accumulate) {
+  I acc[kRows][kBlocks];
+  for (auto& row : acc) {
+    for (int b = 0; b < kBlocks; ++b) row[b] = InitAcc(w.row_sums + (block + b) * kLanes);
+  }
+  const int8_t* data = static_cast<const int8_t*>(w.data) + block * x.stride * kLanes;
+  const int64_t block_bytes = x.stride * kLanes;
+  for (int64_t k = 0; k < x.stride; k += 4) {
+    IntWeights weights[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) weights[b] = LoadIntWeights(data + b * block_bytes + k * kLanes);
+    for (int r = 0; r < kRows; ++r) {
+      const IntInput value = BroadcastInput(x, (m + r) * x.stride + k);
+      for (int b = 0; b < kBlocks; ++b) acc[r][b] = DotStep(acc[r][b], value, weights[b]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int b = 0; b < kBlocks; ++b) {
+      const int64_t n = (block + b) * kLanes;
+      const V value = Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n));
+      StoreOut(y + (m + r) * w.rows + n, value, w.rows - n, accumulate);
+    }
+  }
+}
+
+template <int kBlocks>
+void IntRows(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block, bool accumulate) {
+  int64_t m = 0;
+  for (; m + kIntRows <= num_rows; m += kIntRows) IntTile<kIntRows, kBlocks>(w, x, y, m, block, accumulate);
+  for (; m + 2 <= num_rows; m += 2) IntTile<2, kBlocks>(w, x, y, m, block, accumulate);
+  for (; m < num_rows; ++m) IntTile<1, kBlocks>(w, x, y, m, block, accumulate);
+}
+
+void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block_begin,
+              int64_t block_end, bool accumulate) {
+  int64_t block = block_begin;
+  for (; block + kIntBlocks <= block_end; block += kIntBlocks) IntRows<kIntBlocks>(w, x, y, num_rows, block, accumulate);
+  for (; block < block_end; ++block) IntRows<1>(w, x, y, num_rows, block, accumulate);
+}
+
+void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale) {
+  V largest = Zero();
+  int64_t i = 0;
+  for (; i + kLanes <= cols; i += kLanes) largest = Max(Abs(Load(x + i)), largest);
+  if (i < cols) largest = Max(Abs(LoadPartial(x + i, cols - i)), largest);
+  const float max_abs = ReduceMax(largest);
+  *scale = max_abs / 127.0f;
+  const V inverse = Set1(max_abs > 0 ? 127.0f / max_abs : 0.0f);
+  for (i = 0; i < cols; i += kLanes) {
+    const int64_t lanes = cols - i < kLanes ? cols - i : kLanes;
+    int8_t rounded[kLanes];
+    RoundToInt8(Mul(lanes == kLanes ? Load(x + i) : LoadPartial(x + i, lanes), inverse), rounded);
+    for (int64_t j = 0; j < lanes; ++j) {
+      values[i + j] = rounded[j];
+      biased[i + j] = static_cast<uint8_t>(rounded[j] + 128);
+    }
+  }
+  for (i = cols; i < padded_cols; ++i) {
+    values[i] = 0;
+    biased[i] = 128;
+  }
+}
+
+template <typename Body>
+void ForLanes(int64_t n, Body body) {  // body(offset, lanes): whole vectors, then the rest
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) body(i, int64_t{kLanes});
+  if (i < n) body(i, n - i);
+}
+
+V LoadLanes(const float* p, int64_t lanes) { return lanes == kLanes ? Load(p) : LoadPartial(p, lanes); }
+void StoreLanes(float* p, V v, int64_t lanes) { lanes == kLanes ? Store(p, v) : StorePartial(p, v, lanes); }
+
+void RmsNorm(const float* x, const float* weight, float* out, int64_t dim, float eps) {
+  const V scale = Set1(1.0f / __builtin_sqrtf(DotProduct(x, x, dim) / static_cast<float>(dim) + eps));
+  ForLanes(dim, [&](int64_t i, int64_t lanes) {
+    StoreLanes(out + i, Mul(Mul(LoadLanes(x + i, lanes), scale), LoadLanes(weight + i, lanes)), lanes);
+  });
+}
+
+void SiluMul(const float* gate, const float* up, float* out, int64_t dim) {
+  ForLanes(dim, [&](int64_t i, int64_t lanes) {
+    const V g = LoadLanes(gate + i, lanes);
+    const V sigmoid_denominator = Add(Set1(1.0f), ExpV(Neg(g)));
+    StoreLanes(out + i, Mul(Div(g, sigmoid_denominator), LoadLanes(up + i, lanes)), lanes);
+  });
+}
+
+void RopeNormalize(float* x, const float* cosines, const float* sines, int head_dim, float eps) {
+  const int half = head_dim / 2;
+  ForLanes(half, [&](int64_t i, int64_t lanes) {
+    const V a = LoadLanes(x + i, lanes), b = LoadLanes(x + half + i, lanes);
+    const V c = LoadLanes(cosines + i, lanes), s = LoadLanes(sines + i, lanes);
+    StoreLanes(x + i, Fma(a, c, Neg(Mul(b, s))), lanes);
+    StoreLanes(x + half + i, Fma(b, c, Mul(a, s)), lanes);
+  });
+  const V scale = Set1(1.0f / __builtin_sqrtf(DotProduct(x, x, head_dim) + eps));
+  ForLanes(head_dim, [&](int64_t i, int64_t lanes) { StoreLanes(x + i, Mul(LoadLanes(x + i, lanes), scale), lanes); });
+}
+
+float WindowWeight(const AttentionRow& row, int j) {
+  const int lag = row.window - 1 - j;
+  float weight = 0;
+  if (j >= row.local_begin) {
+    const float dot = DotProduct(row.q, row.k[j], row.head_dim);
+    const float score = dot > 0.0f ? dot : 0.0f;
+    weight = score * score;
+  }
+  if (lag < row.num_taps) weight += row.taps[lag];
+  return weight;
+}
+
+// Channels in tiles of kTile vectors that stay in registers over the whole window and all of S.
+template <int kTile>
+void WindowTile(const AttentionRow& row, const float* weights, int64_t channel) {
+  V acc[kTile];
+  for (V& a : acc) a = Zero();
+  for (int j = 0; j < row.window; ++j) {
+    const V weight = Set1(weights[j]);
+    for (int t = 0; t < kTile; ++t) acc[t] = Fma(weight, Load(row.v[j] + channel + t * kLanes), acc[t]);
+  }
+  for (int t = 0; t < kTile; ++t) Store(row.out + channel + t * kLanes, acc[t]);
+  if (row.s == nullptr) return;
+  for (V& a : acc) a = Zero();
+  for (int i = 0; i < row.head_dim; ++i) {
+    const V q = Set1(row.q[i]);
+    const float* s = row.s + int64_t{i} * row.head_dim + channel;
+    for (int t = 0; t < kTile; ++t) acc[t] = Fma(q, Load(s + t * kLanes), acc[t]);
+  }
+  for (int t = 0; t < kTile; ++t) Store(row.scratch + channel + t * kLanes, acc[t]);
+}
+
+void WindowRest(const AttentionRow& row, const float* weights, int64_t channel) {  // fewer than 16 channels
+  const int64_t lanes = row.head_dim - channel;
+  V acc = Zero();
+  for (int j = 0; j < row.window; ++j) acc = Fma(Set1(weights[j]), LoadPartial(row.v[j] + channel, lanes), acc);
+  StorePartial(row.out + channel, acc, lanes);
+  if (row.s == nullptr) return;
+  acc = Zero();
+  for (int i = 0; i < row.head_dim; ++i) {
+    acc = Fma(Set1(row.q[i]), LoadPartial(row.s + int64_t{i} * row.head_dim + channel, lanes), acc);
+  }
+  StorePartial(row.scratch + channel, acc, lanes);
+}
+
+void ComputeAttentionRow(const AttentionRow& row) {
+  const int d = row.head_dim;
+  float weights[kMaxWindow];
+  for (int j = 0; j < row.window; ++j) weights[j] = WindowWeight(row, j);
+  int64_t channel = 0;
+  for (; channel + 4 * kLanes <= d; channel += 4 * kLanes) WindowTile<4>(row, weights, channel);
+  for (; channel + kLanes <= d; channel += kLanes) WindowTile<1>(row, weights, channel);
+  if (channel < d) WindowRest(row, weights, channel);
+  if (row.s == nullptr) return;
+  float scale = row.global_scale;
+  if (row.rms_norm) {
+    scale /= __builtin_sqrtf(DotProduct(row.scratch, row.scratch, d) / static_cast<float>(d) + row.eps);
+  }
+  ForLanes(d, [&](int64_t i, int64_t lanes) {
+    StoreLanes(row.out + i, Fma(Set1(scale), LoadLanes(row.scratch + i, lanes), LoadLanes(row.out + i, lanes)), lanes);
+  });
+}
+
+void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
+  for (int i = 0; i < head_dim; ++i) {
+    ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
+      float* target = s + int64_t{i} * head_dim + c;
+      V sum = Mul(LoadLanes(target, lanes), Set1(decay));
+      for (int j = 0; j < num_tokens; ++j) sum = Fma(Set1(k[j][i]), LoadLanes(v[j] + c, lanes), sum);
+      StoreLanes(target, sum, lanes);
+    });
+  }
+}
+
+constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,
+                             SiluMul,            RopeNormalize,         ComputeAttentionRow, Fold};

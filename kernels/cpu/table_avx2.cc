@@ -1,0 +1,112 @@
+// AVX2 table: V is two registers. int8 dots go through vpmaddubsw on |w| and sign(w) x, which cannot saturate because
+// both lie in [-127, 127].
+#include <immintrin.h>
+
+#include "kernels/cpu/isa_table.h"
+
+namespace linspec::cpu {
+namespace {
+
+struct V {
+  __m256 lo, hi;
+};
+struct I {
+  __m256i lo, hi;
+};
+struct IntWeights {
+  __m256i lo, hi;
+};
+using IntInput = __m256i;
+constexpr int kFloatRows = 2, kFloatBlocks = 2;
+constexpr int kIntRows = 2, kIntBlocks = 2;
+
+V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+V Set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+V Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+V LoadPartial(const float* p, int64_t n) {
+  float buffer[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return Load(buffer);
+}
+void Store(float* p, V v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+void StorePartial(float* p, V v, int64_t n) {
+  float buffer[kLanes];
+  Store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+V Add(V a, V b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+V Sub(V a, V b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+V Mul(V a, V b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+V Div(V a, V b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+V Fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+V Min(V a, V b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+V Max(V a, V b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+V Neg(V a) { return {_mm256_xor_ps(a.lo, _mm256_set1_ps(-0.0f)), _mm256_xor_ps(a.hi, _mm256_set1_ps(-0.0f))}; }
+V Abs(V a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.lo), _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.hi)}; }
+
+float ReduceAdd(V v) {
+  const __m256 eight = _mm256_add_ps(v.lo, v.hi);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+float ReduceMax(V v) {
+  float lanes[kLanes];
+  Store(lanes, v);
+  float largest = lanes[0];
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+V ScaleByExponent(V y, V shifted) {
+  const auto scale = [](__m256 a, __m256 n) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+  };
+  return {scale(y.lo, shifted.lo), scale(y.hi, shifted.hi)};
+}
+
+void RoundToInt8(V v, int8_t* out) {
+  v = Min(Max(v, Set1(-127.0f)), Set1(127.0f));
+  int32_t whole[kLanes];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(v.lo));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + 8), _mm256_cvtps_epi32(v.hi));
+  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(whole[i]);
+}
+
+V LoadWeights(const float* p) { return Load(p); }
+V LoadWeights(const uint16_t* p) {
+  const auto widen = [](const uint16_t* q) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  };
+  return {widen(p), widen(p + 8)};
+}
+
+I InitAcc(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+IntWeights LoadIntWeights(const int8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
+  int32_t four;
+  __builtin_memcpy(&four, x.values + offset, 4);
+  return _mm256_set1_epi32(four);
+}
+I DotStep(I acc, IntInput x, IntWeights w) {
+  const auto step = [x](__m256i sum, __m256i weights) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  };
+  return {step(acc.lo, w.lo), step(acc.hi, w.hi)};
+}
+V ToFloat(I acc) { return {_mm256_cvtepi32_ps(acc.lo), _mm256_cvtepi32_ps(acc.hi)}; }
+
+#include "kernels/cpu/simd.inl"
+
+}  // namespace
+
+const IsaTable& Avx2Table() { return kTable; }
+
+}  // namespace linspec::cpu

@@ -1,0 +1,72 @@
+// AVX-512 table (F, BW, VL, DQ, VNNI): V is one register, int8 dots are vpdpbusd on biased inputs.
+#include <immintrin.h>
+
+#include "kernels/cpu/isa_table.h"
+
+namespace linspec::cpu {
+namespace {
+
+using V = __m512;
+using I = __m512i;
+using IntWeights = __m512i;
+using IntInput = __m512i;
+constexpr int kFloatRows = 4, kFloatBlocks = 4;
+constexpr int kIntRows = 6, kIntBlocks = 4;
+
+V Zero() { return _mm512_setzero_ps(); }
+V Set1(float x) { return _mm512_set1_ps(x); }
+V Load(const float* p) { return _mm512_loadu_ps(p); }
+V LoadPartial(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p); }
+void Store(float* p, V v) { _mm512_storeu_ps(p, v); }
+void StorePartial(float* p, V v, int64_t n) { _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v); }
+V Add(V a, V b) { return _mm512_add_ps(a, b); }
+V Sub(V a, V b) { return _mm512_sub_ps(a, b); }
+V Mul(V a, V b) { return _mm512_mul_ps(a, b); }
+V Div(V a, V b) { return _mm512_div_ps(a, b); }
+V Fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+V Min(V a, V b) { return _mm512_min_ps(a, b); }
+V Max(V a, V b) { return _mm512_max_ps(a, b); }
+V Neg(V a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+V Abs(V a) { return _mm512_abs_ps(a); }
+
+float ReduceAdd(V v) {
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+float ReduceMax(V v) { return _mm512_reduce_max_ps(v); }
+
+V ScaleByExponent(V y, V shifted) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+}
+
+void RoundToInt8(V v, int8_t* out) {
+  v = Min(Max(v, Set1(-127.0f)), Set1(127.0f));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+V LoadWeights(const float* p) { return Load(p); }
+V LoadWeights(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+// The inputs carry +128, so the sum starts at -128 times the row's weights.
+I InitAcc(const int32_t* row_sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(row_sums), 7)); }
+IntWeights LoadIntWeights(const int8_t* p) { return _mm512_loadu_si512(p); }
+IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
+  int32_t four;
+  __builtin_memcpy(&four, x.biased + offset, 4);
+  return _mm512_set1_epi32(four);
+}
+I DotStep(I acc, IntInput x, IntWeights w) { return _mm512_dpbusd_epi32(acc, x, w); }
+V ToFloat(I acc) { return _mm512_cvtepi32_ps(acc); }
+
+#include "kernels/cpu/simd.inl"
+
+}  // namespace
+
+const IsaTable& Avx512Table() { return kTable; }
+
+}  // namespace linspec::cpu

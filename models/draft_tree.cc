@@ -1,0 +1,42 @@
+#include "models/draft_tree.h"
+
+#include <fmt/format.h>
+
+namespace linspec {
+
+std::vector<int> DraftTree::Depths() const {
+  std::vector<int> depths(tokens.size(), 0);
+  for (int node = 1; node < num_nodes(); ++node) depths[node] = depths[parents[node]] + 1;
+  return depths;
+}
+
+int DraftTree::FindChild(int node, int32_t token) const {
+  for (int child = node + 1; child < num_nodes(); ++child) {
+    if (parents[child] == node && tokens[child] == token) return child;
+  }
+  return -1;
+}
+
+absl::Status DraftTree::Validate(int64_t vocab_size) const {
+  if (tokens.empty() || num_nodes() > kMaxTreeNodes) {
+    return absl::InvalidArgumentError(fmt::format("draft tree has {} nodes: expected 1 to {}", tokens.size(),
+                                                  kMaxTreeNodes));
+  }
+  if (parents.size() != tokens.size()) {
+    return absl::InvalidArgumentError(
+        fmt::format("draft tree has {} tokens but {} parents", tokens.size(), parents.size()));
+  }
+  for (int node = 0; node < num_nodes(); ++node) {
+    const int32_t parent = parents[node];
+    if (node == 0 ? parent != -1 : parent < 0 || parent >= node) {
+      return absl::InvalidArgumentError(fmt::format("draft tree node {} has parent {}", node, parent));
+    }
+    if (tokens[node] < 0 || tokens[node] >= vocab_size) {
+      return absl::InvalidArgumentError(
+          fmt::format("draft tree node {} has token {} outside the vocabulary of {}", node, tokens[node], vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace linspec

@@ -1,0 +1,342 @@
+#include "models/linear_transformer.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "kernels/check.h"
+
+namespace linspec {
+namespace {
+
+// Long prompts run in blocks so that scratch stays small and in cache; the bits do not depend on it.
+constexpr int64_t kPrefillRows = 512;
+
+// Scratch only grows: a smaller batch reuses what a larger one allocated.
+float* Grow(std::vector<float>& buffer, int64_t size) {
+  if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
+  return buffer.data();
+}
+
+int64_t FloatBytes(const std::vector<float>& values) { return static_cast<int64_t>(values.size() * sizeof(float)); }
+
+int NumNodes(const VerifyBatch& batch, int request) {
+  return batch.row_starts[request + 1] - batch.row_starts[request];
+}
+
+// Each node is the child of the one before it, the first a root.
+bool IsPath(const VerifyBatch& batch, int request, std::span<const int32_t> path) {
+  const int32_t* parents = batch.parents.data() + batch.row_starts[request];
+  int32_t previous = -1;
+  for (const int32_t node : path) {
+    if (node < 0 || node >= NumNodes(batch, request) || parents[node] != previous) return false;
+    previous = node;
+  }
+  return true;
+}
+
+bool SameBatch(const VerifyBatch& a, const VerifyBatch& b) {
+  return a.tokens == b.tokens && a.parents == b.parents && a.row_starts == b.row_starts && a.slots == b.slots;
+}
+
+// Every request of `from` begins request r of `to`: same slot, and its nodes come first.
+bool Extends(const VerifyBatch& to, const VerifyBatch& from) {
+  if (to.slots != from.slots) return false;
+  for (int r = 0; r < to.num_requests(); ++r) {
+    const int old_nodes = NumNodes(from, r);
+    if (NumNodes(to, r) < old_nodes) return false;
+    const auto same = [&](const std::vector<int32_t>& a, const std::vector<int32_t>& b) {
+      return std::equal(a.begin() + from.row_starts[r], a.begin() + from.row_starts[r] + old_nodes,
+                        b.begin() + to.row_starts[r]);
+    };
+    if (!same(from.tokens, to.tokens) || !same(from.parents, to.parents)) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void EmbeddingTable::Lookup(int32_t token, float* out) const {
+  const std::byte* row = data.data() + token * dim * static_cast<int64_t>(DTypeSize(dtype));
+  switch (dtype) {
+    case DType::kF32: std::memcpy(out, row, dim * sizeof(float)); return;
+    case DType::kI8: {
+      const auto* values = reinterpret_cast<const int8_t*>(row);
+      for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(values[i]) * row_scales[token];
+      return;
+    }
+    default: {
+      const auto* bits = reinterpret_cast<const uint16_t*>(row);
+      std::transform(bits, bits + dim, out, dtype == DType::kF16 ? HalfToFloat : BFloat16ToFloat);
+    }
+  }
+}
+
+LinearTransformer::LinearTransformer(ModelConfig config, TransformerWeights weights, std::shared_ptr<CpuOps> ops)
+    : config_(std::move(config)), weights_(std::move(weights)), ops_(std::move(ops)), kept_qkv_(config_.num_layers) {}
+
+int64_t LinearTransformer::streamed_bytes() const {
+  int64_t bytes = FloatBytes(weights_.final_norm) + weights_.lm_head->bytes();
+  for (const TransformerLayer& layer : weights_.layers) {
+    bytes += layer.qkv->bytes() + layer.o->bytes() + layer.gate_up->bytes() + layer.down->bytes();
+    bytes += FloatBytes(layer.attention_norm) + FloatBytes(layer.mlp_norm) + FloatBytes(layer.global_gain) +
+             FloatBytes(layer.decay) + FloatBytes(layer.conv_taps);
+  }
+  return bytes;
+}
+
+int64_t LinearTransformer::weight_bytes() const {
+  return streamed_bytes() + static_cast<int64_t>(weights_.embedding.data.size()) +
+         FloatBytes(weights_.embedding.row_scales);
+}
+
+std::string LinearTransformer::Describe() const {
+  return fmt::format("{:.1f} M parameters, {} layers of {} heads, {} weights ({:.1f} MiB), {} with {} thread{}",
+                     static_cast<double>(config_.NumParameters()) / 1e6, config_.num_layers, config_.num_heads,
+                     DTypeName(weights_.layers[0].qkv->dtype()), static_cast<double>(weight_bytes()) / (1 << 20),
+                     IsaName(ops_->isa()), ops_->num_threads(), ops_->num_threads() == 1 ? "" : "s");
+}
+
+void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
+                                Attention attention) {
+  const int64_t n = static_cast<int64_t>(tokens.size()), dim = config_.hidden_size;
+  Embed(tokens);
+  float* normed = Grow(normed_, n * dim);
+  float* qkv = Grow(qkv_, n * qkv_width());
+  float* attended = Grow(attention_, n * attention_width());
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const TransformerLayer& layer = weights_.layers[i];
+    ops_->RmsNorm({.x = x_.data(), .weight = layer.attention_norm.data(), .out = normed, .num_rows = n, .dim = dim,
+                   .eps = config_.rms_norm_eps});
+    ops_->Matmul({.x = normed, .w = layer.qkv.get(), .y = qkv, .num_rows = n});
+    ops_->RopeNormalize({.qkv = qkv, .positions = positions.data(), .num_rows = n, .num_heads = config_.num_heads,
+                         .num_kv_heads = config_.num_kv_heads, .head_dim = config_.head_dim,
+                         .rope_theta = config_.rope_theta, .qk_norm_eps = config_.linear_attention.qk_norm_eps});
+    attention(i, qkv, attended);
+    if (purpose == Purpose::kState && i + 1 == config_.num_layers) return;  // nothing reads what would follow
+    ops_->Matmul({.x = attended, .w = layer.o.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
+    Mlp(layer, n);
+  }
+}
+
+void LinearTransformer::Embed(std::span<const int32_t> tokens) {
+  float* x = Grow(x_, static_cast<int64_t>(tokens.size()) * config_.hidden_size);
+  for (const int32_t token : tokens) {
+    weights_.embedding.Lookup(token, x);
+    x += config_.hidden_size;
+  }
+}
+
+void LinearTransformer::Mlp(const TransformerLayer& layer, int64_t n) {
+  const int64_t dim = config_.hidden_size, inner = config_.intermediate_size;
+  float* gate_up = Grow(gate_up_, n * 2 * inner);
+  float* activated = Grow(mlp_, n * inner);
+  ops_->RmsNorm({.x = x_.data(), .weight = layer.mlp_norm.data(), .out = normed_.data(), .num_rows = n, .dim = dim,
+                 .eps = config_.rms_norm_eps});
+  ops_->Matmul({.x = normed_.data(), .w = layer.gate_up.get(), .y = gate_up, .num_rows = n});
+  ops_->SiluMul({.gate_up = gate_up, .out = activated, .num_rows = n, .dim = inner});
+  ops_->Matmul({.x = activated, .w = layer.down.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
+}
+
+VerifyResult LinearTransformer::Head(int64_t n) {
+  const int64_t dim = config_.hidden_size, vocab = config_.vocab_size;
+  float* logits = Grow(logits_, n * vocab);
+  ops_->RmsNorm({.x = x_.data(), .weight = weights_.final_norm.data(), .out = normed_.data(), .num_rows = n,
+                 .dim = dim, .eps = config_.rms_norm_eps});
+  ops_->Matmul({.x = normed_.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
+  return {.logits = {logits, static_cast<size_t>(n * vocab)},
+          .hidden = {normed_.data(), static_cast<size_t>(n * dim)}};
+}
+
+absl::Status LinearTransformer::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
+  std::vector<int32_t> slots;
+  for (const PrefillChunk& chunk : chunks) {
+    if (absl::Status valid = CheckTokens(chunk.tokens); !valid.ok()) return valid;
+    slots.push_back(chunk.slot);
+  }
+  std::sort(slots.begin(), slots.end());
+  if (std::adjacent_find(slots.begin(), slots.end()) != slots.end()) {
+    return absl::InternalError("prefill: a slot appears twice");
+  }
+
+  std::vector<PrefillChunk> pieces;
+  int64_t num_rows = 0;
+  for (const PrefillChunk& chunk : chunks) {
+    for (size_t done = 0; done < chunk.tokens.size();) {
+      const size_t take = std::min<size_t>(chunk.tokens.size() - done, kPrefillRows - num_rows);
+      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, take)});
+      done += take;
+      num_rows += static_cast<int64_t>(take);
+      if (num_rows == kPrefillRows) {
+        PrefillBlock(pieces, pool);
+        pieces.clear();
+        num_rows = 0;
+      }
+    }
+  }
+  if (!pieces.empty()) PrefillBlock(pieces, pool);
+  return absl::OkStatus();
+}
+
+void LinearTransformer::PrefillBlock(std::span<const PrefillChunk> pieces, StatePool* pool) {
+  std::vector<int32_t> tokens;
+  std::vector<int64_t> positions;
+  requests_.clear();
+  for (const PrefillChunk& piece : pieces) {
+    const int64_t length = pool->length(piece.slot);
+    requests_.push_back({.state = {}, .length = length, .row_begin = static_cast<int64_t>(tokens.size()),
+                         .num_rows = static_cast<int>(piece.tokens.size()), .parents = nullptr});
+    for (size_t i = 0; i < piece.tokens.size(); ++i) positions.push_back(length + static_cast<int64_t>(i));
+    tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
+  }
+  Forward(tokens, positions, Purpose::kState, [&](int layer, const float* qkv, float* out) {
+    for (size_t r = 0; r < pieces.size(); ++r) requests_[r].state = pool->layer(pieces[r].slot, layer);
+    ops_->PrefillAttention({.layer = &weights_.layers[layer].attention, .qkv = qkv, .out = out, .requests = requests_});
+  });
+  for (size_t r = 0; r < pieces.size(); ++r) {
+    pool->set_length(pieces[r].slot, requests_[r].length + requests_[r].num_rows);
+  }
+}
+
+absl::StatusOr<VerifyResult> LinearTransformer::Verify(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status valid = CheckBatch(batch, pool); !valid.ok()) return valid;
+  verified_ = {.tokens = {}, .parents = {}, .row_starts = std::vector<int32_t>(batch.row_starts.size(), 0),
+               .slots = batch.slots};
+  return VerifyNewNodes(batch, pool);
+}
+
+absl::StatusOr<VerifyResult> LinearTransformer::Extend(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status valid = CheckBatch(batch, pool); !valid.ok()) return valid;
+  if (!Extends(batch, verified_)) return absl::InternalError("extend: the batch does not grow the last one verified");
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    if (pool.length(batch.slots[r]) != verified_lengths_[r]) {
+      return absl::InternalError(fmt::format("extend: slot {} changed since it was verified", batch.slots[r]));
+    }
+  }
+  return VerifyNewNodes(batch, pool);
+}
+
+VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const StatePool& pool) {
+  MoveKeptRows(batch);
+  std::vector<int32_t> new_rows, tokens;
+  std::vector<int64_t> positions;
+  std::vector<int> depths(batch.num_rows(), 0);
+  requests_.clear();
+  verified_lengths_.clear();
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    const int32_t begin = batch.row_starts[r];
+    const int64_t length = pool.length(batch.slots[r]);
+    verified_lengths_.push_back(length);
+    requests_.push_back({.state = {}, .length = length, .row_begin = begin, .num_rows = NumNodes(batch, r),
+                         .parents = batch.parents.data() + begin});
+    for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
+      if (row > begin) depths[row] = depths[begin + batch.parents[row]] + 1;
+      if (row - begin < NumNodes(verified_, r)) continue;
+      new_rows.push_back(row);
+      tokens.push_back(batch.tokens[row]);
+      positions.push_back(length + depths[row]);
+    }
+  }
+  verified_ = batch;
+
+  // Attention needs the k and v of all nodes, so it runs over the kept rows; the rest of a layer sees new rows only.
+  const int64_t width = qkv_width(), out_width = attention_width(), num_new = static_cast<int64_t>(new_rows.size());
+  const bool all_new = num_new == batch.num_rows();
+  if (num_new == 0) return {};
+  Forward(tokens, positions, Purpose::kOutput, [&](int layer, const float* qkv, float* out) {
+    float* kept = kept_qkv_[layer].data();
+    for (int64_t i = 0; i < num_new; ++i) std::copy_n(qkv + i * width, width, kept + new_rows[i] * width);
+    for (int r = 0; r < batch.num_requests(); ++r) requests_[r].state = pool.layer(batch.slots[r], layer);
+    float* tree_out = all_new ? out : Grow(tree_attention_, batch.num_rows() * out_width);
+    ops_->VerifyAttention({.layer = &weights_.layers[layer].attention, .qkv = kept, .out = tree_out,
+                           .requests = requests_});
+    if (all_new) return;
+    for (int64_t i = 0; i < num_new; ++i) {
+      std::copy_n(tree_out + new_rows[i] * out_width, out_width, out + i * out_width);
+    }
+  });
+  return Head(num_new);
+}
+
+// Makes room for the nodes that batch adds: moves the kept rows of each request to where batch has them.
+void LinearTransformer::MoveKeptRows(const VerifyBatch& batch) {
+  const int64_t width = qkv_width();
+  for (std::vector<float>& layer_qkv : kept_qkv_) {
+    float* kept = Grow(layer_qkv, batch.num_rows() * width);
+    for (int r = batch.num_requests() - 1; r >= 0; --r) {  // rows only move up: last request first
+      std::memmove(kept + batch.row_starts[r] * width, kept + verified_.row_starts[r] * width,
+                   NumNodes(verified_, r) * width * sizeof(float));
+    }
+  }
+}
+
+absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
+                                       StatePool* pool) {
+  if (batch.num_requests() == 0 || !SameBatch(batch, verified_)) {
+    return absl::InternalError("commit: not the batch last verified, or committed already");
+  }
+  if (static_cast<int>(paths.size()) != batch.num_requests()) {
+    return absl::InternalError(fmt::format("commit: {} paths for {} requests", paths.size(), batch.num_requests()));
+  }
+  std::vector<CommitRequest> requests;
+  std::vector<int32_t> slots;
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    if (paths[r].empty()) continue;
+    const int32_t slot = batch.slots[r];
+    if (!IsPath(batch, r, paths[r])) {
+      return absl::InternalError(fmt::format("commit: nodes of request {} are not a path from its root", r));
+    }
+    if (pool->length(slot) != verified_lengths_[r] || std::find(slots.begin(), slots.end(), slot) != slots.end()) {
+      return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", slot));
+    }
+    slots.push_back(slot);
+    requests.push_back({.state = {}, .length = verified_lengths_[r], .row_begin = batch.row_starts[r],
+                        .path = paths[r]});
+  }
+  for (int layer = 0; layer < config_.num_layers && !requests.empty(); ++layer) {
+    for (size_t i = 0; i < requests.size(); ++i) requests[i].state = pool->layer(slots[i], layer);
+    ops_->CommitAttention({.layer = &weights_.layers[layer].attention, .qkv = kept_qkv_[layer].data(),
+                           .requests = requests});
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    pool->set_length(slots[i], requests[i].length + static_cast<int64_t>(requests[i].path.size()));
+  }
+  verified_ = VerifyBatch();
+  return absl::OkStatus();
+}
+
+absl::Status LinearTransformer::CheckTokens(std::span<const int32_t> tokens) const {
+  for (const int32_t token : tokens) {
+    if (token < 0 || token >= config_.vocab_size) {
+      return absl::InvalidArgumentError(
+          fmt::format("token {} is outside the vocabulary of {}", token, config_.vocab_size));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LinearTransformer::CheckBatch(const VerifyBatch& batch, const StatePool& pool) const {
+  const size_t num_requests = batch.slots.size();
+  if (num_requests == 0 || batch.row_starts.size() != num_requests + 1 || batch.row_starts.front() != 0 ||
+      batch.row_starts.back() != batch.num_rows() || batch.parents.size() != batch.tokens.size()) {
+    return absl::InternalError("verify: the parts of the batch do not fit together");
+  }
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    const int nodes = NumNodes(batch, r);
+    if (nodes < 1 || nodes > kMaxTreeNodes || batch.row_starts[r + 1] > batch.num_rows() || batch.slots[r] < 0 ||
+        batch.slots[r] > pool.capacity()) {
+      return absl::InternalError(fmt::format("verify: request {} has {} nodes, slot {}", r, nodes, batch.slots[r]));
+    }
+    for (int node = 0; node < nodes; ++node) {
+      const int32_t parent = batch.parents[batch.row_starts[r] + node];
+      if (node == 0 ? parent != -1 : parent < 0 || parent >= node) {
+        return absl::InternalError(fmt::format("verify: node {} of request {} has parent {}", node, r, parent));
+      }
+    }
+  }
+  return CheckTokens(batch.tokens);
+}
+
+}  // namespace linspec

@@ -1,0 +1,89 @@
+#include "models/model.h"
+
+#include <filesystem>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "models/linear_transformer.h"
+#include "models/transformer_builder.h"
+#include "models/weights.h"
+
+namespace linspec {
+namespace {
+
+constexpr int64_t kMaxConfigBytes = 1 << 20;
+
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
+  if (options.ops != nullptr) return options.ops;
+  CpuOps::Options ops_options;
+  ops_options.num_threads = options.num_threads;
+  if (options.isa != "auto") {
+    bool known = false;
+    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+      if (options.isa != IsaName(isa)) continue;
+      ops_options.isa = isa;
+      known = true;
+    }
+    if (!known) {
+      return absl::InvalidArgumentError(fmt::format("isa \"{}\": expected auto, scalar, avx2 or avx512", options.isa));
+    }
+  }
+  absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Create(ops_options);
+  if (!ops.ok()) return ops.status();
+  return std::shared_ptr<CpuOps>(*std::move(ops));
+}
+
+absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSource* source,
+                                             const LoadOptions& options) {
+  BuildOptions build{.target = std::nullopt, .progress = options.progress};
+  if (options.weight_dtype == "f32") {
+    build.target = DType::kF32;
+  } else if (options.weight_dtype == "bf16") {
+    build.target = DType::kBF16;
+  } else if (options.weight_dtype == "int8") {
+    build.target = DType::kI8;
+  } else if (options.weight_dtype != "auto") {
+    return absl::InvalidArgumentError(
+        fmt::format("weight dtype \"{}\": expected auto, f32, bf16 or int8", options.weight_dtype));
+  }
+  absl::StatusOr<std::shared_ptr<CpuOps>> ops = MakeOps(options);
+  if (!ops.ok()) return ops.status();
+  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, ops->get(), build);
+  if (!weights.ok()) return weights.status();
+  return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
+}
+
+}  // namespace
+
+void VerifyBatch::Add(int32_t slot, const DraftTree& tree) {
+  if (row_starts.empty()) row_starts.push_back(0);
+  tokens.insert(tokens.end(), tree.tokens.begin(), tree.tokens.end());
+  parents.insert(parents.end(), tree.parents.begin(), tree.parents.end());
+  row_starts.push_back(num_rows());
+  slots.push_back(slot);
+}
+
+absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&) {
+  return absl::UnimplementedError("this model does not extend verified trees");
+}
+
+absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options) {
+  const std::string config_path = (std::filesystem::path(options.path) / "config.json").string();
+  absl::StatusOr<std::string> text = ReadTextFile(config_path, kMaxConfigBytes);
+  if (!text.ok()) return text.status();
+  absl::StatusOr<ModelConfig> config = ParseModelConfig(*text);
+  if (!config.ok()) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", config_path, std::string(config.status().message())));
+  }
+  absl::StatusOr<std::unique_ptr<WeightMap>> weights = WeightMap::Open(options.path);
+  if (!weights.ok()) return weights.status();
+  return Build(*config, weights->get(), options);
+}
+
+absl::StatusOr<std::unique_ptr<Model>> BuildRandomModel(const ModelConfig& config, uint64_t seed,
+                                                        const LoadOptions& options) {
+  return Build(config, MakeRandomWeights(seed).get(), options);
+}
+
+}  // namespace linspec

@@ -1,0 +1,49 @@
+#include "scheduler/acceptance.h"
+
+#include <algorithm>
+
+namespace linspec {
+namespace {
+
+std::vector<int32_t> EndTokens(const WalkInput& input) {
+  std::vector<int32_t> ends = input.params->stop_token_ids;
+  if (!input.params->ignore_eos) ends.insert(ends.end(), input.eos_token_ids.begin(), input.eos_token_ids.end());
+  return ends;
+}
+
+}  // namespace
+
+Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t vocab_size, const WalkInput& input) {
+  const std::vector<int32_t> ends = EndTokens(input);
+  Walk walk;
+  int64_t num_output = input.num_output_tokens;
+  for (int node = 0; node >= 0;) {
+    const bool too_early = num_output < input.params->min_tokens;
+    SampleResult sample = SampleToken(logits.subspan(node * vocab_size, vocab_size),
+                                      {.params = input.params,
+                                       .history = input.history,
+                                       .banned = too_early ? std::span<const int32_t>(ends) : std::span<const int32_t>(),
+                                       .position = input.position + static_cast<int64_t>(walk.path.size())});
+    if (!sample.ok) {
+      walk.ok = false;
+      return walk;
+    }
+    walk.path.push_back(node);
+    const int32_t token = sample.token.token;
+    if (std::find(ends.begin(), ends.end(), token) != ends.end()) {
+      walk.finish_reason = FinishReason::kStop;
+      walk.stop_token = token;
+      return walk;
+    }
+    input.history->Push(token);
+    walk.tokens.push_back(std::move(sample.token));
+    if (++num_output >= input.params->max_tokens) {
+      walk.finish_reason = FinishReason::kLength;
+      return walk;
+    }
+    node = tree.FindChild(node, token);
+  }
+  return walk;
+}
+
+}  // namespace linspec

@@ -1,0 +1,66 @@
+// Progress of one request. `num_committed` tokens are in the recurrent state; while decoding exactly one more, the
+// pending token, is known and not in it.
+//
+// Threads: engine thread only. The slot is given back the moment the sequence finishes.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "models/draft_tree.h"
+#include "models/sampler.h"
+#include "models/state_pool.h"
+#include "scheduler/acceptance.h"
+#include "scheduler/request.h"
+#include "scheduler/request_queue.h"
+#include "scheduler/scheduler.h"
+
+namespace linspec {
+
+class Sequence {
+ public:
+  // An invalid slot is for requests that end before they run.
+  Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::time_point now);
+
+  uint64_t id() const { return id_; }       // never used twice, unlike request ids
+  const Request& request() const { return request_; }
+  const SamplingParams& sampling() const { return request_.sampling; }
+  int32_t slot() const { return slot_.id(); }
+  bool finished() const { return output_.finish_reason != FinishReason::kNone; }
+  std::span<const int32_t> tokens() const { return tokens_; }
+  int64_t num_prompt_tokens() const { return output_.num_prompt_tokens; }
+  int64_t num_committed() const { return num_committed_; }
+  int32_t pending_token() const { return tokens_.back(); }
+  int64_t num_tokens_left() const { return sampling().max_tokens - output_.num_output_tokens; }
+  SequenceView view() const;
+
+  std::span<const int32_t> NextPromptTokens(int count) const;
+  void AdvancePrompt(int count) { num_committed_ += count; }
+  void AddPromptScore(SampledToken token) { output_.tokens.push_back(std::move(token)); }
+
+  WalkInput walk_input(std::span<const int32_t> eos_token_ids);
+  // Takes what a walk over `tree` chose; finishes the sequence when the walk says so.
+  void Accept(const DraftTree& tree, Walk walk, Clock::time_point now);
+  void Finish(FinishReason reason, absl::Status status, Clock::time_point now);
+
+  // The target's hidden state at the last committed token; empty before the first decode step.
+  std::vector<float> hidden;
+
+  // Prompt scores wait for the first generated token, so that one output starts with the whole prompt.
+  bool has_news() const { return finished() || output_.num_output_tokens > num_delivered_; }
+  // Hands the news to the sink; false when the client wants no more.
+  bool Deliver();
+
+ private:
+  uint64_t id_;
+  Request request_;
+  StateSlot slot_;
+  std::vector<int32_t> tokens_;             // prompt and output, the pending token last
+  int64_t num_committed_ = 0;
+  PenaltyHistory history_;
+  int64_t num_delivered_ = 0;
+  RequestOutput output_;                    // running totals, and the news of this step
+};
+
+}  // namespace linspec
