@@ -81,11 +81,12 @@ bool ResponseStream::Push(RequestOutput&& output) {
     std::lock_guard lock(mutex_);
     // The final output is always taken: it is small and tells the consumer how its request ended.
     if (output.finish_reason == FinishReason::kNone && queued_bytes_ + bytes > options_.max_buffer_bytes) {
-      overflowed_ = true;
-    } else {
-      queued_bytes_ += bytes;
-      queue_.push_back({std::move(output), Clock::now()});
+      overflowed_ = true;                 // the engine will not call again, so this is the end
+      output.tokens.clear();
+      output.finish_reason = FinishReason::kCancelled;
     }
+    queued_bytes_ += bytes;
+    queue_.push_back({std::move(output), Clock::now()});
     if (!notified_ && notify_) notified_ = true, notify = notify_;
   }
   if (notify) notify();
