@@ -63,12 +63,12 @@ class Model {
 };
 
 struct LoadOptions {
-  std::string path;                 // model folder
+  std::string path = {};            // model folder
   std::string weight_dtype = "auto";// auto (as stored; F16 and F32 files become bf16), f32, bf16, int8
   int num_threads = 0;
   std::string isa = "auto";         // auto, scalar, avx2, avx512
-  std::shared_ptr<CpuOps> ops;      // null: made from the two above; models of one engine thread may share one
-  std::function<void(double)> progress;  // fraction loaded, may be empty
+  std::shared_ptr<CpuOps> ops = {}; // null: made from the two above; models of one engine thread may share one
+  std::function<void(double)> progress = {};  // fraction loaded, may be empty
 };
 
 // Errors name the file, the tensor or the field.

@@ -277,4 +277,13 @@ SampleResult SampleToken(std::span<const float> logits, const SamplingContext& c
   return result;
 }
 
+SampleResult ScoreToken(std::span<const float> logits, int32_t token, int num_top) {
+  const Maximum max = FindMaximum(logits);
+  SampleResult result;
+  result.token.token = token;
+  result.ok = !max.has_nan && std::isfinite(max.value);
+  if (result.ok) FillLogprobs(logits, max.value, num_top, &result.token);
+  return result;
+}
+
 }  // namespace linspec

@@ -71,4 +71,7 @@ struct SampleResult {
 };
 SampleResult SampleToken(std::span<const float> logits, const SamplingContext& context);
 
+// The logprob a known token has in the model's own distribution, with the num_top best beside it (prompt logprobs).
+SampleResult ScoreToken(std::span<const float> logits, int32_t token, int num_top);
+
 }  // namespace linspec

@@ -34,6 +34,7 @@ class Tokenizer {
   virtual std::string IdToToken(int32_t id) const = 0;           // as spelled in the file; "" if unknown
   virtual std::string TokenBytes(int32_t id) const = 0;          // raw bytes the token stands for
   virtual bool IsSpecial(int32_t id) const = 0;
+  virtual int leading_spaces_to_strip() const = 0;               // Llama's decoder drops the space it put in front
 };
 
 // Feeds tokens, returns text that is complete UTF-8 only; bytes of an unfinished character wait. Invalid bytes become
@@ -47,7 +48,7 @@ class IncrementalDecoder {
  private:
   const Tokenizer* tokenizer_;
   bool skip_special_tokens_;
-  bool first_ = true;       // Llama's decoder strips one leading space
+  int spaces_to_strip_;     // still to be dropped from the front of the text
   std::string pending_;     // bytes of an unfinished character
 };
 

@@ -69,6 +69,11 @@ bool RequestQueue::idle() const {
   return live_.empty();
 }
 
+bool RequestQueue::stopped() const {
+  std::lock_guard lock(mutex_);
+  return stopped_;
+}
+
 RequestQueue::Counts RequestQueue::waiting() const {
   std::lock_guard lock(mutex_);
   return {static_cast<int64_t>(waiting_.size()), waiting_tokens_};

@@ -51,6 +51,7 @@ class RequestQueue {
   // True when no request is live; waits for that at most until `deadline`.
   bool WaitUntilIdle(Clock::time_point deadline);
   bool idle() const;
+  bool stopped() const;
   Counts waiting() const;
 
   News Take(int num_slots, Clock::time_point now);

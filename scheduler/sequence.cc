@@ -50,7 +50,7 @@ WalkInput Sequence::walk_input(std::span<const int32_t> eos_token_ids) {
 void Sequence::Accept(const DraftTree& tree, Walk walk, Clock::time_point now) {
   output_.num_verify_steps += 1;
   output_.num_draft_tokens += tree.num_nodes() - 1;
-  output_.num_accepted_tokens += static_cast<int64_t>(walk.path.size()) - 1;
+  output_.num_accepted_tokens += std::max<int64_t>(std::ssize(walk.path) - 1, 0);
   output_.num_output_tokens += static_cast<int64_t>(walk.tokens.size());
   num_committed_ += static_cast<int64_t>(walk.path.size());
   if (output_.times.first_token == Clock::time_point()) output_.times.first_token = now;

@@ -1,0 +1,67 @@
+#include "models/ngram_drafter.h"
+
+#include <algorithm>
+
+namespace linspec {
+namespace {
+
+uint64_t Hash(std::span<const int32_t> ngram) {
+  uint64_t hash = 0xCBF29CE484222325;
+  for (const int32_t token : ngram) {
+    hash = (hash ^ static_cast<uint32_t>(token)) * 0x9E3779B97F4A7C15;
+    hash ^= hash >> 29;
+  }
+  return hash;
+}
+
+// Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already.
+void AddContinuation(std::span<const int32_t> tokens, int64_t begin, int max_nodes, DraftTree* tree) {
+  int node = 0;
+  for (int64_t i = begin; i < std::ssize(tokens); ++i) {
+    const int child = tree->FindChild(node, tokens[i]);
+    if (child < 0 && tree->num_nodes() >= max_nodes) return;
+    node = child >= 0 ? child : tree->Add(tokens[i], node);
+  }
+}
+
+}  // namespace
+
+// An n-gram enters the index with the token that follows it, so the final tokens never match themselves.
+void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
+  for (; index->num_indexed < std::ssize(tokens); ++index->num_indexed) {
+    const int64_t next = index->num_indexed;
+    for (int n = kShortest; n <= kLongest && n <= next; ++n) {
+      Places& places = index->maps[n - kShortest][Hash(tokens.subspan(next - n, n))];
+      places = {.latest = next, .previous = places.latest};
+    }
+  }
+}
+
+NgramDrafter::Places NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
+  for (int n = kLongest; n >= kShortest; --n) {
+    if (std::ssize(tokens) < n) continue;
+    const auto& map = index.maps[n - kShortest];
+    if (const auto it = map.find(Hash(tokens.last(n))); it != map.end()) return it->second;
+  }
+  return {};
+}
+
+absl::StatusOr<std::vector<DraftTree>> NgramDrafter::Propose(std::span<const DraftContext> contexts) {
+  std::vector<DraftTree> trees;
+  for (const DraftContext& context : contexts) {
+    DraftTree tree = DraftTree::Root(context.tokens.back());
+    Index& index = indices_[context.sequence_id];
+    Extend(context.tokens, &index);
+    const Places places = Find(context.tokens, index);
+    if (context.max_nodes > 1 && places.latest >= 0) {
+      // The latest place gets most of the nodes; a quarter is kept for the other continuation.
+      const int reserved = places.previous >= 0 ? (context.max_nodes - 1) / 4 : 0;
+      AddContinuation(context.tokens, places.latest, context.max_nodes - reserved, &tree);
+      if (places.previous >= 0) AddContinuation(context.tokens, places.previous, context.max_nodes, &tree);
+    }
+    trees.push_back(std::move(tree));
+  }
+  return trees;
+}
+
+}  // namespace linspec

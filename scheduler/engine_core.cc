@@ -1,0 +1,229 @@
+#include "scheduler/engine_core.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "fmt/format.h"
+
+namespace linspec {
+namespace {
+
+double Seconds(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double>(to - from).count();
+}
+
+DraftTree Chain(std::span<const int32_t> tokens) {
+  DraftTree chain = DraftTree::Root(tokens.front());
+  for (size_t i = 1; i < tokens.size(); ++i) chain.Add(tokens[i], static_cast<int>(i) - 1);
+  return chain;
+}
+
+}  // namespace
+
+EngineCore::EngineCore(Model* model, StatePool* pool, Speculator* speculator, const EngineOptions& options)
+    : model_(model),
+      pool_(pool),
+      speculator_(speculator),
+      options_(options),
+      scheduler_(options.max_step_tokens, speculator->empty() ? 1 : options.max_draft_nodes) {}
+
+bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uint64_t>* ended) {
+  const bool abort = news.abort;
+  const std::unordered_set<uint64_t> cancelled = std::move(news.cancelled);
+  Admit(std::move(news));
+  EndCancelled(cancelled, abort);
+  if (sequences_.empty()) return false;
+
+  const StepPlan plan = Plan();
+  stats->num_running = num_running();
+  Prefill(plan, stats);
+  Decode(plan, stats);
+
+  const Clock::time_point start = Clock::now();
+  Deliver(ended);
+  stats->deliver_s = Seconds(start, Clock::now());
+  return true;
+}
+
+void EngineCore::Admit(RequestQueue::News news) {
+  const Clock::time_point now = Clock::now();
+  for (RequestQueue::Ended& gone : news.ended) {
+    sequences_.push_back(std::make_unique<Sequence>(next_sequence_id_++, std::move(gone.request), StateSlot(), now));
+    sequences_.back()->Finish(gone.reason, absl::OkStatus(), now);
+  }
+  for (QueuedRequest& queued : news.admitted) {
+    sequences_.push_back(std::make_unique<Sequence>(next_sequence_id_++, std::move(queued), pool_->Acquire(), now));
+  }
+}
+
+void EngineCore::EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort) {
+  const Clock::time_point now = Clock::now();
+  for (const auto& sequence : sequences_) {
+    if (sequence->finished()) continue;
+    const Request& request = sequence->request();
+    if (abort || cancelled.contains(request.id)) {
+      sequence->Finish(FinishReason::kCancelled, absl::OkStatus(), now);
+    } else if (request.deadline && *request.deadline <= now) {
+      sequence->Finish(FinishReason::kDeadline, absl::OkStatus(), now);
+    }
+  }
+}
+
+// Finished sequences still wait for delivery; the plan skips them.
+StepPlan EngineCore::Plan() const {
+  std::vector<SequenceView> views;
+  std::vector<int> indices;
+  for (size_t i = 0; i < sequences_.size(); ++i) {
+    if (sequences_[i]->finished()) continue;
+    views.push_back(sequences_[i]->view());
+    indices.push_back(static_cast<int>(i));
+  }
+  StepPlan plan = scheduler_.Plan(views);
+  for (PromptChunk& chunk : plan.prefill) chunk.sequence = indices[chunk.sequence];
+  for (PromptChunk& chunk : plan.score) chunk.sequence = indices[chunk.sequence];
+  for (int& sequence : plan.decode) sequence = indices[sequence];
+  return plan;
+}
+
+void EngineCore::Prefill(const StepPlan& plan, StepStats* stats) {
+  if (plan.prefill.empty()) return;
+  const Clock::time_point start = Clock::now();
+  std::vector<PrefillChunk> chunks;
+  for (const PromptChunk& chunk : plan.prefill) {
+    const Sequence& sequence = *sequences_[chunk.sequence];
+    chunks.push_back({sequence.slot(), sequence.NextPromptTokens(chunk.num_tokens)});
+    stats->num_prefill_tokens += chunk.num_tokens;
+  }
+  const absl::Status status = model_->Prefill(chunks, pool_);
+  for (const PromptChunk& chunk : plan.prefill) {
+    Sequence* sequence = sequences_[chunk.sequence].get();
+    if (status.ok()) {
+      sequence->AdvancePrompt(chunk.num_tokens);
+    } else {
+      Fail(sequence, status);
+    }
+  }
+  stats->prefill_s = Seconds(start, Clock::now());
+}
+
+// draft -> verify -> accept -> commit. Prompts that are scored ride along as chains whose every node is accepted.
+void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
+  if (plan.decode.empty() && plan.score.empty()) return;
+  decoding_.clear();
+  for (const int index : plan.decode) decoding_.push_back(sequences_[index].get());
+
+  const Clock::time_point start = Clock::now();
+  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
+  VerifyBatch batch;
+  for (size_t i = 0; i < trees.size(); ++i) batch.Add(decoding_[i]->slot(), trees[i]);
+  for (const PromptChunk& chunk : plan.score) {
+    const Sequence& sequence = *sequences_[chunk.sequence];
+    batch.Add(sequence.slot(), Chain(sequence.NextPromptTokens(chunk.num_tokens)));
+    stats->num_prefill_tokens += chunk.num_tokens;
+  }
+  stats->num_decode_requests = static_cast<int>(plan.decode.size());
+  stats->num_verify_rows = batch.num_rows();
+  const Clock::time_point drafted = Clock::now();
+
+  absl::StatusOr<VerifyResult> result = model_->Verify(batch, *pool_);
+  const Clock::time_point verified = Clock::now();
+  absl::Status status = result.status();
+  if (status.ok() && std::ssize(result->logits) != batch.num_rows() * model_->config().vocab_size) {
+    status = absl::InternalError(fmt::format("the model returned {} logits for {} rows", result->logits.size(),
+                                             batch.num_rows()));
+  }
+  Clock::time_point accepted = verified;
+  if (status.ok()) {
+    const std::vector<std::vector<int32_t>> paths = Accept(plan, trees, *result, stats);
+    accepted = Clock::now();
+    status = model_->Commit(batch, paths, pool_);
+  }
+  if (!status.ok()) {
+    for (Sequence* sequence : decoding_) Fail(sequence, status);
+    for (const PromptChunk& chunk : plan.score) Fail(sequences_[chunk.sequence].get(), status);
+  }
+  const Clock::time_point committed = Clock::now();
+  stats->draft_s = Seconds(start, drafted);
+  stats->verify_s = Seconds(drafted, verified);
+  stats->accept_s = Seconds(verified, accepted);
+  stats->commit_s = Seconds(accepted, committed);
+  if (status.ok()) speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), Seconds(drafted, committed));
+}
+
+std::vector<std::vector<int32_t>> EngineCore::Accept(const StepPlan& plan, std::span<const DraftTree> trees,
+                                                     const VerifyResult& result, StepStats* stats) {
+  const int64_t vocab_size = model_->config().vocab_size;
+  const int64_t hidden_size = model_->config().hidden_size;
+  std::vector<std::vector<int32_t>> paths(trees.size());
+  int64_t row = 0;
+  for (size_t i = 0; i < trees.size(); ++i) {
+    const int64_t num_rows = trees[i].num_nodes();
+    const auto logits = result.logits.subspan(row * vocab_size, num_rows * vocab_size);
+    const bool has_hidden = std::ssize(result.hidden) >= (row + num_rows) * hidden_size;
+    const auto hidden = has_hidden ? result.hidden.subspan(row * hidden_size, num_rows * hidden_size)
+                                   : std::span<const float>();
+    AcceptOne(static_cast<int>(i), trees[i], logits, hidden, &paths[i], stats);
+    row += num_rows;
+  }
+  for (const PromptChunk& chunk : plan.score) {
+    paths.push_back(ScorePrompt(chunk, result.logits.subspan(row * vocab_size, chunk.num_tokens * vocab_size)));
+    row += chunk.num_tokens;
+  }
+  return paths;
+}
+
+void EngineCore::AcceptOne(int index, const DraftTree& tree, std::span<const float> logits,
+                           std::span<const float> hidden, std::vector<int32_t>* path, StepStats* stats) {
+  const ModelConfig& config = model_->config();
+  Sequence* sequence = decoding_[index];
+  Walk walk = WalkTree(tree, logits, config.vocab_size, sequence->walk_input(config.eos_token_ids));
+  const bool ok = walk.ok;
+  if (ok) speculator_->ObserveWalk(index, *sequence, tree, walk, stats);
+  stats->num_output_tokens += static_cast<int>(walk.tokens.size());
+  if (ok && !speculator_->empty() && !hidden.empty()) {
+    const auto last = hidden.subspan(walk.path.back() * config.hidden_size, config.hidden_size);
+    sequence->hidden.assign(last.begin(), last.end());
+  }
+  const std::vector<int32_t> accepted = walk.path;
+  sequence->Accept(tree, std::move(walk), Clock::now());  // what was chosen before a failure is still good
+  if (!ok) Fail(sequence, absl::InternalError("no token can be chosen: logits not finite, or every token is banned"));
+  if (!sequence->finished()) *path = accepted;
+}
+
+std::vector<int32_t> EngineCore::ScorePrompt(const PromptChunk& chunk, std::span<const float> logits) {
+  const int64_t vocab_size = model_->config().vocab_size;
+  Sequence* sequence = sequences_[chunk.sequence].get();
+  std::vector<int32_t> path;
+  for (int i = 0; i < chunk.num_tokens; ++i) {
+    const int32_t next = sequence->tokens()[sequence->num_committed() + i + 1];
+    SampleResult score = ScoreToken(logits.subspan(i * vocab_size, vocab_size), next, sequence->sampling().logprobs);
+    if (!score.ok) {
+      Fail(sequence, absl::InternalError("the logits of the prompt are not finite"));
+      return {};
+    }
+    sequence->AddPromptScore(std::move(score.token));
+    path.push_back(i);
+  }
+  sequence->AdvancePrompt(chunk.num_tokens);
+  return path;
+}
+
+void EngineCore::Deliver(std::vector<uint64_t>* ended) {
+  for (const auto& sequence : sequences_) {
+    if (!sequence->has_news()) continue;
+    const bool wanted = sequence->Deliver();
+    if (!wanted && !sequence->finished()) {
+      sequence->Finish(FinishReason::kCancelled, absl::OkStatus(), Clock::now());
+    }
+    if (!sequence->finished()) continue;
+    speculator_->Forget(sequence->id());
+    ended->push_back(sequence->request().id);
+  }
+  std::erase_if(sequences_, [](const auto& sequence) { return sequence->finished(); });
+}
+
+void EngineCore::Fail(Sequence* sequence, const absl::Status& status) {
+  if (!sequence->finished()) sequence->Finish(FinishReason::kError, status, Clock::now());
+}
+
+}  // namespace linspec

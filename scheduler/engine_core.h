@@ -1,0 +1,58 @@
+// One step of the engine, without threads or locks: news in, outputs out.
+//
+// Threads: engine thread only. A sequence that ends, for whatever reason, gives its slot back within the same step.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <unordered_set>
+#include <vector>
+
+#include "models/model.h"
+#include "models/state_pool.h"
+#include "scheduler/engine.h"
+#include "scheduler/request_queue.h"
+#include "scheduler/scheduler.h"
+#include "scheduler/sequence.h"
+#include "scheduler/speculator.h"
+
+namespace linspec {
+
+class EngineCore {
+ public:
+  // Everything must outlive the core.
+  EngineCore(Model* model, StatePool* pool, Speculator* speculator, const EngineOptions& options);
+
+  // One turn. stats->num_waiting and queue_s are the caller's. Ids of the requests that ended are appended to `ended`.
+  // False when there was nothing to do.
+  bool Step(RequestQueue::News news, StepStats* stats, std::vector<uint64_t>* ended);
+  int num_running() const { return static_cast<int>(sequences_.size()); }
+
+ private:
+  void Admit(RequestQueue::News news);
+  void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
+  void Prefill(const StepPlan& plan, StepStats* stats);
+  void Decode(const StepPlan& plan, StepStats* stats);
+  // Walks the trees, appends tokens, scores prompts; returns the accepted path of every row of the batch.
+  std::vector<std::vector<int32_t>> Accept(const StepPlan& plan, std::span<const DraftTree> trees,
+                                           const VerifyResult& result, StepStats* stats);
+  void AcceptOne(int index, const DraftTree& tree, std::span<const float> logits, std::span<const float> hidden,
+                 std::vector<int32_t>* path, StepStats* stats);
+  std::vector<int32_t> ScorePrompt(const PromptChunk& chunk, std::span<const float> logits);
+  void Deliver(std::vector<uint64_t>* ended);
+  void Fail(Sequence* sequence, const absl::Status& status);
+  StepPlan Plan() const;
+
+  Model* model_;
+  StatePool* pool_;
+  Speculator* speculator_;
+  const EngineOptions options_;
+  Scheduler scheduler_;
+  std::vector<std::unique_ptr<Sequence>> sequences_;  // in order of admission
+  std::vector<Sequence*> decoding_;                   // of the step under way
+  uint64_t next_sequence_id_ = 1;
+};
+
+}  // namespace linspec

@@ -1,0 +1,174 @@
+#include "scheduler/speculator.h"
+
+#include <algorithm>
+#include <chrono>
+#include <string_view>
+
+#include "fmt/format.h"
+
+namespace linspec {
+namespace {
+
+std::string_view DrafterName(SpeculationMode mode) {
+  switch (mode) {
+    case SpeculationMode::kDraft: return "draft";
+    case SpeculationMode::kMedusa: return "medusa";
+    case SpeculationMode::kNgram: return "ngram";
+    default: return "";
+  }
+}
+
+double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+int Depth(const DraftTree& tree) {
+  const std::vector<int> depths = tree.Depths();
+  return *std::max_element(depths.begin(), depths.end());
+}
+
+bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int64_t vocab_size) {
+  return tree.Validate(vocab_size).ok() && tree.num_nodes() <= max_nodes &&
+         tree.tokens.front() == sequence.pending_token();
+}
+
+}  // namespace
+
+Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options,
+                       int64_t vocab_size)
+    : drafters_(std::move(drafters)),
+      options_(options),
+      vocab_size_(vocab_size),
+      controller_(static_cast<int>(drafters_.size())) {}
+
+int Speculator::FindDrafter(SpeculationMode mode) const {
+  for (size_t d = 0; d < drafters_.size(); ++d) {
+    if (drafters_[d]->name() == DrafterName(mode)) return static_cast<int>(d);
+  }
+  return -1;
+}
+
+absl::Status Speculator::CheckMode(SpeculationMode mode) const {
+  if (DrafterName(mode).empty() || FindDrafter(mode) >= 0) return absl::OkStatus();
+  std::string available = "off, auto";
+  for (const auto& drafter : drafters_) available += fmt::format(", {}", drafter->name());
+  return absl::InvalidArgumentError(
+      fmt::format("speculation = {} is not available; available: {}", DrafterName(mode), available));
+}
+
+std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, int max_draft_rows,
+                                           StepStats* stats) {
+  std::vector<DraftTree> trees;
+  for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
+  if (drafters_.empty() || sequences.empty()) return trees;
+  const std::vector<SpeculationRequest> requests = Describe(sequences);
+  choices_ = Choose(requests, max_draft_rows);
+  for (size_t d = 0; d < drafters_.size(); ++d) ProposeWith(static_cast<int>(d), sequences, requests, &trees, stats);
+  return trees;
+}
+
+std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences) const {
+  const bool crowded = options_.spec_max_batch > 0 && std::ssize(sequences) > options_.spec_max_batch;
+  std::vector<SpeculationRequest> requests;
+  for (const Sequence* sequence : sequences) {
+    SpeculationMode mode = sequence->request().speculation;
+    if (mode == SpeculationMode::kDefault) mode = options_.speculation;
+    SpeculationRequest request;
+    request.sequence_id = sequence->id();
+    request.drafter = FindDrafter(mode);  // of a mode that names none: kAnyDrafter
+    request.tokens_left = sequence->num_tokens_left();
+    const bool off = mode == SpeculationMode::kOff || crowded;
+    // A node beyond the tokens that may still come would be verified for nothing.
+    request.max_nodes = off ? 1 : static_cast<int>(std::min<int64_t>(options_.max_draft_nodes, request.tokens_left));
+    const auto seen = seen_.find(sequence->id());
+    for (size_t d = 0; d < drafters_.size(); ++d) {
+      request.catch_up_tokens.push_back(std::ssize(sequence->tokens()) - (seen == seen_.end() ? 0 : seen->second[d]));
+    }
+    requests.push_back(std::move(request));
+  }
+  return requests;
+}
+
+std::vector<SpeculationChoice> Speculator::Choose(std::span<const SpeculationRequest> requests, int max_draft_rows) {
+  if (options_.calibrate) return controller_.Choose(requests, max_draft_rows);
+  std::vector<SpeculationChoice> choices;
+  for (const SpeculationRequest& request : requests) {
+    const int nodes = std::min(request.max_nodes, max_draft_rows + 1);
+    choices.push_back({std::max(request.drafter, 0), nodes});
+    max_draft_rows -= nodes - 1;
+  }
+  return choices;
+}
+
+void Speculator::ProposeWith(int drafter, std::span<Sequence* const> sequences,
+                             std::span<const SpeculationRequest> requests, std::vector<DraftTree>* trees,
+                             StepStats* stats) {
+  std::vector<DraftContext> contexts;
+  std::vector<size_t> indices;
+  int64_t catch_up = 0;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    if (choices_[i].drafter != drafter || choices_[i].nodes <= 1) continue;
+    const Sequence& sequence = *sequences[i];
+    contexts.push_back({.sequence_id = sequence.id(),
+                        .tokens = sequence.tokens(),
+                        .num_prompt_tokens = sequence.num_prompt_tokens(),
+                        .sampling = &sequence.sampling(),
+                        .hidden = sequence.hidden,
+                        .max_nodes = choices_[i].nodes});
+    indices.push_back(i);
+    catch_up += requests[i].catch_up_tokens[drafter];
+    std::vector<int64_t>& seen = seen_[sequence.id()];
+    seen.resize(drafters_.size(), 0);
+    seen[drafter] = std::ssize(sequence.tokens());
+  }
+  if (contexts.empty()) return;
+
+  const Clock::time_point start = Clock::now();
+  absl::StatusOr<std::vector<DraftTree>> proposed = drafters_[drafter]->Propose(contexts);
+  const double seconds = SecondsSince(start);
+  if (!proposed.ok() || proposed->size() != contexts.size()) {
+    ++stats->num_drafter_errors;
+    return;
+  }
+  int levels = 0;
+  for (size_t i = 0; i < contexts.size(); ++i) {
+    DraftTree& tree = (*proposed)[i];
+    if (!Usable(tree, *sequences[indices[i]], contexts[i].max_nodes, vocab_size_)) {
+      ++stats->num_drafter_errors;
+      continue;
+    }
+    levels = std::max(levels, Depth(tree));
+    (*trees)[indices[i]] = std::move(tree);
+  }
+  controller_.draft_costs(drafter).Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);
+}
+
+void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk,
+                             StepStats* stats) {
+  if (drafters_.empty() || choices_[index].nodes <= 1) return;
+  const SpeculationChoice& choice = choices_[index];
+  const int depth = Depth(tree);
+  const int accepted = static_cast<int>(walk.path.size()) - 1;
+  controller_.Observe({.sequence_id = sequence.id(), .drafter = choice.drafter, .asked = choice.nodes,
+                       .nodes = tree.num_nodes(), .depth = depth, .accepted = accepted,
+                       .rejected = walk.finish_reason == FinishReason::kNone});
+  if (tree.num_nodes() <= 1) return;
+  const std::string_view name = drafters_[choice.drafter]->name();
+  stats->drafter = stats->drafter.empty() || stats->drafter == name ? name : "mixed";
+  stats->num_drafts += 1;
+  stats->num_draft_tokens += tree.num_nodes() - 1;
+  stats->num_accepted_tokens += accepted;
+  const int tracked = static_cast<int>(stats->drafted_per_depth.size());
+  for (int d = 0; d < std::min(depth, tracked); ++d) ++stats->drafted_per_depth[d];
+  for (int d = 0; d < std::min(accepted, tracked); ++d) ++stats->accepted_per_depth[d];
+}
+
+void Speculator::ObserveVerify(int rows, int requests, double seconds) {
+  if (!drafters_.empty()) controller_.step_costs().Observe(rows, requests, seconds);
+}
+
+void Speculator::Forget(uint64_t sequence_id) {
+  for (const auto& drafter : drafters_) drafter->Forget(sequence_id);
+  controller_.Forget(sequence_id);
+  seen_.erase(sequence_id);
+}
+
+}  // namespace linspec

@@ -1,0 +1,57 @@
+// Asks the drafters for trees and trusts none of them: whatever they return is checked, and a request whose proposal is
+// unusable is decoded plainly in that step.
+//
+// Threads: engine thread only. Drafter failures never fail a request; they are counted.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "models/drafter.h"
+#include "models/model.h"
+#include "scheduler/engine.h"
+#include "scheduler/sequence.h"
+#include "scheduler/speculation_controller.h"
+
+namespace linspec {
+
+class Speculator {
+ public:
+  Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options, int64_t vocab_size);
+
+  // INVALID_ARGUMENT names the mode and what is available. Constant after construction: any thread.
+  absl::Status CheckMode(SpeculationMode mode) const;
+  bool empty() const { return drafters_.empty(); }
+
+  // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
+  absl::Status Calibrate(Model* model, StatePool* pool);
+
+  // One tree per sequence, root = its pending token. Fills the draft fields of stats.
+  std::vector<DraftTree> Propose(std::span<Sequence* const> sequences, int max_draft_rows, StepStats* stats);
+  // After the walk over the tree that Propose returned for sequences[index].
+  void ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk, StepStats* stats);
+  void ObserveVerify(int rows, int requests, double seconds);
+  void Forget(uint64_t sequence_id);
+
+ private:
+  std::vector<SpeculationRequest> Describe(std::span<Sequence* const> sequences) const;
+  std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
+  void ProposeWith(int drafter, std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
+                   std::vector<DraftTree>* trees, StepStats* stats);
+  int FindDrafter(SpeculationMode mode) const;    // -1: not loaded
+  void CalibrateDrafter(int drafter, int max_contexts);
+
+  std::vector<std::unique_ptr<Drafter>> drafters_;
+  const EngineOptions options_;
+  const int64_t vocab_size_;
+  SpeculationController controller_;
+  std::vector<SpeculationChoice> choices_;        // of the step under way
+  std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
+};
+
+}  // namespace linspec

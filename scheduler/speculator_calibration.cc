@@ -1,0 +1,98 @@
+// Start-up measurements of the speculator: what verify steps and drafts cost on this machine with these models.
+#include <algorithm>
+#include <array>
+
+#include "scheduler/speculator.h"
+
+namespace linspec {
+namespace {
+
+constexpr int kRepetitions = 3;
+constexpr double kBudgetSeconds = 0.5;      // of the whole calibration; what is left out is extrapolated
+constexpr int kProbeRequests = 4;           // to tell the cost of a request from that of a row
+constexpr uint64_t kScratchId = uint64_t{1} << 63;  // sequence ids count up from 1 and never get there
+constexpr int kContext = 80;
+constexpr int kScratchNodes = 5;
+
+double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+std::vector<int32_t> SomeTokens(int count, int64_t vocab_size) {
+  std::vector<int32_t> tokens(count);
+  for (int i = 0; i < count; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % vocab_size);
+  return tokens;
+}
+
+DraftTree SomeChain(int rows, int64_t vocab_size) {
+  const std::vector<int32_t> tokens = SomeTokens(rows, vocab_size);
+  DraftTree chain = DraftTree::Root(tokens[0]);
+  for (int i = 1; i < rows; ++i) chain.Add(tokens[i], i - 1);
+  return chain;
+}
+
+// Median seconds of verifying and committing `rows` rows for each slot.
+absl::StatusOr<double> TimeStep(Model* model, StatePool* pool, std::span<const StateSlot> slots, int rows) {
+  VerifyBatch batch;
+  const DraftTree chain = SomeChain(rows, model->config().vocab_size);
+  for (const StateSlot& slot : slots) batch.Add(slot.id(), chain);
+  const std::vector<std::vector<int32_t>> paths(slots.size(), {0});
+  std::array<double, kRepetitions> seconds;
+  for (double& s : seconds) {
+    const Clock::time_point start = Clock::now();
+    if (auto result = model->Verify(batch, *pool); !result.ok()) return result.status();
+    if (absl::Status status = model->Commit(batch, paths, pool); !status.ok()) return status;
+    s = SecondsSince(start);
+  }
+  std::sort(seconds.begin(), seconds.end());
+  return seconds[kRepetitions / 2];
+}
+
+}  // namespace
+
+absl::Status Speculator::Calibrate(Model* model, StatePool* pool) {
+  const Clock::time_point start = Clock::now();
+  std::vector<StateSlot> slots;
+  while (static_cast<int>(slots.size()) < kProbeRequests && pool->num_free() > 0) slots.push_back(pool->Acquire());
+  const std::span<const StateSlot> all(slots);
+
+  if (auto warm_up = TimeStep(model, pool, all.first(1), 1); !warm_up.ok()) return warm_up.status();
+  for (int rows = 1; rows <= kMaxTreeNodes && SecondsSince(start) < kBudgetSeconds; rows *= 2) {
+    const absl::StatusOr<double> seconds = TimeStep(model, pool, all.first(1), rows);
+    if (!seconds.ok()) return seconds.status();
+    controller_.step_costs().Calibrate(rows, *seconds);
+  }
+  if (all.size() == kProbeRequests) {
+    const absl::StatusOr<double> apart = TimeStep(model, pool, all, 1);
+    if (!apart.ok()) return apart.status();
+    const double together = controller_.step_costs().Estimate(kProbeRequests, 1);
+    controller_.step_costs().CalibratePerRequest(std::max(*apart - together, 0.0) / (kProbeRequests - 1));
+  }
+  for (size_t d = 0; d < drafters_.size(); ++d) CalibrateDrafter(static_cast<int>(d), pool->capacity());
+  return absl::OkStatus();
+}
+
+// Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
+// long catch-up, tells the cost of a token. A drafter that fails here is not used until a probe succeeds.
+void Speculator::CalibrateDrafter(int drafter, int max_contexts) {
+  const Clock::time_point start = Clock::now();
+  const std::vector<int32_t> text = SomeTokens(kContext + 2 * kRepetitions, vocab_size_);
+  SamplingParams greedy;
+  greedy.temperature = 0;
+  for (int count = 1; count <= std::min(max_contexts, 16) && SecondsSince(start) < kBudgetSeconds / 2; count *= 4) {
+    for (int round = 0; round <= kRepetitions; ++round) {
+      std::vector<DraftContext> contexts;
+      const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
+      for (int i = 0; i < count; ++i) {
+        contexts.push_back({.sequence_id = kScratchId + i, .tokens = tokens, .num_prompt_tokens = kContext,
+                            .sampling = &greedy, .hidden = {}, .max_nodes = kScratchNodes});
+      }
+      const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);
+      const Clock::time_point proposed = Clock::now();
+      const auto trees = drafters_[drafter]->Propose(contexts);
+      if (!trees.ok()) break;
+      controller_.draft_costs(drafter).Observe(count, kScratchNodes - 1, catch_up, SecondsSince(proposed));
+    }
+    for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
+  }
+}
+
+}  // namespace linspec
