@@ -21,6 +21,7 @@ namespace linspec::loadtest {
 struct RequestRecord {
   bool ok = false;
   bool cancelled = false;        // we dropped it, on purpose
+  bool slow = false;             // we read it slowly, on purpose: its times are ours
   std::string error;             // why not ok
   double scheduled = 0;          // seconds after the start of the test
   double start = 0;              // when it was really sent

@@ -174,7 +174,7 @@ std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& re
   const size_t stride = result.records.size() / (4 * kMaxPoints) + 1;
   for (size_t i = 0; i < result.records.size(); ++i) {
     const RequestRecord& record = result.records[i];
-    if (!record.ok) continue;
+    if (!record.ok || record.slow) continue;
     ttft.push_back(record.ttft);
     e2el.push_back(record.latency);
     if (record.tpot() >= 0) tpot.push_back(record.tpot());

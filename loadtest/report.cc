@@ -90,7 +90,7 @@ void AddSpeculation(const SpeculationCounters& speculation, Json* report) {
 Json ReportJson(const RunResult& result, const Options& options, const std::string& model,
                 const SpeculationCounters& speculation) {
   Metric ttft{"ttft", {}}, tpot{"tpot", {}}, itl{"itl", {}}, e2el{"e2el", {}};
-  int64_t completed = 0, failed = 0, cancelled = 0, good = 0, input = 0, output = 0, chunks = 0;
+  int64_t completed = 0, failed = 0, cancelled = 0, slow = 0, good = 0, input = 0, output = 0, chunks = 0;
   std::string first_error;
   for (const RequestRecord& record : result.records) {
     if (record.cancelled) {
@@ -105,6 +105,10 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
     input += record.prompt_tokens;
     output += record.output_tokens;
     chunks += record.chunks;
+    if (record.slow) {
+      ++slow;
+      continue;
+    }
     ttft.seconds.push_back(record.ttft);
     e2el.seconds.push_back(record.latency);
     if (record.tpot() >= 0) tpot.seconds.push_back(record.tpot());
@@ -126,6 +130,7 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   report["completed"] = completed;
   report["failed"] = failed;
   report["cancelled"] = cancelled;
+  report["slow_readers"] = slow;
   report["total_input_tokens"] = input;
   report["total_output_tokens"] = output;
   report["request_throughput"] = static_cast<double>(completed) / duration;
@@ -157,6 +162,7 @@ std::string ReportTable(const Json& report) {
   row("Successful requests", "completed", 0);
   row("Failed requests", "failed", 0);
   row("Cancelled by this client", "cancelled", 0);
+  row("Slow readers (no latencies)", "slow_readers", 0);
   row("Duration (s)", "duration", 2);
   row("Prompt tokens", "total_input_tokens", 0);
   row("Output tokens", "total_output_tokens", 0);

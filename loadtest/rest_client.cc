@@ -56,7 +56,9 @@ class RestExchange : public std::enable_shared_from_this<RestExchange> {
       : stream_(*loop), pause_(*loop), cancel_after_(planned.cancel_after_chunks),
         read_delay_ms_(planned.read_delay_ms), done_(std::move(done)) {
     parser_.body_limit(boost::none);
-    parser_.eager(true);
+    // An eager parser keeps reading until the line end after a chunk is followed by the next chunk: every token would be
+    // seen one late, or all at the end.
+    parser_.eager(false);
   }
 
   void Run(const tcp::endpoint& endpoint, http::request<http::string_body> request, double timeout_s) {

@@ -128,6 +128,7 @@ class Coordinator {
         worker->client()->Start(workload_[index], [this, index, due, start](RequestRecord record) {
           record.scheduled = due;
           record.start = start;
+          record.slow = workload_[index].read_delay_ms > 0;
           asio::post(loop_, [this, index, record = std::move(record)]() mutable { OnDone(index, std::move(record)); });
         });
       });
