@@ -102,7 +102,7 @@ absl::StatusOr<GenerateSpec> SpecFromProto(const v1::GenerateRequest& request) {
   if (p.has_repetition_penalty()) s.repetition_penalty = p.repetition_penalty();
   if (p.has_frequency_penalty()) s.frequency_penalty = p.frequency_penalty();
   if (p.has_presence_penalty()) s.presence_penalty = p.presence_penalty();
-  s.logit_bias.insert(p.logit_bias().begin(), p.logit_bias().end());
+  for (const auto& [token, bias] : p.logit_bias()) s.logit_bias[token] = bias;
   thread_local std::mt19937_64 generator{std::random_device{}()};
   s.seed = p.has_seed() ? p.seed() : generator();
   const auto& stop = request.stopping();

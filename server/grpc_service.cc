@@ -209,7 +209,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
 
 class LinSpecService final : public v1::LinSpec::CallbackService {
  public:
-  LinSpecService(Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
+  LinSpecService(linspec::Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
                                                            const v1::GenerateRequest* request) override {
@@ -300,7 +300,7 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
     return absl::OkStatus();
   }
 
-  Service* const service_;
+  linspec::Service* const service_;   // not the generated base class
   Authenticator* const auth_;
   Pump pump_;
 };

@@ -7,7 +7,9 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "kernels/ops.h"
 #include "models/draft_model_drafter.h"
+#include "models/ngram_drafter.h"
 
 namespace linspec {
 namespace {
@@ -50,9 +52,29 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
   return parsed;
 }
 
-absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config, int64_t vocab_size) {
-  auto model = LoadModel({.path = path, .weight_dtype = config.model.weight_dtype, .num_threads = config.model.threads,
-                          .isa = config.model.isa, .progress = {}});
+// Target and draft run on one engine thread, so they share one pool of worker threads.
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
+  CpuOps::Options ops;
+  ops.num_threads = options.threads;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (options.isa == IsaName(isa)) ops.isa = isa;
+  }
+  auto made = CpuOps::Create(ops);
+  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
+  return std::shared_ptr<CpuOps>(*std::move(made));
+}
+
+LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, std::shared_ptr<CpuOps> ops) {
+  LoadOptions load;
+  load.path = path;
+  load.weight_dtype = options.weight_dtype;
+  load.ops = std::move(ops);
+  return load;
+}
+
+absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
+                                                   std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
+  auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
@@ -117,8 +139,10 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto chat = LoadChatTemplate(files.path);
   if (!chat.ok()) return chat.status();
   files.chat_template = *std::move(chat);
-  auto model = LoadModel({.path = files.path, .weight_dtype = options.weight_dtype, .num_threads = options.threads,
-                          .isa = options.isa, .progress = {}});
+  auto ops = MakeOps(options);
+  if (!ops.ok()) return ops.status();
+  files.ops = *std::move(ops);
+  auto model = LoadModel(OptionsFor(files.path, options, files.ops));
   if (!model.ok()) return InFile("--model " + files.path, model.status());
   files.model = *std::move(model);
   return files;
@@ -132,12 +156,14 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   Service::Parts parts;
   std::vector<std::unique_ptr<Drafter>> drafters;
   if (const std::string draft = DraftPath(config); !draft.empty()) {
-    auto drafter = LoadDraft(draft, config, files->model->config().vocab_size);
+    auto drafter = LoadDraft(draft, config, files->ops, files->model->config().vocab_size);
     if (!drafter.ok()) return drafter.status();
     drafters.push_back(*std::move(drafter));
   }
+  const bool has_draft = !drafters.empty();
+  drafters.push_back(std::make_unique<NgramDrafter>());
   for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
-  if (*mode == SpeculationMode::kDraft && drafters.empty()) {
+  if (*mode == SpeculationMode::kDraft && !has_draft) {
     return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
   }
   EngineOptions options;

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "kernels/ops.h"
 #include "models/chat_template.h"
 #include "models/model.h"
 #include "models/tokenizer.h"
@@ -23,6 +24,7 @@ absl::StatusOr<std::string> FindBundledModel(const std::string& name);
 
 struct ModelFiles {
   std::string path;
+  std::shared_ptr<CpuOps> ops;                    // the model's, to share with its draft
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;    // null: the folder has none
