@@ -124,7 +124,6 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       continued_ = true;
       const std::string expect = HeaderOf(parser_->get(), http::field::expect);
       if (beast::iequals(expect, "100-continue")) return Continue();
-      if (!expect.empty()) return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect)));
     }
     Read();
   }
@@ -178,6 +177,10 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
                 .request_id = std::string(message["X-Request-Id"])};
     if (!http_1_0_ && message.count(http::field::host) != 1) {
       return SendError(HttpError(400, "HTTP/1.1 needs exactly one Host header"));
+    }
+    if (const std::string expect = HeaderOf(message, http::field::expect);
+        !expect.empty() && !beast::iequals(expect, "100-continue")) {
+      return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect.substr(0, 100))));
     }
     ClearDeadline();
     auto notify = [weak = this->weak_from_this(), executor = socket().get_executor()] {

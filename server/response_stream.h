@@ -67,7 +67,7 @@ struct StreamTimes {
 };
 
 struct ResponseStreamOptions {
-  std::vector<std::string> stop;
+  std::vector<std::string> stop = {};
   bool include_stop = false;
   bool skip_special_tokens = true;
   bool detokenize = true;                     // false: token ids only, no text

@@ -18,6 +18,15 @@ namespace {
 constexpr char kQuote[] = "\xEF\xB7\x90";
 constexpr char kReplacement[] = "\xEF\xBF\xBD";
 
+// The engine's INVALID_ARGUMENT messages begin with the field, "top_p = 2 is invalid: ..."; clients get it by name too.
+absl::Status NameField(const absl::Status& status) {
+  const std::string message(status.message());
+  const size_t end = message.find_first_not_of("abcdefghijklmnopqrstuvwxyz_");
+  if (status.code() != absl::StatusCode::kInvalidArgument || end == std::string::npos || end == 0) return status;
+  if (message[end] != '[' && message.compare(end, 3, " = ") != 0) return status;
+  return FieldError(message.substr(0, end), message.substr(message[end] == '[' ? end : end + 3));
+}
+
 void ReplaceAll(const std::string& from, const std::string& to, std::string* text) {
   for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size()) text->replace(at, from.size(), to);
 }
@@ -208,7 +217,7 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
   absl::Status status = parts_.engine->Submit(std::move(request));
   if (status.code() == absl::StatusCode::kResourceExhausted) return Overloaded(std::move(status), "queue_full");
   if (status.code() == absl::StatusCode::kUnavailable) return Overloaded(std::move(status), "draining");
-  if (!status.ok()) return status;
+  if (!status.ok()) return NameField(status);
   running->submitted_ = true;
   return running;
 }
