@@ -1,0 +1,48 @@
+// Who may call what: API keys from a file, one rule for every route of both protocols. Without a key file everything is
+// allowed. The only public routes are the ones listed in IsPublicRoute.
+//
+// Threads: Check from any thread. The file is looked at again at most once a second, and reread when it changed; a file
+// that cannot be read leaves the old keys in force.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <ctime>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace linspec {
+
+class Authenticator {
+ public:
+  // path "": no keys. INVALID_ARGUMENT for a line that is no key, NOT_FOUND for a file that cannot be read.
+  static absl::StatusOr<std::unique_ptr<Authenticator>> Create(const std::string& path, bool public_metrics);
+
+  bool enabled() const { return !path_.empty(); }
+  bool IsPublicRoute(std::string_view path) const;
+  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never the
+  // key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
+  absl::StatusOr<std::string> Check(std::string_view authorization);
+
+ private:
+  using Digest = std::array<uint8_t, 32>;
+  Authenticator(std::string path, bool public_metrics) : path_(std::move(path)), public_metrics_(public_metrics) {}
+  absl::Status Load();
+  void ReloadIfChanged();
+
+  const std::string path_;
+  const bool public_metrics_;
+  std::mutex mutex_;                // guards what follows
+  std::vector<Digest> keys_;
+  std::timespec modified_{};
+  std::chrono::steady_clock::time_point checked_;
+};
+
+}  // namespace linspec

@@ -1,0 +1,190 @@
+// `linspec bench`: decode and prefill speed of the model alone, beside the memory bandwidth measured in the same run.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+#include <thread>
+
+#include "server/commands.h"
+#include "server/config.h"
+#include "server/flags.h"
+#include "server/model_files.h"
+
+namespace linspec {
+namespace {
+
+double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// Bytes/s that all threads together read from memory: the best of several passes over a buffer far larger than the caches.
+double MeasureReadBandwidth(int num_threads) {
+  constexpr size_t kBytesPerThread = 256u << 20;
+  std::vector<std::vector<uint64_t>> buffers(num_threads);
+  std::vector<uint64_t> sums(num_threads);
+  const auto on_all = [&](auto work) {
+    std::vector<std::thread> threads;
+    for (int t = 0; t < num_threads; ++t) threads.emplace_back([&, t] { work(t); });
+    for (std::thread& thread : threads) thread.join();
+  };
+  on_all([&](int t) { buffers[t].assign(kBytesPerThread / 8, static_cast<uint64_t>(t)); });
+  double best = 0;
+  for (int pass = 0; pass < 5; ++pass) {
+    const auto start = Clock::now();
+    on_all([&](int t) {
+      uint64_t lanes[8] = {};
+      for (size_t i = 0; i < buffers[t].size(); i += 8) {
+        for (size_t lane = 0; lane < 8; ++lane) lanes[lane] += buffers[t][i + lane];
+      }
+      sums[t] = std::accumulate(std::begin(lanes), std::end(lanes), uint64_t{0});
+    });
+    best = std::max(best, static_cast<double>(kBytesPerThread) * num_threads / SecondsSince(start));
+  }
+  // A sum that is used cannot be optimised away.
+  return std::accumulate(sums.begin(), sums.end(), uint64_t{0}) == 1 ? 0 : best;
+}
+
+class Bencher {
+ public:
+  Bencher(Model* model, double seconds) : model_(model), seconds_(seconds) {}
+
+  // Mean seconds of one decode step of `batch` requests that each have `context` tokens behind them.
+  absl::StatusOr<double> DecodeStep(int batch, int context);
+  absl::StatusOr<double> PrefillTokensPerSecond(int prompt);
+
+ private:
+  std::vector<int32_t> Prompt(int length) const {
+    std::vector<int32_t> tokens(length);
+    for (int i = 0; i < length; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % model_->config().vocab_size);
+    return tokens;
+  }
+
+  Model* const model_;
+  const double seconds_;
+};
+
+absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
+  auto pool = StatePool::Create(model_->config(), batch_size);
+  if (!pool.ok()) return pool.status();
+  const int group = model_->config().linear_attention.group_size;
+  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
+  const int computed = std::min(context, 4 * group);
+  const std::vector<int32_t> prompt = Prompt(computed);
+  std::vector<StateSlot> slots;
+  for (int i = 0; i < batch_size; ++i) {
+    slots.push_back((*pool)->Acquire());
+    const PrefillChunk chunks[] = {{slots.back().id(), prompt}};
+    if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
+    const int skipped = (context - computed) / group * group;   // whole groups keep the phase
+    (*pool)->set_length(slots.back().id(), computed + skipped);
+  }
+  const auto vocab = static_cast<size_t>(model_->config().vocab_size);
+  const std::vector<std::vector<int32_t>> paths(batch_size, {0});
+  std::vector<int32_t> next(batch_size, 1);
+  double total = 0;
+  int steps = -3;                         // warm-up
+  while (steps < 8 || total < seconds_) {
+    const auto start = Clock::now();
+    VerifyBatch batch;
+    batch.row_starts = {0};
+    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), DraftTree::Root(next[i]));
+    auto result = model_->Verify(batch, **pool);
+    if (!result.ok()) return result.status();
+    for (int i = 0; i < batch_size; ++i) {
+      const auto row = result->logits.subspan(i * vocab, vocab);
+      next[i] = static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+    }
+    if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
+    if (++steps > 0) total += SecondsSince(start);
+  }
+  return total / steps;
+}
+
+absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
+  auto pool = StatePool::Create(model_->config(), 1);
+  if (!pool.ok()) return pool.status();
+  const std::vector<int32_t> prompt = Prompt(length);
+  constexpr size_t kChunk = 512;          // the engine's default step budget
+  double best = 0, total = 0;
+  for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
+    StateSlot slot = (*pool)->Acquire();
+    const auto start = Clock::now();
+    for (size_t begin = 0; begin < prompt.size(); begin += kChunk) {
+      const auto part = std::span<const int32_t>(prompt).subspan(begin, std::min(kChunk, prompt.size() - begin));
+      const PrefillChunk chunks[] = {{slot.id(), part}};
+      if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
+    }
+    const double seconds = SecondsSince(start);
+    total += seconds;
+    best = std::max(best, length / seconds);
+  }
+  return best;
+}
+
+absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options) {
+  LoadOptions load;
+  load.path = options.path;
+  load.weight_dtype = options.weight_dtype;
+  load.num_threads = options.threads;
+  load.isa = options.isa;
+  if (shape.empty()) {
+    if (load.path.empty()) {
+      auto bundled = FindBundledModel("target");
+      if (!bundled.ok()) return bundled.status();
+      load.path = *std::move(bundled);
+    }
+    return LoadModel(load);
+  }
+  auto json = ReadFile(shape);
+  if (!json.ok()) return json.status();
+  auto config = ParseModelConfig(*json);
+  if (!config.ok()) return config.status();
+  return BuildRandomModel(*config, 1, load);
+}
+
+}  // namespace
+
+absl::Status Bench(std::span<const std::string> args) {
+  CommandFlags flags(args);
+  const std::string shape = flags.String("shape", "");
+  const auto batches = flags.Ints("batch", "1,4,16", 1, 4096);
+  const auto contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
+  const auto prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
+  const double seconds = flags.Double("seconds", 2, 0.01, 3600);
+  if (!flags.status().ok()) return flags.status();
+  auto config = ParseServerConfig(flags.rest());
+  if (!config.ok()) return config.status();
+  auto model = BenchModel(shape, config->model);
+  if (!model.ok()) return model.status();
+  const int threads = config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
+  const double bandwidth = MeasureReadBandwidth(threads);
+  const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
+  const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
+  fmt::print("{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
+             "\"state_bytes_per_request\": {:.0f},\n\"decode\": [", (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
+  Bencher bencher(model->get(), seconds);
+  const char* comma = "\n";
+  for (const int batch : batches) {
+    for (const int context : contexts) {
+      auto step = bencher.DecodeStep(batch, context);
+      if (!step.ok()) return step.status();
+      const double floor_s = (weight_bytes + batch * state_bytes) / bandwidth;
+      fmt::print("{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
+                 "\"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}", comma, batch, context, batch / *step, *step * 1e3,
+                 floor_s * 1e3, floor_s / *step);
+      std::fflush(stdout);
+      comma = ",\n";
+    }
+  }
+  fmt::print("],\n\"prefill\": [");
+  comma = "\n";
+  for (const int prompt : prompts) {
+    auto rate = bencher.PrefillTokensPerSecond(prompt);
+    if (!rate.ok()) return rate.status();
+    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
+    comma = ",\n";
+  }
+  fmt::print("]\n}}\n");
+  return absl::OkStatus();
+}
+
+}  // namespace linspec

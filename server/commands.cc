@@ -1,0 +1,95 @@
+#include "server/commands.h"
+
+#include <fmt/format.h>
+
+#include <cstdio>
+#include <string_view>
+#include <vector>
+
+#include "server/config.h"
+#include "server/service.h"
+
+#if __has_include("loadtest/loadtest.h")
+#include "loadtest/loadtest.h"
+#define LINSPEC_HAS_LOADTEST 1
+#else
+#define LINSPEC_HAS_LOADTEST 0
+#endif
+
+namespace linspec {
+namespace {
+
+constexpr char kHelp[] = R"(linspec: serves linearized language models; memory per request does not grow with context
+
+  linspec serve [flags]                 REST on port 8000, gRPC on port 50051
+  linspec generate [flags] PROMPT       continues a text on this terminal
+  linspec eval [flags] --text FILE      perplexity and bits per byte of a text
+  linspec bench [flags]                 tokens/s beside the memory-bandwidth floor, as JSON
+  linspec loadtest [flags]              open-loop load against a running server
+  linspec version
+  linspec help [serve|generate|eval|bench]
+)";
+
+constexpr char kGenerateHelp[] = R"(linspec generate [flags of serve] PROMPT
+  --max-tokens N     default 128
+  --temperature T    default 0.8; 0 is greedy
+  --top-p P          default 0.95
+  --seed N           default: drawn
+  --chat true        PROMPT is a user message, put through the model's chat template
+)";
+
+constexpr char kEvalHelp[] = R"(linspec eval [flags of serve] --text FILE
+  --context N        tokens per window; the state starts empty at each (default: what the model was trained at)
+  --max-tokens N     stop after so many tokens of the file (default: all)
+)";
+
+constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape CONFIG.JSON] [flags]
+  --shape FILE       random weights in the shape of this config.json instead of a model
+  --weight-dtype T   auto, f32, bf16, int8
+  --batch LIST       default 1,4,16
+  --context LIST     default 128,4096,65536
+  --prefill LIST     prompt lengths, default 512,2048
+  --seconds S        per measurement, default 2
+  --threads N, --isa NAME
+)";
+
+int Report(const absl::Status& status, const char* command) {
+  if (status.ok()) return 0;
+  fmt::print(stderr, "linspec {}: {}\n", command, std::string(status.message()));
+  return status.code() == absl::StatusCode::kInvalidArgument ? 2 : 1;
+}
+
+int Help(std::string_view topic) {
+  if (topic == "serve") fmt::print("{}", ServerHelp());
+  else if (topic == "generate") fmt::print("{}", kGenerateHelp);
+  else if (topic == "eval") fmt::print("{}", kEvalHelp);
+  else if (topic == "bench") fmt::print("{}", kBenchHelp);
+  else fmt::print("{}", kHelp);
+  return 0;
+}
+
+}  // namespace
+
+int RunCommand(int argc, char** argv) {
+  const std::string_view command = argc > 1 ? argv[1] : "help";
+  const std::vector<std::string> args(argv + std::min(argc, 2), argv + argc);
+  for (const std::string& arg : args) {
+    if ((arg == "--help" || arg == "-h") && command != "loadtest") return Help(command);
+  }
+  if (command == "serve") return Report(Serve(args), "serve");
+  if (command == "generate") return Report(Generate(args), "generate");
+  if (command == "eval") return Report(Eval(args), "eval");
+  if (command == "bench") return Report(Bench(args), "bench");
+#if LINSPEC_HAS_LOADTEST
+  if (command == "loadtest") return LoadTestMain(argc - 1, argv + 1);
+#endif
+  if (command == "version" || command == "--version") {
+    fmt::print("linspec {}\n", kVersion);
+    return 0;
+  }
+  if (command == "help" || command == "--help" || command == "-h") return Help(args.empty() ? "" : args[0]);
+  fmt::print(stderr, "linspec: unknown command '{}'\n\n{}", command, kHelp);
+  return 2;
+}
+
+}  // namespace linspec

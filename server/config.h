@@ -1,0 +1,74 @@
+// ServerConfig: every setting of `linspec serve`. A flag is declared once, in VisitFlags (config.cc); command line,
+// YAML file, help text and the start-up print all come from that declaration.
+//
+// Threads: parsed once at start, constant afterwards.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace linspec {
+
+struct ServerConfig {
+  struct ModelOptions {
+    std::string path;                    // empty: the bundled model
+    std::string draft_path;              // empty: the bundled draft model beside a bundled target; "none": no draft
+    std::string served_name;             // empty: the folder's name
+    std::string weight_dtype = "auto";
+    std::string isa = "auto";
+    int threads = 0;
+  } model;
+  struct NetworkOptions {
+    std::string host = "127.0.0.1";
+    int http_port = 8000;                // 0: any free port, -1: off
+    int grpc_port = 50051;
+    int io_threads = 2;
+    int max_connections = 16384;
+    int64_t max_body_bytes = 4 << 20;
+    int64_t max_header_bytes = 16 << 10;
+    double header_timeout_s = 10;
+    double idle_timeout_s = 60;
+    int64_t stream_buffer_bytes = 256 << 10;
+    std::string cors_origin;
+  } network;
+  struct EngineLimits {
+    int max_requests = 64;
+    int max_queue_requests = 1024;
+    int64_t max_queue_tokens = 4 << 20;
+    int max_step_tokens = 512;
+    int max_prompt_tokens = 131072;
+    int max_output_tokens = 131072;
+    int max_n = 16;
+    int max_requests_per_key = 0;        // 0: no limit
+    std::string speculation = "auto";
+    int max_draft_nodes = 8;
+  } engine;
+  struct SecurityOptions {
+    std::string api_key_file;
+    std::string tls_cert, tls_key, tls_client_ca;
+    bool public_metrics = true;
+  } security;
+  struct OperationsOptions {
+    double drain_timeout_s = 30;
+    std::string log_level = "info";
+    std::string log_format = "text";
+    std::string metrics_alias;
+  } operations;
+};
+
+// Command line (after the subcommand) over configuration file (--config) over defaults. INVALID_ARGUMENT names flag and
+// value; an unknown flag comes with the nearest known one.
+absl::StatusOr<ServerConfig> ParseServerConfig(std::span<const std::string> args);
+// The file alone: `flag-name: value` lines in YAML.
+absl::Status ApplyYaml(const std::string& yaml, const std::string& source, ServerConfig* config);
+absl::Status ValidateConfig(const ServerConfig& config);
+
+std::string ServerHelp();                                   // grouped, with defaults
+std::string DescribeConfig(const ServerConfig& config);     // one `--flag value` per line, those that differ marked with *
+
+}  // namespace linspec

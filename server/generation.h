@@ -1,0 +1,20 @@
+// The operation behind /v1/completions and /v1/chat/completions: prompts x candidates become engine requests, their
+// outputs become one answer, whole or as server-sent events.
+//
+// Threads: one connection's strand; the notify function travels to the engine.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "server/http_server.h"
+#include "server/openai_json.h"
+#include "server/service.h"
+
+namespace linspec {
+
+// Errors (nothing is left running then): what Service::CheckAdmission, ToTokens and Start return.
+absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call, std::string request_id,
+                                                               std::string tenant, HttpNotify notify);
+
+}  // namespace linspec

@@ -1,0 +1,198 @@
+#include "server/http_api.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <random>
+
+#include "server/errors.h"
+#include "server/generation.h"
+#include "server/json_text.h"
+#include "server/openai_json.h"
+
+namespace linspec {
+namespace {
+
+struct RouteInfo {
+  const char* path;
+  const char* method;
+};
+
+// Order: none. GET routes also answer HEAD.
+constexpr RouteInfo kRoutes[] = {
+    {"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"}, {"/v1/models", "GET"}, {"/tokenize", "POST"},
+    {"/detokenize", "POST"},     {"/health", "GET"},               {"/ready", "GET"},     {"/version", "GET"},
+    {"/metrics", "GET"},         {"/openapi.json", "GET"}};
+constexpr std::string_view kModelPrefix = "/v1/models/";
+
+const RouteInfo* FindRoute(const std::string& path) {
+  if (path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size()) return FindRoute("/v1/models");
+  const auto found = std::ranges::find_if(kRoutes, [&](const RouteInfo& route) { return path == route.path; });
+  return found == std::end(kRoutes) ? nullptr : found;
+}
+
+class ReadyOperation : public HttpOperation {
+ public:
+  explicit ReadyOperation(HttpReply reply) : reply_(std::move(reply)) {}
+  bool Poll(HttpReply* reply) override { return *reply = std::move(reply_), true; }
+
+ private:
+  HttpReply reply_;
+};
+
+// The client's id if it is short and printable, else one of ours.
+std::string RequestId(const std::string& given) {
+  const bool usable = !given.empty() && given.size() <= 128 &&
+                      std::ranges::all_of(given, [](char c) { return std::isalnum(static_cast<uint8_t>(c)) || c == '-' || c == '_' || c == '.'; });
+  if (usable) return given;
+  thread_local std::mt19937_64 generator{std::random_device{}()};
+  return fmt::format("{:016x}{:016x}", generator(), generator());
+}
+
+absl::Status CheckContentType(const HttpRequest& request) {
+  std::string type = request.content_type.substr(0, request.content_type.find(';'));
+  while (!type.empty() && type.back() == ' ') type.pop_back();
+  std::ranges::transform(type, type.begin(), [](char c) { return static_cast<char>(std::tolower(static_cast<uint8_t>(c))); });
+  if (!type.empty() && type != "application/json") {
+    return HttpError(415, fmt::format("Content-Type: '{}'; send application/json", type.substr(0, 100)));
+  }
+  if (!request.content_encoding.empty() && request.content_encoding != "identity") {
+    return HttpError(415, fmt::format("Content-Encoding: '{}' is not supported", request.content_encoding.substr(0, 100)));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+HttpApi::HttpApi(Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
+
+HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
+  HttpReply reply{.status = HttpStatusOf(status), .body = OpenAiErrorJson(status)};
+  if (const int seconds = RetryAfterSeconds(status); seconds > 0) reply.headers.emplace_back("Retry-After", std::to_string(seconds));
+  if (reply.status == 401) reply.headers.emplace_back("WWW-Authenticate", "Bearer");
+  return reply;
+}
+
+std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify notify) {
+  request.request_id = RequestId(request.request_id);
+  const RouteInfo* route = FindRoute(request.path);
+  const bool known_method = route != nullptr && (request.method == route->method ||
+                                                 (request.method == "HEAD" && std::string_view(route->method) == "GET"));
+  HttpReply reply;
+  const std::string& cors = service_->config().network.cors_origin;
+  if (route != nullptr && request.method == "OPTIONS" && !cors.empty()) {
+    reply.status = 204;
+    reply.headers = {{"Access-Control-Allow-Origin", cors}, {"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route->method)},
+                     {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"}, {"Access-Control-Max-Age", "600"}};
+    return std::make_unique<ReadyOperation>(std::move(reply));
+  }
+  if (route == nullptr) {
+    reply = ErrorReply(HttpError(404, fmt::format("no such path: {}", request.path.substr(0, 200))));
+  } else if (!known_method) {
+    reply = ErrorReply(HttpError(405, fmt::format("{} does not answer {}", route->path, request.method.substr(0, 50))));
+    reply.headers.emplace_back("Allow", std::string_view(route->method) == "GET" ? "GET, HEAD" : route->method);
+  } else {
+    auto operation = Route(&request, std::move(notify));
+    if (operation.ok()) return *std::move(operation);
+    reply = ErrorReply(operation.status());
+  }
+  reply.headers.emplace_back("X-Request-Id", request.request_id);
+  if (!cors.empty()) reply.headers.emplace_back("Access-Control-Allow-Origin", cors);
+  return std::make_unique<ReadyOperation>(std::move(reply));
+}
+
+absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* request, HttpNotify notify) {
+  std::string tenant;
+  if (!auth_->IsPublicRoute(request->path)) {
+    auto checked = auth_->Check(request->authorization);
+    if (!checked.ok()) return checked.status();
+    tenant = *std::move(checked);
+  }
+  const std::string& path = request->path;
+  if (request->method == "POST") {
+    if (absl::Status status = CheckContentType(*request); !status.ok()) return status;
+    if (path == "/v1/completions") return Generate(*request, false, tenant, std::move(notify));
+    if (path == "/v1/chat/completions") return Generate(*request, true, tenant, std::move(notify));
+  }
+  absl::StatusOr<HttpReply> reply = HttpReply{};
+  if (path == "/tokenize") reply = Tokenize(*request);
+  else if (path == "/detokenize") reply = Detokenize(*request);
+  else if (path == "/v1/models") reply = Models();
+  else if (path.starts_with(kModelPrefix)) reply = Model(path.substr(kModelPrefix.size()));
+  else if (path == "/health") reply->body = "{\"status\":\"ok\"}";
+  else if (path == "/ready") reply = Ready();
+  else if (path == "/version") reply->body = fmt::format("{{\"version\":\"{}\"}}", kVersion);
+  else if (path == "/metrics") *reply = {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_->MetricsText()};
+  else reply->body = OpenApiJson();
+  if (!reply.ok()) return reply.status();
+  reply->headers.emplace_back("X-Request-Id", request->request_id);
+  if (const auto& cors = service_->config().network.cors_origin; !cors.empty()) {
+    reply->headers.emplace_back("Access-Control-Allow-Origin", cors);
+  }
+  return std::unique_ptr<HttpOperation>(std::make_unique<ReadyOperation>(*std::move(reply)));
+}
+
+absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, bool chat,
+                                                                 const std::string& tenant, HttpNotify notify) {
+  if (absl::Status status = service_->CheckAdmission(request.body.size(), tenant); !status.ok()) return status;
+  const OpenAiLimits limits{.max_n = service_->config().engine.max_n, .max_output_tokens = service_->config().engine.max_output_tokens};
+  auto call = chat ? ParseChat(request.body, limits) : ParseCompletion(request.body, limits);
+  if (!call.ok()) return call.status();
+  if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
+  return StartGeneration(service_, *std::move(call), request.request_id, tenant, std::move(notify));
+}
+
+absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
+  auto call = ParseTokenize(request.body);
+  if (!call.ok()) return call.status();
+  if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
+  absl::StatusOr<std::vector<int32_t>> tokens;
+  if (const auto* text = std::get_if<std::string>(&call->prompt)) {
+    tokens = service_->tokenizer().Encode(*text, {.add_special_tokens = call->add_special_tokens, .parse_special = true});
+  } else {
+    tokens = service_->ToTokens(call->prompt);
+  }
+  if (!tokens.ok()) return tokens.status();
+  return HttpReply{.body = fmt::format("{{\"count\":{},\"max_model_len\":{},\"tokens\":[{}]}}", tokens->size(),
+                                       service_->config().engine.max_prompt_tokens, fmt::join(*tokens, ","))};
+}
+
+absl::StatusOr<HttpReply> HttpApi::Detokenize(const HttpRequest& request) const {
+  auto call = ParseDetokenize(request.body);
+  if (!call.ok()) return call.status();
+  if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
+  auto text = service_->tokenizer().Decode(call->tokens, call->skip_special_tokens);
+  if (!text.ok()) return FieldError("tokens", std::string(text.status().message()));
+  HttpReply reply{.body = "{\"prompt\":"};
+  AppendJsonString(*text, &reply.body);
+  reply.body += '}';
+  return reply;
+}
+
+std::string HttpApi::ModelJson() const {
+  std::string json = "{\"id\":";
+  AppendJsonString(service_->model_name(), &json);
+  json += fmt::format(",\"object\":\"model\",\"created\":{},\"owned_by\":\"linspec\",\"max_model_len\":{}}}",
+                      service_->started_at(), service_->config().engine.max_prompt_tokens);
+  return json;
+}
+
+HttpReply HttpApi::Models() const { return {.body = fmt::format("{{\"object\":\"list\",\"data\":[{}]}}", ModelJson())}; }
+
+absl::StatusOr<HttpReply> HttpApi::Model(const std::string& name) const {
+  if (absl::Status status = service_->CheckModelName(name); !status.ok()) return status;
+  return HttpReply{.body = ModelJson()};
+}
+
+HttpReply HttpApi::Ready() const {
+  if (service_->draining()) return {.status = 503, .body = "{\"status\":\"draining\"}"};
+  return {.body = "{\"status\":\"ready\"}"};
+}
+
+void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {
+  const RouteInfo* route = FindRoute(request.path);
+  const bool known = request.method == "GET" || request.method == "POST" || request.method == "HEAD" || request.method == "OPTIONS";
+  service_->metrics().OnHttp(route == nullptr ? "other" : route->path, known ? request.method : "other", status, seconds);
+}
+
+}  // namespace linspec

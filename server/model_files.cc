@@ -1,0 +1,191 @@
+#include "server/model_files.h"
+
+#include <fmt/format.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "kernels/ops.h"
+#include "models/draft_model_drafter.h"
+#include "models/ngram_drafter.h"
+
+namespace linspec {
+namespace {
+
+namespace fs = std::filesystem;
+
+absl::Status InFile(const std::string& path, const absl::Status& status) {
+  return absl::Status(status.code(), fmt::format("{}: {}", path, std::string(status.message())));
+}
+
+// chat_template.jinja, or the template inside tokenizer_config.json (a string, or named ones of which "default" counts).
+absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string& folder) {
+  const std::string own = folder + "/chat_template.jinja";
+  const std::string config = folder + "/tokenizer_config.json";
+  std::string source, from = own;
+  if (fs::exists(own)) {
+    auto text = ReadFile(own);
+    if (!text.ok()) return text.status();
+    source = *std::move(text);
+  } else if (fs::exists(config)) {
+    auto text = ReadFile(config);
+    if (!text.ok()) return text.status();
+    from = config;
+    const auto json = nlohmann::json::parse(*text, nullptr, false);
+    if (!json.is_object()) return absl::InvalidArgumentError(fmt::format("{}: not a JSON object", config));
+    const auto found = json.find("chat_template");
+    if (found != json.end() && found->is_string()) source = found->get<std::string>();
+    if (found != json.end() && found->is_array()) {
+      for (const auto& named : *found) {
+        if (named.is_object() && named.value("name", nlohmann::json()) == "default" && named.contains("template") &&
+            named["template"].is_string()) {
+          source = named["template"].get<std::string>();
+        }
+      }
+    }
+  }
+  if (source.empty()) return std::unique_ptr<ChatTemplate>();
+  auto parsed = ChatTemplate::Parse(source);
+  if (!parsed.ok()) return InFile(from, parsed.status());
+  return parsed;
+}
+
+// Target and draft run on one engine thread, so they share one pool of worker threads.
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
+  CpuOps::Options ops;
+  ops.num_threads = options.threads;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (options.isa == IsaName(isa)) ops.isa = isa;
+  }
+  auto made = CpuOps::Create(ops);
+  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
+  return std::shared_ptr<CpuOps>(*std::move(made));
+}
+
+LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, std::shared_ptr<CpuOps> ops) {
+  LoadOptions load;
+  load.path = path;
+  load.weight_dtype = options.weight_dtype;
+  load.ops = std::move(ops);
+  return load;
+}
+
+absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
+                                                   std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
+  auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
+  if (!model.ok()) return InFile("--draft-model " + path, model.status());
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
+  if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
+  return std::unique_ptr<Drafter>(*std::move(drafter));
+}
+
+// The draft to load: what was asked for, or the bundled one beside the bundled target; "" for none.
+std::string DraftPath(const ServerConfig& config) {
+  if (config.model.draft_path == "none") return "";
+  if (!config.model.draft_path.empty()) return config.model.draft_path;
+  if (!config.model.path.empty()) return "";
+  return FindBundledModel("draft").value_or("");
+}
+
+}  // namespace
+
+absl::StatusOr<std::string> ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::stringstream text;
+  if (file) text << file.rdbuf();
+  if (!file || fs::is_directory(path)) return absl::NotFoundError(fmt::format("cannot read '{}'", path));
+  return text.str();
+}
+
+absl::StatusOr<SpeculationMode> ParseSpeculation(const std::string& name) {
+  if (name == "off") return SpeculationMode::kOff;
+  if (name == "draft") return SpeculationMode::kDraft;
+  if (name == "medusa") return SpeculationMode::kMedusa;
+  if (name == "ngram") return SpeculationMode::kNgram;
+  if (name == "auto") return SpeculationMode::kAuto;
+  return absl::InvalidArgumentError(fmt::format("--speculation: '{}' is not one of off, draft, medusa, ngram, auto", name));
+}
+
+absl::StatusOr<std::string> FindBundledModel(const std::string& name) {
+  std::error_code error;
+  const fs::path binary = fs::read_symlink("/proc/self/exe", error).parent_path();
+  const fs::path candidates[] = {binary / "../share/linspec/models" / name, binary / "../../models/bundled" / name,
+                                 fs::path("models/bundled") / name};
+  std::string looked;
+  for (const fs::path& path : candidates) {
+    if (fs::exists(path / "config.json", error)) return path.lexically_normal().string();
+    looked += "\n  " + path.lexically_normal().string();
+  }
+  return absl::NotFoundError(fmt::format("no bundled model '{}'; give one with --model FOLDER. Looked in:{}", name, looked));
+}
+
+absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options) {
+  ModelFiles files;
+  files.path = options.path;
+  if (files.path.empty()) {
+    auto bundled = FindBundledModel("target");
+    if (!bundled.ok()) return bundled.status();
+    files.path = *std::move(bundled);
+  }
+  if (!fs::is_directory(files.path)) {
+    return absl::NotFoundError(fmt::format("--model: '{}' is not a folder; it should hold config.json, model.safetensors and "
+                                           "tokenizer.json", files.path));
+  }
+  auto tokenizer = Tokenizer::FromFile(files.path + "/tokenizer.json");
+  if (!tokenizer.ok()) return InFile(files.path + "/tokenizer.json", tokenizer.status());
+  files.tokenizer = *std::move(tokenizer);
+  auto chat = LoadChatTemplate(files.path);
+  if (!chat.ok()) return chat.status();
+  files.chat_template = *std::move(chat);
+  auto ops = MakeOps(options);
+  if (!ops.ok()) return ops.status();
+  files.ops = *std::move(ops);
+  auto model = LoadModel(OptionsFor(files.path, options, files.ops));
+  if (!model.ok()) return InFile("--model " + files.path, model.status());
+  files.model = *std::move(model);
+  return files;
+}
+
+absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::function<void(const StepStats&)> observer) {
+  auto mode = ParseSpeculation(config.engine.speculation);
+  if (!mode.ok()) return mode.status();
+  auto files = LoadModelFiles(config.model);
+  if (!files.ok()) return files.status();
+  Service::Parts parts;
+  std::vector<std::unique_ptr<Drafter>> drafters;
+  if (const std::string draft = DraftPath(config); !draft.empty()) {
+    auto drafter = LoadDraft(draft, config, files->ops, files->model->config().vocab_size);
+    if (!drafter.ok()) return drafter.status();
+    drafters.push_back(*std::move(drafter));
+  }
+  const bool has_draft = !drafters.empty();
+  drafters.push_back(std::make_unique<NgramDrafter>());
+  for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
+  if (*mode == SpeculationMode::kDraft && !has_draft) {
+    return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
+  }
+  EngineOptions options;
+  options.max_requests = config.engine.max_requests;
+  options.max_queue_requests = config.engine.max_queue_requests;
+  options.max_queue_tokens = config.engine.max_queue_tokens;
+  options.max_step_tokens = config.engine.max_step_tokens;
+  options.max_prompt_tokens = config.engine.max_prompt_tokens;
+  options.max_output_tokens = config.engine.max_output_tokens;
+  options.speculation = *mode;
+  options.max_draft_nodes = config.engine.max_draft_nodes;
+  auto engine = Engine::Create(std::move(files->model), std::move(drafters), options, std::move(observer));
+  if (!engine.ok()) return engine.status();
+  parts.engine = *std::move(engine);
+  parts.tokenizer = std::move(files->tokenizer);
+  parts.chat_template = std::move(files->chat_template);
+  fs::path folder(files->path);
+  if (!folder.has_filename()) folder = folder.parent_path();
+  // "target" is a place, not a name.
+  const std::string name = config.model.path.empty() ? "linspec-bundled" : folder.filename().string();
+  parts.model_name = config.model.served_name.empty() ? name : config.model.served_name;
+  return parts;
+}
+
+}  // namespace linspec

@@ -1,0 +1,41 @@
+// From a configuration to loaded parts: finds the model folder, loads weights, tokenizer, chat template and drafters.
+//
+// Threads: start-up only.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/ops.h"
+#include "models/chat_template.h"
+#include "models/model.h"
+#include "models/tokenizer.h"
+#include "scheduler/engine.h"
+#include "server/config.h"
+#include "server/service.h"
+
+namespace linspec {
+
+// The folder of the bundled model `name` ("target", "draft"): beside the executable, beside the sources, or under the
+// working directory. NOT_FOUND lists where it looked.
+absl::StatusOr<std::string> FindBundledModel(const std::string& name);
+
+struct ModelFiles {
+  std::string path;
+  std::shared_ptr<CpuOps> ops;                    // the model's, to share with its draft
+  std::unique_ptr<Model> model;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::unique_ptr<ChatTemplate> chat_template;    // null: the folder has none
+};
+// Errors name the file.
+absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options);
+
+// Everything that a Service needs; the engine is not started yet.
+absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::function<void(const StepStats&)> observer);
+
+absl::StatusOr<std::string> ReadFile(const std::string& path);
+absl::StatusOr<SpeculationMode> ParseSpeculation(const std::string& name);
+
+}  // namespace linspec

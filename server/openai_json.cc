@@ -1,0 +1,300 @@
+#include "server/openai_json.h"
+
+#include <fmt/format.h>
+
+#include <charconv>
+
+#include "server/errors.h"
+#include "server/json_fields.h"
+
+namespace linspec {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int64_t kMaxInt32 = 2147483647;
+constexpr size_t kMaxName = 256;
+constexpr size_t kMaxBiases = 1024;
+constexpr size_t kMaxMessages = 4096;
+constexpr int kMaxLogprobs = 20;
+
+void ReadStop(FieldReader* fields, const OpenAiLimits& limits, SamplingParams* sampling) {
+  const Json* stop = fields->Find("stop");
+  if (stop == nullptr) return;
+  const Json list = stop->is_array() ? *stop : Json::array({*stop});
+  if (list.size() > static_cast<size_t>(limits.max_stop_strings)) {
+    return fields->Fail("stop", fmt::format("{} strings; at most {}", list.size(), limits.max_stop_strings));
+  }
+  for (const Json& item : list) {
+    if (!item.is_string()) return fields->Fail("stop", fmt::format("{} is not a string", Shorten(item)));
+    const auto& text = item.get_ref<const std::string&>();
+    if (text.empty()) return fields->Fail("stop", "a stop string is empty");
+    if (text.size() > limits.max_stop_bytes) {
+      return fields->Fail("stop", fmt::format("a stop string has {} bytes; at most {}", text.size(), limits.max_stop_bytes));
+    }
+    sampling->stop.push_back(text);
+  }
+}
+
+void ReadLogitBias(FieldReader* fields, SamplingParams* sampling) {
+  const Json* bias = fields->Find("logit_bias");
+  if (bias == nullptr) return;
+  if (!bias->is_object()) return fields->Fail("logit_bias", "is not an object of token id to bias");
+  if (bias->size() > kMaxBiases) return fields->Fail("logit_bias", fmt::format("{} entries; at most {}", bias->size(), kMaxBiases));
+  for (const auto& [key, value] : bias->items()) {
+    int32_t token = -1;
+    const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token);
+    if (error != std::errc() || end != key.data() + key.size() || token < 0) {
+      return fields->Fail("logit_bias", fmt::format("'{}' is not a token id", key.substr(0, 80)));
+    }
+    const double number = value.is_number() ? value.get<double>() : 1e9;
+    if (!(number >= -100 && number <= 100)) {
+      return fields->Fail("logit_bias", fmt::format("{} for token {} is not a number in [-100, 100]", Shorten(value), token));
+    }
+    sampling->logit_bias[token] = static_cast<float>(number);
+  }
+}
+
+void ReadSpeculation(FieldReader* fields, SpeculationMode* mode) {
+  std::string name;
+  fields->String("speculation", kMaxName, &name);
+  if (name.empty()) return;
+  if (name == "off") *mode = SpeculationMode::kOff;
+  else if (name == "draft") *mode = SpeculationMode::kDraft;
+  else if (name == "medusa") *mode = SpeculationMode::kMedusa;
+  else if (name == "ngram") *mode = SpeculationMode::kNgram;
+  else if (name == "auto") *mode = SpeculationMode::kAuto;
+  else fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
+}
+
+void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* call) {
+  SamplingParams& s = call->sampling;
+  fields->Float("temperature", 0, 2, &s.temperature);
+  fields->Float("top_p", 0, 1, &s.top_p, true);
+  fields->Int32("top_k", -1, kMaxInt32, &s.top_k);
+  if (s.top_k < 0) s.top_k = 0;           // vLLM's spelling of "off"
+  fields->Float("min_p", 0, 1, &s.min_p);
+  fields->Float("typical_p", 0, 1, &s.typical_p, true);
+  fields->Float("repetition_penalty", 0, 100, &s.repetition_penalty, true);
+  fields->Float("frequency_penalty", -2, 2, &s.frequency_penalty);
+  fields->Float("presence_penalty", -2, 2, &s.presence_penalty);
+  ReadLogitBias(fields, &s);
+  int64_t seed = 0;
+  call->has_seed = fields->Find("seed") != nullptr;
+  fields->Int("seed", std::numeric_limits<int64_t>::min(), std::numeric_limits<int64_t>::max(), &seed);
+  s.seed = static_cast<uint64_t>(seed);
+  fields->Int32("min_tokens", 0, limits.max_output_tokens, &s.min_tokens);
+  fields->Bool("ignore_eos", &s.ignore_eos);
+  fields->TokenIds("stop_token_ids", &s.stop_token_ids);
+  if (s.stop_token_ids.size() > 128) fields->Fail("stop_token_ids", fmt::format("{} ids; at most 128", s.stop_token_ids.size()));
+  fields->Bool("include_stop_str_in_output", &s.include_stop_in_output);
+  ReadStop(fields, limits, &s);
+}
+
+void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
+  fields->Bool("stream", &call->stream);
+  const Json* options = fields->Find("stream_options");
+  if (options == nullptr) return;
+  if (!options->is_object()) return fields->Fail("stream_options", "is not an object");
+  if (!call->stream) return fields->Fail("stream_options", "is only allowed with stream: true");
+  FieldReader inner(*options, "stream_options.");
+  inner.Bool("include_usage", &call->include_usage);
+  inner.Ignore({"include_obfuscation"});
+  if (absl::Status status = inner.Finish(); !status.ok()) {
+    fields->Fail(ErrorField(status), std::string(status.message()).substr(ErrorField(status).size() + 2));
+  }
+}
+
+// What both kinds of call share. n x prompts is bounded where the prompts are known.
+void ReadCommon(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* call) {
+  fields->String("model", kMaxName, &call->model);
+  fields->Int32("n", 1, limits.max_n, &call->n);
+  ReadSampling(fields, limits, call);
+  ReadStreamOptions(fields, call);
+  ReadSpeculation(fields, &call->speculation);
+  fields->Int32("priority", -100000, 100000, &call->priority);
+  bool store = false;
+  fields->Bool("store", &store);
+  if (store) fields->Fail("store", "true is not supported: this server stores nothing");
+  const Json* format = fields->Find("response_format");
+  if (format != nullptr && !(format->is_object() && format->size() == 1 && format->value("type", Json()) == "text")) {
+    fields->Fail("response_format", fmt::format("{} is not supported; only {{\"type\": \"text\"}}", Shorten(*format)));
+  }
+  fields->Ignore({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"});
+  const SamplingParams& s = call->sampling;
+  if (s.min_tokens > s.max_tokens) {
+    fields->Fail("min_tokens", fmt::format("{} is more than max_tokens {}", s.min_tokens, s.max_tokens));
+  }
+}
+
+void ReadPrompts(FieldReader* fields, OpenAiCall* call) {
+  const Json* prompt = fields->Find("prompt");
+  if (prompt == nullptr) return fields->Fail("prompt", "is required");
+  if (prompt->is_string()) return call->prompts.emplace_back(prompt->get<std::string>()), void();
+  if (!prompt->is_array()) return fields->Fail("prompt", fmt::format("{} is not text or token ids", Shorten(*prompt)));
+  if (prompt->empty()) return fields->Fail("prompt", "is an empty list");
+  std::string error;
+  if (prompt->front().is_number()) {
+    std::vector<int32_t> ids;
+    if (!ReadTokenIds(*prompt, &ids, &error)) return fields->Fail("prompt", error);
+    return call->prompts.emplace_back(std::move(ids)), void();
+  }
+  for (const Json& item : *prompt) {
+    std::vector<int32_t> ids;
+    if (item.is_string() && prompt->front().is_string()) {
+      call->prompts.emplace_back(item.get<std::string>());
+    } else if (item.is_array() && prompt->front().is_array()) {
+      if (!ReadTokenIds(item, &ids, &error)) return fields->Fail("prompt", error);
+      call->prompts.emplace_back(std::move(ids));
+    } else {
+      return fields->Fail("prompt", fmt::format("{}: a list holds strings, token ids, or lists of token ids", Shorten(item)));
+    }
+  }
+}
+
+bool ReadContent(const Json& content, std::string* text, std::string* error) {
+  if (content.is_string()) return *text = content.get<std::string>(), true;
+  if (!content.is_array()) return *error = "is not a string or a list of text parts", false;
+  for (const Json& part : content) {
+    if (!part.is_object() || part.value("type", Json()) != "text" || !part.contains("text") || !part["text"].is_string() ||
+        part.size() != 2) {
+      return *error = fmt::format("{}: only {{\"type\": \"text\", \"text\": ...}} parts are supported", Shorten(part)), false;
+    }
+    *text += part["text"].get_ref<const std::string&>();
+  }
+  return true;
+}
+
+void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
+  const Json* list = fields->Find("messages");
+  if (list == nullptr) return fields->Fail("messages", "is required");
+  if (!list->is_array() || list->empty()) return fields->Fail("messages", "must be a list of at least one message");
+  if (list->size() > kMaxMessages) return fields->Fail("messages", fmt::format("{} messages; at most {}", list->size(), kMaxMessages));
+  for (size_t i = 0; i < list->size(); ++i) {
+    const std::string where = fmt::format("messages[{}]", i);
+    const Json& item = (*list)[i];
+    if (!item.is_object()) return fields->Fail(where, "is not an object");
+    FieldReader message(item, where + ".");
+    ChatMessage& out = messages->emplace_back();
+    message.String("role", kMaxName, &out.role);
+    if (out.role == "developer") out.role = "system";
+    if (message.ok() && out.role != "system" && out.role != "user" && out.role != "assistant") {
+      message.Fail("role", fmt::format("'{}' is not one of system, developer, user, assistant", out.role));
+    }
+    std::string error;
+    const Json* content = message.Find("content");
+    if (content == nullptr) message.Fail("content", "is required");
+    else if (!ReadContent(*content, &out.content, &error)) message.Fail("content", error);
+    message.Ignore({"name", "refusal"});
+    message.Unsupported({"tool_calls", "tool_call_id", "function_call", "audio"});
+    if (absl::Status status = message.Finish(); !status.ok()) {
+      return fields->Fail(ErrorField(status), std::string(status.message()).substr(ErrorField(status).size() + 2));
+    }
+  }
+}
+
+void CheckTotal(FieldReader* fields, const OpenAiLimits& limits, const OpenAiCall& call) {
+  const int64_t total = static_cast<int64_t>(call.prompts.size()) * call.best_of;
+  if (total > limits.max_n) {
+    fields->Fail(call.prompts.size() > 1 ? "prompt" : "n",
+                 fmt::format("{} prompts times {} candidates are {} requests; at most {} (--max-n)", call.prompts.size(),
+                             call.best_of, total, limits.max_n));
+  }
+}
+
+}  // namespace
+
+absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const OpenAiLimits& limits) {
+  auto json = ParseJsonObject(body);
+  if (!json.ok()) return json.status();
+  FieldReader fields(*json);
+  OpenAiCall call;
+  ReadPrompts(&fields, &call);
+  fields.Bool("echo", &call.echo);
+  fields.Int32("max_tokens", call.echo ? 0 : 1, limits.max_output_tokens, &call.sampling.max_tokens);
+  call.no_new_tokens = call.sampling.max_tokens == 0;
+  if (call.no_new_tokens) call.sampling.max_tokens = 1;
+  ReadCommon(&fields, limits, &call);
+  fields.Int32("logprobs", 0, kMaxLogprobs, &call.sampling.logprobs);
+  call.best_of = call.n;
+  fields.Int32("best_of", 1, limits.max_n, &call.best_of);
+  if (call.best_of < call.n) fields.Fail("best_of", fmt::format("{} is less than n {}", call.best_of, call.n));
+  if (call.best_of > call.n && call.stream) fields.Fail("best_of", "cannot be streamed when it is more than n");
+  CheckTotal(&fields, limits, call);
+  fields.Unsupported({"suffix"});
+  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  return call;
+}
+
+absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const OpenAiLimits& limits) {
+  auto json = ParseJsonObject(body);
+  if (!json.ok()) return json.status();
+  FieldReader fields(*json);
+  OpenAiCall call;
+  call.chat = true;
+  std::vector<ChatMessage> messages;
+  ReadMessages(&fields, &messages);
+  call.prompts.emplace_back(std::move(messages));
+  call.sampling.max_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens);
+  fields.Int32("max_tokens", 1, limits.max_output_tokens, &call.sampling.max_tokens);
+  fields.Int32("max_completion_tokens", 1, limits.max_output_tokens, &call.sampling.max_tokens);
+  ReadCommon(&fields, limits, &call);
+  bool logprobs = false;
+  int top = 0;
+  fields.Bool("logprobs", &logprobs);
+  fields.Int32("top_logprobs", 0, kMaxLogprobs, &top);
+  if (top > 0 && !logprobs) fields.Fail("top_logprobs", "needs logprobs: true");
+  if (logprobs) call.sampling.logprobs = top;
+  call.best_of = call.n;
+  CheckTotal(&fields, limits, call);
+  const Json* tools = fields.Find("tools");
+  if (tools != nullptr && !(tools->is_array() && tools->empty())) fields.Fail("tools", "is not supported by this server");
+  const Json* choice = fields.Find("tool_choice");
+  if (choice != nullptr && *choice != "none") fields.Fail("tool_choice", "is not supported by this server");
+  const Json* modalities = fields.Find("modalities");
+  if (modalities != nullptr && *modalities != Json::array({"text"})) fields.Fail("modalities", "only [\"text\"] is supported");
+  fields.Ignore({"parallel_tool_calls"});
+  fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
+                      "web_search_options", "chat_template", "chat_template_kwargs", "add_generation_prompt",
+                      "continue_final_message"});
+  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  return call;
+}
+
+absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body) {
+  auto json = ParseJsonObject(body);
+  if (!json.ok()) return json.status();
+  FieldReader fields(*json);
+  TokenizeCall call;
+  fields.String("model", kMaxName, &call.model);
+  fields.Bool("add_special_tokens", &call.add_special_tokens);
+  const Json* prompt = fields.Find("prompt");
+  if (prompt != nullptr && json->contains("messages")) fields.Fail("messages", "give prompt or messages, not both");
+  if (prompt != nullptr && !prompt->is_string()) fields.Fail("prompt", "is not a string");
+  if (prompt != nullptr && fields.ok()) {
+    call.prompt = prompt->get<std::string>();
+  } else if (json->contains("messages")) {
+    std::vector<ChatMessage> messages;
+    ReadMessages(&fields, &messages);
+    call.prompt = std::move(messages);
+  } else {
+    fields.Fail("prompt", "is required (or messages)");
+  }
+  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  return call;
+}
+
+absl::StatusOr<DetokenizeCall> ParseDetokenize(const std::string& body) {
+  auto json = ParseJsonObject(body);
+  if (!json.ok()) return json.status();
+  FieldReader fields(*json);
+  DetokenizeCall call;
+  fields.String("model", kMaxName, &call.model);
+  fields.Bool("skip_special_tokens", &call.skip_special_tokens);
+  if (fields.Find("tokens") == nullptr) fields.Fail("tokens", "is required");
+  fields.TokenIds("tokens", &call.tokens);
+  if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  return call;
+}
+
+}  // namespace linspec

@@ -1,0 +1,262 @@
+#include "server/service.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <utility>
+
+#include "server/errors.h"
+
+namespace linspec {
+namespace {
+
+// U+FDD0 is a Unicode noncharacter: it brackets special tokens that a client spelled in a message, so that the rendered
+// prompt tells them from the template's own.
+constexpr char kQuote[] = "\xEF\xB7\x90";
+constexpr char kReplacement[] = "\xEF\xBF\xBD";
+
+// The engine's INVALID_ARGUMENT messages begin with the field, "top_p = 2 is invalid: ..."; clients get it by name too.
+absl::Status NameField(const absl::Status& status) {
+  const std::string message(status.message());
+  const size_t end = message.find_first_not_of("abcdefghijklmnopqrstuvwxyz_");
+  if (status.code() != absl::StatusCode::kInvalidArgument || end == std::string::npos || end == 0) return status;
+  if (message[end] != '[' && message.compare(end, 3, " = ") != 0) return status;
+  return FieldError(message.substr(0, end), message.substr(message[end] == '[' ? end : end + 3));
+}
+
+void ReplaceAll(const std::string& from, const std::string& to, std::string* text) {
+  for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size()) text->replace(at, from.size(), to);
+}
+
+}  // namespace
+
+RunningRequest::RunningRequest(Service* service, uint64_t id, std::shared_ptr<ResponseStream> stream, GenerateSpec spec)
+    : service_(service), id_(id), stream_(std::move(stream)), spec_(std::move(spec)) {}
+
+RunningRequest::~RunningRequest() {
+  stream_->Cancel();
+  if (submitted_ && !reported_) {
+    service_->metrics().OnFinished(FinishReason::kCancelled, stream_->usage(), stream_->times());
+  }
+  if (submitted_) service_->engine().Cancel(id_);   // ids that ended are ignored
+  service_->Forget(id_, spec_);
+}
+
+StreamDelta RunningRequest::Take() {
+  StreamDelta delta = stream_->Take();
+  Metrics& metrics = service_->metrics();
+  if (!first_seen_ && !delta.tokens.empty()) {
+    first_seen_ = true;
+    metrics.OnFirstToken(stream_->times());
+  }
+  metrics.OnGaps(stream_->TakeGaps());
+  if (stream_->finished() && !reported_) {
+    reported_ = true;
+    metrics.OnFinished(delta.finish_reason, stream_->usage(), stream_->times());
+    if (!delta.stop_string.empty()) service_->engine().Cancel(id_);
+  }
+  return delta;
+}
+
+Service::Service(ServerConfig config, Parts parts, Metrics* metrics)
+    : config_(std::move(config)), parts_(std::move(parts)), metrics_(metrics),
+      started_at_(std::chrono::duration_cast<std::chrono::seconds>(
+          std::chrono::system_clock::now().time_since_epoch()).count()) {
+  for (int32_t id = 0; id < parts_.tokenizer->vocab_size(); ++id) {
+    const std::string spelling = parts_.tokenizer->IsSpecial(id) ? parts_.tokenizer->IdToToken(id) : "";
+    if (spelling.empty()) continue;
+    special_spellings_.push_back(spelling);
+    starts_special_[static_cast<uint8_t>(spelling[0])] = true;
+  }
+  // Longest first: a token that contains another is quoted whole.
+  std::ranges::sort(special_spellings_, [](const auto& a, const auto& b) { return a.size() > b.size(); });
+}
+
+Service::~Service() = default;
+
+absl::Status Service::Overloaded(absl::Status status, const char* reason) {
+  metrics_->OnRejected(reason);
+  const EngineStats stats = parts_.engine->stats();
+  double seconds = 1;  // time until what waits has left the queue, at the recent rate
+  if (stats.recent_requests_per_s > 0) seconds = static_cast<double>(stats.num_waiting + 1) / stats.recent_requests_per_s;
+  return WithRetryAfter(std::move(status), static_cast<int>(std::clamp(std::ceil(seconds), 1.0, 60.0)));
+}
+
+absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& tenant) {
+  if (draining_) return Overloaded(absl::UnavailableError("the server is shutting down"), "draining");
+  const EngineStats stats = parts_.engine->stats();
+  const auto& limits = config_.engine;
+  if (stats.num_waiting >= limits.max_queue_requests && stats.slots_free == 0) {
+    return Overloaded(absl::ResourceExhaustedError(fmt::format("{} requests are waiting, the most this server queues "
+                                                               "(--max-queue-requests)", stats.num_waiting)), "queue_requests");
+  }
+  if (stats.waiting_tokens >= limits.max_queue_tokens) {
+    return Overloaded(absl::ResourceExhaustedError(fmt::format("{} prompt tokens are waiting, the most this server queues "
+                                                               "(--max-queue-tokens)", stats.waiting_tokens)), "queue_tokens");
+  }
+  // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than 64 on average.
+  if (static_cast<int64_t>(prompt_bytes / 64) > limits.max_prompt_tokens) {
+    metrics_->OnRejected("prompt_too_long");
+    return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be", prompt_bytes,
+                                            limits.max_prompt_tokens));
+  }
+  if (limits.max_requests_per_key > 0 && !tenant.empty()) {
+    std::lock_guard lock(mutex_);
+    const auto found = live_per_tenant_.find(tenant);
+    if (found != live_per_tenant_.end() && found->second >= limits.max_requests_per_key) {
+      metrics_->OnRejected("key_limit");
+      return TenantLimit(fmt::format("this API key has {} requests open, its limit", found->second), 1);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt) const {
+  absl::StatusOr<std::vector<int32_t>> tokens;
+  if (const auto* text = std::get_if<std::string>(&prompt)) {
+    tokens = parts_.tokenizer->Encode(*text, {.add_special_tokens = true, .parse_special = true});
+  } else if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) {
+    tokens = *ids;
+  } else {
+    tokens = ChatTokens(std::get<std::vector<ChatMessage>>(prompt));
+  }
+  const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
+  if (!tokens.ok()) {
+    return tokens.status().code() == absl::StatusCode::kInvalidArgument && ErrorField(tokens.status()).empty()
+               ? FieldError(field, std::string(tokens.status().message())) : tokens.status();
+  }
+  if (tokens->empty()) return FieldError(field, "is empty: there is nothing to continue");
+  const int64_t limit = config_.engine.max_prompt_tokens;
+  if (static_cast<int64_t>(tokens->size()) > limit) {
+    return FieldError(field, fmt::format("{} tokens; at most {} (--max-prompt-tokens)", tokens->size(), limit));
+  }
+  const int64_t vocab = parts_.engine->model_config().vocab_size;
+  for (const int32_t token : *tokens) {
+    if (token < 0 || token >= vocab) return FieldError(field, fmt::format("token id {} is not in [0, {})", token, vocab));
+  }
+  return tokens;
+}
+
+std::string Service::QuoteSpecialTokens(std::string text) const {
+  ReplaceAll(kQuote, kReplacement, &text);
+  std::string quoted;
+  for (size_t i = 0; i < text.size();) {
+    if (!starts_special_[static_cast<uint8_t>(text[i])]) {
+      quoted += text[i++];
+      continue;
+    }
+    const auto hit = std::ranges::find_if(special_spellings_, [&](const std::string& special) {
+      return text.compare(i, special.size(), special) == 0;
+    });
+    if (hit == special_spellings_.end()) {
+      quoted += text[i++];
+    } else {
+      quoted += kQuote + *hit + kQuote;
+      i += hit->size();
+    }
+  }
+  return quoted;
+}
+
+absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatMessage>& messages) const {
+  if (parts_.chat_template == nullptr) {
+    return FieldError("messages", fmt::format("model {} has no chat template; use /v1/completions", parts_.model_name));
+  }
+  nlohmann::json list = nlohmann::json::array();
+  for (const ChatMessage& message : messages) {
+    list.push_back({{"role", message.role}, {"content", QuoteSpecialTokens(message.content)}});
+  }
+  const ModelConfig& model = parts_.engine->model_config();
+  const auto spelling = [&](int32_t id) { return id < 0 ? std::string() : parts_.tokenizer->IdToToken(id); };
+  const int32_t eos = model.eos_token_ids.empty() ? -1 : model.eos_token_ids.front();
+  const nlohmann::json context = {{"messages", std::move(list)}, {"add_generation_prompt", true},
+                                  {"bos_token", spelling(model.bos_token_id)}, {"eos_token", spelling(eos)}};
+  auto rendered = parts_.chat_template->Render(context.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
+  if (!rendered.ok()) return rendered.status();
+  std::vector<int32_t> tokens;
+  bool from_client = false;   // even pieces are the template's, odd ones are quoted special tokens
+  for (size_t begin = 0; begin <= rendered->size(); from_client = !from_client) {
+    const size_t end = std::min(rendered->find(kQuote, begin), rendered->size());
+    if (end > begin) {
+      auto piece = parts_.tokenizer->Encode(rendered->substr(begin, end - begin),
+                                            {.add_special_tokens = false, .parse_special = !from_client});
+      if (!piece.ok()) return piece.status();
+      tokens.insert(tokens.end(), piece->begin(), piece->end());
+    }
+    begin = end + sizeof(kQuote) - 1;
+  }
+  return tokens;
+}
+
+absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32_t> prompt, GenerateSpec spec) {
+  if (spec.sampling.max_tokens > config_.engine.max_output_tokens) {
+    return FieldError("max_tokens", fmt::format("{} is over the limit of {} (--max-output-tokens)",
+                                                spec.sampling.max_tokens, config_.engine.max_output_tokens));
+  }
+  const uint64_t id = next_id_++;
+  auto stream = ResponseStream::Create(parts_.tokenizer.get(),
+      {.stop = spec.sampling.stop, .include_stop = spec.sampling.include_stop_in_output, .detokenize = spec.detokenize,
+       .num_prompt_tokens = spec.prompt_logprobs ? static_cast<int64_t>(prompt.size()) : 0,
+       .last_prompt_token = prompt.back(), .max_buffer_bytes = config_.network.stream_buffer_bytes});
+  Request request{.id = id, .prompt_tokens = std::move(prompt), .sampling = spec.sampling, .speculation = spec.speculation,
+                  .deadline = spec.deadline, .prompt_logprobs = spec.prompt_logprobs, .sink = stream->MakeSink()};
+  {
+    std::lock_guard lock(mutex_);
+    if (!spec.name.empty() && !names_.try_emplace(spec.name, Named{id, spec.tenant}).second) {
+      return absl::AlreadyExistsError(fmt::format("request_id: '{}' is in use by a live request", spec.name));
+    }
+    // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
+    const int open = live_per_tenant_[spec.tenant]++;
+    request.priority = std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
+  }
+  // From here on the destructor gives back name and count.
+  auto running = std::make_unique<RunningRequest>(this, id, std::move(stream), std::move(spec));
+  absl::Status status = parts_.engine->Submit(std::move(request));
+  if (status.code() == absl::StatusCode::kResourceExhausted) return Overloaded(std::move(status), "queue_full");
+  if (status.code() == absl::StatusCode::kUnavailable) return Overloaded(std::move(status), "draining");
+  if (!status.ok()) return NameField(status);
+  running->submitted_ = true;
+  return running;
+}
+
+void Service::Forget(uint64_t id, const GenerateSpec& spec) {
+  std::lock_guard lock(mutex_);
+  if (const auto name = names_.find(spec.name); name != names_.end() && name->second.id == id) names_.erase(name);
+  if (const auto live = live_per_tenant_.find(spec.tenant); live != live_per_tenant_.end() && --live->second <= 0) {
+    live_per_tenant_.erase(live);
+  }
+}
+
+absl::Status Service::Abort(const std::string& name, const std::string& tenant) {
+  uint64_t id = 0;
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = names_.find(name);
+    // Somebody else's request is as unknown as one that does not exist.
+    if (name.empty() || found == names_.end() || found->second.tenant != tenant) {
+      return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name));
+    }
+    id = found->second.id;
+  }
+  parts_.engine->Cancel(id);
+  return absl::OkStatus();
+}
+
+absl::Status Service::CheckModelName(const std::string& name) const {
+  if (name.empty() || name == parts_.model_name) return absl::OkStatus();
+  absl::Status status = absl::NotFoundError(
+      fmt::format("model: '{}' is not served here; this server has '{}'", name.substr(0, 200), parts_.model_name));
+  return status;
+}
+
+void Service::StopAdmitting() {
+  draining_ = true;
+  parts_.engine->StopAdmitting();
+}
+
+std::string Service::MetricsText() { return metrics_->Serialize(parts_.engine->stats()); }
+
+}  // namespace linspec

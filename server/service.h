@@ -1,0 +1,126 @@
+// What both front ends share: prompt to tokens, admission, live requests, names. Knows no protocol.
+//
+// Threads: every method from any thread. RunningRequest belongs to one consumer.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "models/chat_template.h"
+#include "models/tokenizer.h"
+#include "scheduler/engine.h"
+#include "server/config.h"
+#include "server/metrics.h"
+#include "server/response_stream.h"
+
+namespace linspec {
+
+inline constexpr char kVersion[] = "0.1.0";
+
+struct ChatMessage {
+  std::string role, content;
+};
+using PromptInput = std::variant<std::string, std::vector<int32_t>, std::vector<ChatMessage>>;
+
+struct GenerateSpec {
+  SamplingParams sampling = {};
+  SpeculationMode speculation = SpeculationMode::kDefault;
+  int32_t priority = 0;
+  bool prompt_logprobs = false;
+  bool detokenize = true;
+  std::optional<Clock::time_point> deadline = {};
+  std::string tenant = {};          // which API key asks; "" without keys
+  std::string name = {};            // the client's request id, for Abort; "" for none
+};
+
+class Service;
+
+// One request in the engine. Destroying it before its end cancels it and gives back what it held.
+class RunningRequest {
+ public:
+  RunningRequest(Service* service, uint64_t id, std::shared_ptr<ResponseStream> stream, GenerateSpec spec);
+  ~RunningRequest();
+  RunningRequest(const RunningRequest&) = delete;
+
+  void SetNotify(std::function<void()> notify) { stream_->SetNotify(std::move(notify)); }
+  StreamDelta Take();               // and reports to the metrics
+  bool finished() const { return stream_->finished(); }
+  bool overflowed() const { return stream_->overflowed(); }
+  const StreamUsage& usage() const { return stream_->usage(); }
+  uint64_t id() const { return id_; }
+
+ private:
+  Service* const service_;
+  const uint64_t id_;
+  const std::shared_ptr<ResponseStream> stream_;
+  const GenerateSpec spec_;
+  friend class Service;
+  bool submitted_ = false, first_seen_ = false, reported_ = false;
+};
+
+class Service {
+ public:
+  struct Parts {
+    std::unique_ptr<Engine> engine;
+    std::unique_ptr<Tokenizer> tokenizer;
+    std::unique_ptr<ChatTemplate> chat_template;    // null: the model has none
+    std::vector<std::string> drafters;
+    std::string model_name;
+  };
+  Service(ServerConfig config, Parts parts, Metrics* metrics);
+  ~Service();                       // all RunningRequests must be gone
+
+  // Overload and drain, from counters alone: asked before a prompt is tokenized. prompt_bytes bounds its tokens.
+  absl::Status CheckAdmission(size_t prompt_bytes, const std::string& tenant);
+  absl::StatusOr<std::vector<int32_t>> ToTokens(const PromptInput& prompt) const;
+  // Submits. Errors as Engine::Submit, overload with a retry time; ALREADY_EXISTS for a name in use.
+  absl::StatusOr<std::unique_ptr<RunningRequest>> Start(std::vector<int32_t> prompt, GenerateSpec spec);
+  absl::Status Abort(const std::string& name, const std::string& tenant);
+
+  absl::Status CheckModelName(const std::string& name) const;   // "" is fine
+  void StopAdmitting();             // readiness off
+  bool draining() const { return draining_; }
+  std::string MetricsText();
+
+  const ServerConfig& config() const { return config_; }
+  const Tokenizer& tokenizer() const { return *parts_.tokenizer; }
+  Engine& engine() { return *parts_.engine; }
+  Metrics& metrics() { return *metrics_; }
+  const std::string& model_name() const { return parts_.model_name; }
+  const std::vector<std::string>& drafters() const { return parts_.drafters; }
+  int64_t started_at() const { return started_at_; }            // seconds since 1970
+
+ private:
+  friend class RunningRequest;
+  absl::StatusOr<std::vector<int32_t>> ChatTokens(const std::vector<ChatMessage>& messages) const;
+  std::string QuoteSpecialTokens(std::string text) const;
+  absl::Status Overloaded(absl::Status status, const char* reason);
+  void Forget(uint64_t id, const GenerateSpec& spec);
+
+  const ServerConfig config_;
+  Parts parts_;
+  Metrics* const metrics_;
+  const int64_t started_at_;
+  std::vector<std::string> special_spellings_;    // longest first
+  std::array<bool, 256> starts_special_{};        // by first byte
+  std::atomic<uint64_t> next_id_ = 1;
+  std::atomic<bool> draining_ = false;
+
+  std::mutex mutex_;                // guards both maps
+  struct Named {
+    uint64_t id;
+    std::string tenant;
+  };
+  std::unordered_map<std::string, Named> names_;
+  std::unordered_map<std::string, int> live_per_tenant_;
+};
+
+}  // namespace linspec

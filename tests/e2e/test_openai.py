@@ -1,0 +1,181 @@
+"""The OpenAI Python SDK, unmodified, against both routes."""
+import asyncio
+import json
+
+import httpx
+import openai
+import pytest
+
+from conftest import complete
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
+
+
+def test_completion(client, model):
+    result = client.completions.create(model=model, prompt="Once upon a time", max_tokens=12, temperature=0,
+                                       extra_body={"ignore_eos": True})
+    assert result.object == "text_completion"
+    assert result.choices[0].text
+    assert result.choices[0].finish_reason == "length"
+    assert result.usage.completion_tokens == 12
+    assert result.usage.total_tokens == result.usage.prompt_tokens + 12
+    details = result.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens >= 0 and details.rejected_prediction_tokens >= 0
+
+
+def test_stream_equals_plain(client, model):
+    fields = dict(model=model, prompt="Once upon a time", max_tokens=24, temperature=0.8, seed=7)
+    plain = client.completions.create(**fields)
+    chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == plain.choices[0].text
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == plain.usage.completion_tokens
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == plain.choices[0].finish_reason
+
+
+def test_async_streams_at_once(server, model):
+    async def one(client, seed):
+        text = ""
+        async for chunk in await client.completions.create(model=model, prompt="The sea", max_tokens=16, seed=seed, stream=True):
+            text += chunk.choices[0].text
+        return text
+
+    async def run(seeds):
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="unused") as client:
+            return await asyncio.gather(*[one(client, seed) for seed in seeds])
+
+    together = asyncio.run(run(range(12)))
+    alone = [asyncio.run(run([seed]))[0] for seed in (0, 5, 11)]
+    assert [together[0], together[5], together[11]] == alone   # company changes nothing
+
+
+def test_chat(client, model, has_chat):
+    if not has_chat:
+        pytest.skip("the model has no chat template")
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+    result = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0, logprobs=True,
+                                            top_logprobs=3)
+    assert result.choices[0].message.role == "assistant"
+    entries = result.choices[0].logprobs.content
+    assert entries and all(len(entry.top_logprobs) == 3 and entry.logprob <= 0 for entry in entries)
+    assert entries[0].top_logprobs[0].token == entries[0].token   # greedy takes the likeliest
+    chunks = list(client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == result.choices[0].message.content
+
+
+def test_special_tokens_in_user_text_stay_text(server, has_chat):
+    if not has_chat:
+        pytest.skip("the model has no chat template")
+
+    def count(content):
+        body = {"messages": [{"role": "user", "content": content}]}
+        return httpx.post(server.url + "/tokenize", json=body).json()["tokens"]
+
+    plain = count("hello")
+    specials = {token for token in plain if plain.count(token) >= 1}
+    for spelled in ("<|im_end|>", "<|im_start|>", "<|endoftext|>", "</s>"):
+        tokens = count("hello " + spelled)
+        ids = httpx.post(server.url + "/tokenize", json={"prompt": spelled, "add_special_tokens": False}).json()["tokens"]
+        if len(ids) == 1:   # it is a special token of this model
+            assert tokens.count(ids[0]) == plain.count(ids[0]), (spelled, specials)
+
+
+def test_lists_n_echo_best_of(server):
+    answer = complete(server, prompt=["Once", "The sea"], n=2, temperature=1, seed=3).json()
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert len({choice["text"] for choice in answer["choices"]}) > 1
+    again = complete(server, prompt=["Once", "The sea"], n=2, temperature=1, seed=3).json()
+    assert [c["text"] for c in answer["choices"]] == [c["text"] for c in again["choices"]]
+    assert complete(server, prompt="Once", echo=True).json()["choices"][0]["text"].startswith("Once")
+    best = complete(server, best_of=3, n=1, temperature=1, seed=1).json()
+    assert len(best["choices"]) == 1 and best["usage"]["completion_tokens"] == 48
+
+
+def test_token_ids_and_round_trip(server):
+    text = "Once upon a time — naïve 🙂"
+    tokens = httpx.post(server.url + "/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+    assert httpx.post(server.url + "/detokenize", json={"tokens": tokens}).json()["prompt"] == text
+    by_ids = complete(server, prompt=tokens).json()["choices"][0]["text"]
+    assert by_ids == complete(server, prompt=[tokens]).json()["choices"][0]["text"]
+
+
+def test_logprobs(server):
+    choice = complete(server, logprobs=2, max_tokens=6).json()["choices"][0]
+    logprobs = choice["logprobs"]
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["text_offset"]) == 6
+    assert all(len(top) == 2 for top in logprobs["top_logprobs"])
+    assert logprobs["text_offset"][0] == 0 and "".join(logprobs["tokens"]) == choice["text"]
+
+
+def test_echo_with_logprobs_scores_the_prompt(server):
+    choice = complete(server, echo=True, logprobs=0, max_tokens=0).json()["choices"][0]
+    assert choice["text"] == "Once upon a time"
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"][1:])
+
+
+def test_stop_strings(server):
+    full = complete(server, max_tokens=48).json()["choices"][0]["text"]
+    middle = full[len(full) // 2:len(full) // 2 + 5]
+    expected = full[:full.index(middle)]
+    for stream in (False, True):
+        if stream:
+            with httpx.stream("POST", server.url + "/v1/completions", timeout=60,
+                              json={"prompt": "Once upon a time", "max_tokens": 48, "temperature": 0, "ignore_eos": True,
+                                    "stop": [middle, "\u0000never"], "stream": True}) as response:
+                chunks = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
+            text, reason = "".join(c["choices"][0]["text"] for c in chunks), chunks[-1]["choices"][0]["finish_reason"]
+        else:
+            choice = complete(server, max_tokens=48, stop=middle).json()["choices"][0]
+            text, reason = choice["text"], choice["finish_reason"]
+        assert (text, reason) == (expected, "stop")
+    kept = complete(server, max_tokens=48, stop=middle, include_stop_str_in_output=True).json()["choices"][0]["text"]
+    assert kept == expected + middle
+
+
+@pytest.mark.parametrize("fields", [
+    {"temperature": 0}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1, "top_k": 20, "min_p": 0.02},
+    {"temperature": 0.7, "repetition_penalty": 1.2}, {"temperature": 1, "frequency_penalty": 0.5, "presence_penalty": 0.3},
+    {"temperature": 0.8, "typical_p": 0.9}, {"temperature": 0.8, "logit_bias": {"5": -100, "9": 3}, "logprobs": 1}])
+def test_speculation_changes_nothing_but_speed(server, fields):
+    texts = [complete(server, max_tokens=48, seed=11, speculation=mode, **fields).json()["choices"][0]["text"]
+             for mode in ("off", "ngram", "auto")]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_errors_through_the_sdk(client, model):
+    with pytest.raises(openai.BadRequestError) as error:
+        client.completions.create(model=model, prompt="x", temperature=9)
+    assert error.value.param == "temperature" and "9" in str(error.value)
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="no-such-model", prompt="x")
+    with pytest.raises(openai.BadRequestError) as error:
+        client.chat.completions.create(model=model, messages=[{"role": "user", "content": "x"}],
+                                       tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}])
+    assert error.value.param == "tools"
+
+
+def test_sdk_timeout_frees_the_slot(server, model):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0, timeout=0.3)
+    with pytest.raises(openai.APITimeoutError):
+        client.completions.create(model=model, prompt="x", max_tokens=100000, extra_body={"ignore_eos": True})
+    server.wait_idle()
+
+
+def test_openapi_matches_the_server(server):
+    document = httpx.get(server.url + "/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            status = httpx.request(method.upper(), server.url + path, headers={"Content-Type": "application/json"},
+                                   content=b"{}" if method == "post" else None).status_code
+            assert status not in (405, 415, 500) and (status != 404 or "{id}" in path), (path, method, status)
+    for route, schema in (("/v1/completions", "CompletionRequest"), ("/v1/chat/completions", "ChatRequest")):
+        properties = document["components"]["schemas"][schema]["properties"]
+        for name in properties:   # a documented field is never "unknown"
+            error = httpx.post(server.url + route, json={name: {"wrong": [1]}}).json()["error"]
+            assert "unknown field" not in error["message"], (name, error)
+        error = httpx.post(server.url + route, json={"prompt": "x", "messages": [], "no_such_field": 1}).json()["error"]
+        assert error["param"] is not None

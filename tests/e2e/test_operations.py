@@ -1,0 +1,189 @@
+"""Keys, TLS, CORS, draining, start-up errors."""
+import hashlib
+import json
+import signal
+import ssl
+import subprocess
+import threading
+import time
+
+import grpc
+import httpx
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from conftest import BINARY, complete
+
+PUBLIC = {"/health", "/ready", "/version"}
+
+
+def test_keys_cover_every_route_of_both_protocols(make_server, stubs, tmp_path):
+    pb, pb_grpc = stubs
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nfirst-key\nsha256:" + hashlib.sha256(b"second-key").hexdigest() + "\n")
+    server = make_server("--api-key-file", str(keys), "--public-metrics", "false", "--max-requests-per-key", "1")
+    document = httpx.get(server.url + "/openapi.json", headers={"Authorization": "Bearer first-key"}).json()
+    wrong = [{}, {"Authorization": "Bearer FIRST-KEY"}, {"Authorization": "Bearer first"}, {"Authorization": "first-key"},
+             {"Authorization": "Bearer " + "x" * 10000}]
+    for path, methods in document["paths"].items():
+        for method in methods:
+            for headers in wrong:
+                response = httpx.request(method.upper(), server.url + path + "?api_key=first-key", headers=headers)
+                assert response.status_code == (200 if path in PUBLIC else 401), (path, headers)
+    for key in ("first-key", "second-key"):
+        assert httpx.get(server.url + "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+    stub = pb_grpc.LinSpecStub(grpc.insecure_channel(server.grpc_address))
+    calls = [lambda m: list(stub.Generate(pb.GenerateRequest(text="x"), metadata=m)),
+             lambda m: stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=m),
+             lambda m: stub.Detokenize(pb.DetokenizeRequest(token_ids=[1]), metadata=m),
+             lambda m: stub.GetModel(pb.GetModelRequest(), metadata=m), lambda m: stub.GetStats(pb.GetStatsRequest(), metadata=m),
+             lambda m: stub.Abort(pb.AbortRequest(request_id="x"), metadata=m)]
+    for call in calls:
+        for metadata in ((), (("authorization", "Bearer FIRST-KEY"),)):
+            with pytest.raises(grpc.RpcError) as error:
+                call(metadata)
+            assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    good = (("authorization", "Bearer first-key"),)
+    assert stub.GetModel(pb.GetModelRequest(), metadata=good).name
+
+    # One open request a key; another key's request cannot be aborted, nor seen.
+    stopping = pb.StoppingParameters(max_tokens=100000, ignore_eos=True)
+    running = stub.Generate(pb.GenerateRequest(text="x", request_id="r", stopping=stopping), metadata=good)
+    next(running)
+    limited = httpx.post(server.url + "/v1/completions", json={"prompt": "x"}, headers={"Authorization": "Bearer first-key"})
+    assert limited.status_code == 429 and "Retry-After" in limited.headers
+    with pytest.raises(grpc.RpcError) as error:
+        stub.Abort(pb.AbortRequest(request_id="r"), metadata=(("authorization", "Bearer second-key"),))
+    assert error.value.code() == grpc.StatusCode.NOT_FOUND
+    running.cancel()
+
+    time.sleep(1.1)
+    keys.write_text("third-key\n")      # without a restart
+    time.sleep(1.1)
+    assert httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer first-key"}).status_code == 401
+    assert httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer third-key"}).status_code == 200
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    (folder / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=ca")
+    for name in ("server", "client"):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+                "-out", f"{name}.pem", "-extfile", "san")
+    return folder
+
+
+def test_mutual_tls(make_server, stubs, certificates):
+    pb, pb_grpc = stubs
+    path = str(certificates)
+    server = make_server("--tls-cert", path + "/server.pem", "--tls-key", path + "/server.key", "--tls-client-ca", path + "/ca.pem")
+    url = f"https://127.0.0.1:{server.http_port}"
+    anonymous = ssl.create_default_context(cafile=path + "/ca.pem")
+    known = ssl.create_default_context(cafile=path + "/ca.pem")
+    known.load_cert_chain(path + "/client.pem", path + "/client.key")
+    with httpx.Client(verify=known) as client:
+        body = {"prompt": "x", "max_tokens": 4, "stream": True}
+        assert client.post(url + "/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
+    with pytest.raises(httpx.TransportError):
+        httpx.get(url + "/health", verify=anonymous)
+    ca = (certificates / "ca.pem").read_bytes()
+    channel = grpc.secure_channel(server.grpc_address, grpc.ssl_channel_credentials(
+        ca, (certificates / "client.key").read_bytes(), (certificates / "client.pem").read_bytes()))
+    assert pb_grpc.LinSpecStub(channel).GetModel(pb.GetModelRequest(), timeout=10).name
+    with pytest.raises(grpc.RpcError):
+        nobody = grpc.secure_channel(server.grpc_address, grpc.ssl_channel_credentials(ca))
+        pb_grpc.LinSpecStub(nobody).GetModel(pb.GetModelRequest(), timeout=5)
+
+
+def test_cors_is_opt_in(make_server, server):
+    assert httpx.options(server.url + "/v1/completions").status_code == 405
+    open_server = make_server("--cors-origin", "https://example.org", "--metrics-alias", "vllm")
+    answer = httpx.options(open_server.url + "/v1/completions")
+    assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    assert httpx.get(open_server.url + "/v1/models").headers["Access-Control-Allow-Origin"] == "https://example.org"
+    assert "vllm:num_requests_running{" in httpx.get(open_server.url + "/metrics").text
+
+
+def stream(server, tokens, out):
+    body = {"prompt": "Once", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    with httpx.stream("POST", server.url + "/v1/completions", json=body, timeout=60) as response:
+        out["started"] = True
+        out["lines"] = [line for line in response.iter_lines() if line]
+
+
+def start_stream(server, tokens):
+    out = {}
+    thread = threading.Thread(target=stream, args=(server, tokens, out))
+    thread.start()
+    while "started" not in out:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    return thread, out
+
+
+def test_sigterm_finishes_what_runs(make_server):
+    server = make_server("--drain-timeout", "60")
+    channel = grpc.insecure_channel(server.grpc_address)
+    health = health_pb2_grpc.HealthStub(channel)
+    health.Check(health_pb2.HealthCheckRequest())
+    thread, out = start_stream(server, 3000)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.15)
+    assert httpx.get(server.url + "/health").status_code == 200      # alive, but
+    assert httpx.get(server.url + "/ready").status_code == 503       # not ready
+    assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+    refused = complete(server)
+    assert refused.status_code == 503 and "Retry-After" in refused.headers
+    thread.join(60)
+    assert out["lines"][-1] == "data: [DONE]" and '"finish_reason":"length"' in out["lines"][-2]
+    assert server.process.wait(10) == 0
+
+
+def test_drain_timeout_sends_abort_frames(make_server):
+    server = make_server("--drain-timeout", "0.3")
+    thread, out = start_stream(server, 100000)
+    server.process.send_signal(signal.SIGTERM)
+    thread.join(20)
+    assert json.loads(out["lines"][-2][6:])["error"]["code"] == "aborted" and out["lines"][-1] == "data: [DONE]"
+    assert server.process.wait(10) == 0
+
+
+def test_second_signal_ends_at_once(make_server):
+    server = make_server("--drain-timeout", "600")
+    body = json.dumps({"prompt": "x", "max_tokens": 100000, "ignore_eos": True})
+    threading.Thread(target=lambda: subprocess.run(
+        ["curl", "-s", server.url + "/v1/completions", "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True, check=False)).start()
+    time.sleep(0.5)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert server.alive()
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(5) == 130
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--htp-port", "1"], ["--htp-port", "--http-port"]), (["--http-port", "70000"], ["--http-port", "70000"]),
+    (["--threads", "many"], ["--threads", "many"]), (["--model", "/nowhere"], ["--model", "/nowhere"]),
+    (["--isa", "mmx"], ["--isa", "mmx", "avx2"]), (["--tls-cert", "x"], ["--tls-key"]), (["--config", "/nowhere"], ["/nowhere"]),
+    (["--api-key-file", "/nowhere"], ["/nowhere"]), (["stray"], ["stray"]), (["--port"], ["--port", "value"])])
+def test_start_errors_say_what_to_do(flags, words):
+    result = subprocess.run([BINARY, "serve", *flags], capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode != 0
+    for word in words:
+        assert word in result.stderr
+
+
+def test_port_in_use(server, make_server):
+    for flag, port in (("--http-port", server.http_port), ("--grpc-port", server.grpc_port)):
+        with pytest.raises(RuntimeError) as error:
+            make_server(flag, str(port))
+        assert str(port) in str(error.value) and flag in str(error.value)
