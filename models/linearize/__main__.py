@@ -125,7 +125,7 @@ def stage_eval(args):
         result["lengths"].append(evaluate.summary(model, path, stream, length, args.tokens, args.device))
         print(json.dumps(result["lengths"][-1]), flush=True)
     for distance in args.distances:
-        gain = evaluate.copy_probe(model, stream, distance, args.device)
+        gain = evaluate.copy_probe(model, stream, distance, args.device, args.trials)
         result["copy_probe"][distance] = round(gain, 4)
         print(f"copy probe at {distance}: {gain:+.4f} nats per token", flush=True)
     if args.draft:
@@ -186,6 +186,7 @@ def main():
     p.add_argument("--lengths", type=int, nargs="*", default=[512, 2048])
     p.add_argument("--tokens", type=int, default=262144)
     p.add_argument("--distances", type=int, nargs="*", default=[32, 64, 128, 256, 512, 1024, 2048, 4096])
+    p.add_argument("--trials", type=int, default=16, help="passages of the copy probe at each distance")
     p.add_argument("--int8", action="store_true", help="with the weights as exported")
     p.add_argument("--draft", help="training folder of a draft, to report how often it agrees")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
