@@ -1,5 +1,5 @@
 # The CUDA backend (LINSPEC_CUDA=ON): kernels, device test and benchmark. Nothing of CUDA is linked into the server.
-# CMake 3.25 does not know nvcc 13's C++20 flag: enable the language first, then name the flag, then ask for the standard.
+# CMake 3.25 does not know nvcc 13's C++20 flag: enable the language, then name the flag, then ask for the standard.
 set(LINSPEC_CUDA_ARCHITECTURES "90" CACHE STRING "e.g. 90, or 80;86;89;90;100;120 for a release")
 set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
@@ -34,5 +34,5 @@ function(linspec_device_program name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
 endfunction()
 linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
-linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/per_node.cu)
+linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
 configure_file(tests/cuda/run_on_gpu.sh ${CMAKE_BINARY_DIR}/device/run_on_gpu.sh COPYONLY)

@@ -22,7 +22,7 @@ namespace linspec::cuda {
 
 inline constexpr int kThreads = 256;  // of every block program
 
-struct alignas(16) Vec4 {             // one 16-byte load
+struct alignas(16) Vec4 {  // one 16-byte load
   float x, y, z, w;
 };
 

@@ -1,16 +1,16 @@
 // y[m, n] (+)= scale[n] * sum_k x[m, k] w[n, k]: weights streamed once, tokens ride along.
 //
-// Tensor cores, mma m16n8k16 bf16 -> fp32 with the weights as the 16-row operand and 8 tokens as the columns. A sum over k
-// may take its terms in any order if both operands agree, so a lane loads 16 consecutive bytes of its weight row straight
-// from memory and treats them as the k indices that the instruction assigns to it; no shared memory, no shuffles. Lane l
-// holds weight rows l / 4 and l / 4 + 8, token l / 4, and k slice l % 4.
+// Tensor cores, mma m16n8k16 bf16 -> fp32 with the weights as the 16-row operand and 8 tokens as the columns. A sum
+// over k may take its terms in any order if both operands agree, so a lane loads 16 consecutive bytes of its weight
+// row straight from memory and treats them as the k indices that the instruction assigns to it; no shared memory, no
+// shuffles. Lane l holds weight rows l / 4 and l / 4 + 8, token l / 4, and k slice l % 4.
 //
-// Grid: one block per 16 weight rows; its 8 warps take every 8th k step and are added in warp order. The split depends on
-// the shape of w alone, and columns of an mma do not mix, so a row's bits do not depend on the other rows.
+// Grid: one block per 16 weight rows; its 8 warps take every 8th k step and are added in warp order. The split
+// depends on the shape of w alone, and columns of an mma do not mix, so a row's bits do not depend on the other rows.
 // int8 and fp8 widen to bf16 exactly; the row's scale enters at the end.
 //
-// Floor: N * K * size(weight) bytes over the read bandwidth, as long as 2 * rows * N * K / 790 TFLOP/s is less (about 180
-// rows in bf16). x is re-read from L2 once per 16 weight rows: rows / 16 of the weight bytes for bf16.
+// Floor: N * K * size(weight) bytes over the read bandwidth, as long as 2 * rows * N * K / 790 TFLOP/s is less (about
+// 180 rows in bf16). x is re-read from L2 once per 16 weight rows: rows / 16 of the weight bytes for bf16.
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32, kWarps = kThreads / kWarp;
 constexpr int kWeightRows = 16, kTokens = 8;
 
-struct Bf16x8 {                            // four bf16x2 registers: 8 consecutive k
+struct Bf16x8 {  // four bf16x2 registers: 8 consecutive k
   uint32_t pair[4];
 };
 
@@ -76,9 +76,10 @@ struct WeightTraits<kLinspecCudaFp8> {
 };
 
 __device__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // 8 k per lane, 32 in all, as two instructions.
@@ -87,7 +88,7 @@ __device__ void Multiply(float (&c)[4], const Bf16x8& low, const Bf16x8& high, c
   Mma(c, low.pair[2], high.pair[2], low.pair[3], high.pair[3], x.pair[2], x.pair[3]);
 }
 
-template <int kType, int kTiles>           // kTiles * 8 tokens
+template <int kType, int kTiles>  // kTiles * 8 tokens
 __global__ void __launch_bounds__(kThreads) StreamingGemmKernel(const GemmParams p, int row_begin, int rows) {
   using Traits = WeightTraits<kType>;
   constexpr int kParts = Traits::kElements / 8, kBytes = 16 / Traits::kElements;
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads) StreamingGemmKernel(const GemmParams
 #pragma unroll 4
   for (int64_t step = warp * 4 * Traits::kElements; step < depth; step += kWarps * 4 * Traits::kElements) {
     const int64_t k = step + slice * Traits::kElements;
-    const bool inside = k < depth;         // all lanes stay for the mma; those past the end bring zeros
+    const bool inside = k < depth;  // all lanes stay for the mma; those past the end bring zeros
     Bf16x8 low[kParts], high[kParts];
     Traits::Widen(inside ? __ldcs(reinterpret_cast<const uint4*>(w_low + k * kBytes)) : uint4{}, low);
     Traits::Widen(inside ? __ldcs(reinterpret_cast<const uint4*>(w_high + k * kBytes)) : uint4{}, high);
@@ -151,9 +152,14 @@ void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream
   for (int row = 0; row < rows; row += kRowsPerPass) {
     const int count = rows - row < kRowsPerPass ? rows - row : kRowsPerPass;
     switch (params.w.type) {
-      case kLinspecCudaI8: LaunchRows<kLinspecCudaI8>(params, row, count, stream); break;
-      case kLinspecCudaFp8: LaunchRows<kLinspecCudaFp8>(params, row, count, stream); break;
-      default: LaunchRows<kLinspecCudaBf16>(params, row, count, stream);
+      case kLinspecCudaI8:
+        LaunchRows<kLinspecCudaI8>(params, row, count, stream);
+        break;
+      case kLinspecCudaFp8:
+        LaunchRows<kLinspecCudaFp8>(params, row, count, stream);
+        break;
+      default:
+        LaunchRows<kLinspecCudaBf16>(params, row, count, stream);
     }
   }
 }

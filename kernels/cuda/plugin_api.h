@@ -16,19 +16,19 @@ extern "C" {
 
 enum LinspecCudaCode {
   kLinspecCudaOk = 0,
-  kLinspecCudaNoDevice = 1,       // no driver, no GPU, or one that the plugin holds no code for
-  kLinspecCudaOutOfMemory = 2,    // the context stays usable
-  kLinspecCudaDeviceError = 3,    // poisoned
-  kLinspecCudaUnsupported = 4,    // a shape or type without a kernel
-  kLinspecCudaInvalid = 5,        // an argument breaks the contract
+  kLinspecCudaNoDevice = 1,     // no driver, no GPU, or one that the plugin holds no code for
+  kLinspecCudaOutOfMemory = 2,  // the context stays usable
+  kLinspecCudaDeviceError = 3,  // poisoned
+  kLinspecCudaUnsupported = 4,  // a shape or type without a kernel
+  kLinspecCudaInvalid = 5,      // an argument breaks the contract
 };
 
 enum LinspecCudaType {
   kLinspecCudaF32 = 0,
   kLinspecCudaF16 = 1,
   kLinspecCudaBf16 = 2,
-  kLinspecCudaI8 = 3,             // with one fp32 scale per row
-  kLinspecCudaFp8 = 4,            // e4m3, with one fp32 scale per row
+  kLinspecCudaI8 = 3,   // with one fp32 scale per row
+  kLinspecCudaFp8 = 4,  // e4m3, with one fp32 scale per row
 };
 
 typedef struct LinspecCudaContext LinspecCudaContext;
@@ -36,9 +36,9 @@ typedef struct LinspecCudaModel LinspecCudaModel;
 
 typedef struct LinspecCudaMatrix {  // row-major, device memory
   const void* data;
-  const float* scales;            // [rows] or null
+  const float* scales;  // [rows] or null
   int64_t rows, cols;
-  int32_t type;                   // LinspecCudaType
+  int32_t type;  // LinspecCudaType
   int32_t reserved;
 } LinspecCudaMatrix;
 
@@ -67,12 +67,12 @@ typedef struct LinspecCudaWeights {
   const LinspecCudaLayer* layers;  // host [num_layers]
 } LinspecCudaWeights;
 
-typedef struct LinspecCudaTask {   // host; the layout of linspec::cuda::Task
+typedef struct LinspecCudaTask {  // host; the layout of linspec::cuda::Task
   int64_t length;
   int32_t slot, row_begin, num_rows, path_begin, path_length, reserved;
 } LinspecCudaTask;
 
-typedef struct LinspecCudaStates { // device memory of all slots: [slot][layer][S | ring_k | ring_v]
+typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer][S | ring_k | ring_v]
   float* base;
   int64_t floats_per_slot, floats_per_layer;
 } LinspecCudaStates;
@@ -80,9 +80,9 @@ typedef struct LinspecCudaStates { // device memory of all slots: [slot][layer][
 typedef struct LinspecCudaBatch {  // host arrays
   LinspecCudaStates states;
   const LinspecCudaTask* tasks;
-  const int32_t* tokens;           // [num_rows]
-  const int64_t* positions;        // [num_rows]
-  const uint64_t* ancestors;       // [num_rows], null in prefill
+  const int32_t* tokens;      // [num_rows]
+  const int64_t* positions;   // [num_rows]
+  const uint64_t* ancestors;  // [num_rows], null in prefill
   int32_t num_tasks, num_rows;
 } LinspecCudaBatch;
 
@@ -90,7 +90,7 @@ typedef struct LinspecCudaApi {
   uint32_t abi_version, size;
   int32_t (*create)(int32_t device, LinspecCudaContext** context);
   void (*destroy)(LinspecCudaContext*);
-  const char* (*last_error)(LinspecCudaContext*);   // null context: why create failed
+  const char* (*last_error)(LinspecCudaContext*);  // null context: why create failed
   int32_t (*device_info)(LinspecCudaContext*, LinspecCudaDeviceInfo*);
 
   int32_t (*alloc)(LinspecCudaContext*, int64_t bytes, void** device);

@@ -1,5 +1,6 @@
-// Row operations: embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32 arithmetic, fixed
-// reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on that row.
+// Row operations: embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32 arithmetic,
+// fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
+// that row.
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 8 F + 2 F; RoPE 8 (H + Hkv) d;
 // argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
@@ -39,10 +40,17 @@ __global__ void EmbedKernel(const EmbedParams p) {
     const int64_t at = token * dim + i;
     float value = 0.0f;
     switch (p.table.type) {
-      case kLinspecCudaF32: value = static_cast<const float*>(p.table.data)[at]; break;
-      case kLinspecCudaF16: value = __half2float(static_cast<const __half*>(p.table.data)[at]); break;
-      case kLinspecCudaBf16: value = Bf16ToFloat(static_cast<const uint16_t*>(p.table.data)[at]); break;
-      default: value = static_cast<float>(static_cast<const int8_t*>(p.table.data)[at]) * p.table.scales[token];
+      case kLinspecCudaF32:
+        value = static_cast<const float*>(p.table.data)[at];
+        break;
+      case kLinspecCudaF16:
+        value = __half2float(static_cast<const __half*>(p.table.data)[at]);
+        break;
+      case kLinspecCudaBf16:
+        value = Bf16ToFloat(static_cast<const uint16_t*>(p.table.data)[at]);
+        break;
+      default:
+        value = static_cast<float>(static_cast<const int8_t*>(p.table.data)[at]) * p.table.scales[token];
     }
     p.out[blockIdx.x * dim + i] = value;
   }
@@ -150,7 +158,8 @@ void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, c
   SiluMulKernel<<<dim3(rows, blocks), kThreads, 0, stream>>>(gate_up, out, dim);
 }
 
-void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows, cudaStream_t stream) {
+void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
+                     cudaStream_t stream) {
   RopeTableKernel<<<rows, kWarp, 0, stream>>>(positions, theta, head_dim, angles);
 }
 

@@ -1,11 +1,13 @@
 // Verify, commit and prefill of one (request, kv head) as block programs; the kernels and the host test share them.
 //
-// Math, for the node u at position p of a request with L committed tokens, S holding the groups before base = L - L % G:
+// Math, for the node u at position p of a request with L committed tokens, S holding the groups before base = L - L %
+// G:
 //   y_u = sum_j [group(j) = group(p)] relu(q.k_j)^2 v_j + sum_{p - j < conv} tap_{p-j} v_j + scale * z_u
 //   z_u = g^n q S + sum_{base <= j, group(j) < group(p)} g^(group(p)-1-group(j)) (q.k_j) v_j,   n = group(p) - group(L)
-// over j in ring and ancestors of u (u included). z_u is q S of sequential decoding, which would have folded those groups;
-// scale = a, or gain_h / sqrt(mean z^2 + eps). Sums run by ascending position: a term of weight 0 changes no bit, so a row
-// has the same bits whatever rows stand beside it. Past a boundary inside a tree z_u rounds differently from a real fold.
+// over j in ring and ancestors of u (u included). z_u is q S of sequential decoding, which would have folded those
+// groups; scale = a, or gain_h / sqrt(mean z^2 + eps). Sums run by ascending position: a term of weight 0 changes no
+// bit, so a row has the same bits whatever rows stand beside it. Past a boundary inside a tree z_u rounds differently
+// from a real fold.
 //
 // Memory: state of a slot and layer is [S: Hkv,d,d | ring_k: Hkv,G,d | ring_v: Hkv,G,d] fp32; ring slot = position % G.
 // Thread t of the block owns rows [t / (d/4) * R, +R) and columns 4 (t % (d/4)) of S in registers: S is read once, by
@@ -18,11 +20,11 @@
 namespace linspec::cuda {
 
 inline constexpr int kMaxHeadDim = 128;
-inline constexpr int kMaxNodes = 64;       // an ancestor set is one uint64_t
+inline constexpr int kMaxNodes = 64;  // an ancestor set is one uint64_t
 inline constexpr int kRowTile = 8;
 inline constexpr int kChunk = 64;
 inline constexpr int kTileStride = kMaxHeadDim + 4;  // one 16-byte unit of padding: rows start in different banks
-inline constexpr int kFragmentRows = 16;   // d * d / 4 / kThreads at d = 128
+inline constexpr int kFragmentRows = 16;             // d * d / 4 / kThreads at d = 128
 
 enum class Global : int32_t { kNone, kScaled, kRmsNorm };
 
@@ -30,38 +32,38 @@ struct LayerParams {
   int32_t num_heads, num_kv_heads, head_dim, group_size, conv_kernel, local;
   Global global;
   float global_factor, global_norm_eps;
-  const float* global_gain;                // [H] or null
-  const float* decay;                      // [Hkv] or null
-  const float* conv_taps;                  // [H, conv_kernel] or null
+  const float* global_gain;  // [H] or null
+  const float* decay;        // [Hkv] or null
+  const float* conv_taps;    // [H, conv_kernel] or null
 };
 
-struct StateView {                         // all slots in one allocation
+struct StateView {  // all slots in one allocation
   float* base;
   int64_t floats_per_slot, layer_offset;
 };
 
-struct Task {                              // one request of a call
-  int64_t length;                          // tokens committed
-  int32_t slot;                            // -1: padding, the block returns
+struct Task {      // one request of a call
+  int64_t length;  // tokens committed
+  int32_t slot;    // -1: padding, the block returns
   int32_t row_begin, num_rows;
-  int32_t path_begin, path_length;         // commit: into AttentionParams::paths
+  int32_t path_begin, path_length;  // commit: into AttentionParams::paths
 };
 
 struct AttentionParams {
   LayerParams layer;
   StateView states;
-  const Task* tasks;                       // [num_tasks]
-  const float* qkv;                        // [rows, (H + 2 Hkv) d]
-  const uint64_t* ancestors;               // [rows] bit j: node j of the request is the row or above it; null: chains
-  const int32_t* paths;                    // accepted nodes, indices inside the request
-  float* out;                              // [rows, H d] or null
-  uint16_t* out_bf16;                      // the same, rounded, for the next matrix product; or null
+  const Task* tasks;          // [num_tasks]
+  const float* qkv;           // [rows, (H + 2 Hkv) d]
+  const uint64_t* ancestors;  // [rows] bit j: node j of the request is the row or above it; null: chains
+  const int32_t* paths;       // accepted nodes, indices inside the request
+  float* out;                 // [rows, H d] or null
+  uint16_t* out_bf16;         // the same, rounded, for the next matrix product; or null
 };
 
 struct AttentionShared {
-  float tile[kChunk * kTileStride];        // keys, values, or partial sums of q S [groups][kRowTile][d]
+  float tile[kChunk * kTileStride];  // keys, values, or partial sums of q S [groups][kRowTile][d]
   float q[kRowTile * kMaxHeadDim];
-  float local[kRowTile * kChunk];          // weights of v_j in y and in z
+  float local[kRowTile * kChunk];  // weights of v_j in y and in z
   float grouped[kRowTile * kChunk];
   float squares[kRowTile * kMaxHeadDim / 4];
 };
@@ -74,8 +76,12 @@ struct Accumulator {
 };
 
 LINSPEC_BLOCK uint16_t RoundToBf16(float value) {  // finite values
-  union { float f; uint32_t u; } bits{value};
-  if ((bits.u & 0x7F800000u) == 0x7F800000u) return static_cast<uint16_t>((bits.u >> 16) | ((bits.u & 0xFFFFu) ? 64 : 0));
+  union {
+    float f;
+    uint32_t u;
+  } bits{value};
+  if ((bits.u & 0x7F800000u) == 0x7F800000u)
+    return static_cast<uint16_t>((bits.u >> 16) | ((bits.u & 0xFFFFu) ? 64 : 0));
   return static_cast<uint16_t>((bits.u + 0x7FFFu + ((bits.u >> 16) & 1u)) >> 16);
 }
 
@@ -87,29 +93,29 @@ LINSPEC_BLOCK float Power(float base, int exponent) {
 
 // Where the threads of a block stand on a d x d matrix.
 struct Grid {
-  int d, columns, groups, rows;            // columns of 4; rows per thread
+  int d, columns, groups, rows;  // columns of 4; rows per thread
 
   LINSPEC_BLOCK explicit Grid(int dim)
       : d(dim), columns(dim / 4), groups(kThreads / columns), rows((dim + groups - 1) / groups) {}
   LINSPEC_BLOCK int Column(int thread) const { return thread % columns * 4; }
   LINSPEC_BLOCK int Group(int thread) const { return thread / columns; }
   LINSPEC_BLOCK int Row(int thread, int r) const { return Group(thread) * rows + r; }
-  LINSPEC_BLOCK bool Owns(int thread, int r) const {
-    return Group(thread) < groups && r < rows && Row(thread, r) < d;
-  }
+  LINSPEC_BLOCK bool Owns(int thread, int r) const { return Group(thread) < groups && r < rows && Row(thread, r) < d; }
 };
 
-// The window of one request and kv head. Positions are relative to base: ring tokens before the open group are negative.
+// The window of one request and kv head. Positions are relative to base: ring tokens before the open group are
+// negative.
 struct Window {
   const LayerParams& layer;
-  const float *ring_k, *ring_v;            // [G, d]
-  const float *row_k, *row_v, *row_q;      // of the request's first row; row_q of the kv head's first query head
-  const uint64_t* ancestors;               // [num_rows] or null
+  const float *ring_k, *ring_v;        // [G, d]
+  const float *row_k, *row_v, *row_q;  // of the request's first row; row_q of the kv head's first query head
+  const uint64_t* ancestors;           // [num_rows] or null
   int64_t stride, first_row;
   int kv_head, num_rows, phase, ring_begin;
-  bool folded;                             // S holds at least one group
+  bool folded;  // S holds at least one group
 
-  LINSPEC_BLOCK Window(const AttentionParams& p, int64_t length, int64_t row, int rows, bool chain, float* state, int head)
+  LINSPEC_BLOCK Window(const AttentionParams& p, int64_t length, int64_t row, int rows, bool chain, float* state,
+                       int head)
       : layer(p.layer), ancestors(chain ? nullptr : p.ancestors + row), first_row(row), kv_head(head), num_rows(rows) {
     const int d = layer.head_dim, g = layer.group_size;
     stride = static_cast<int64_t>(layer.num_heads + 2 * layer.num_kv_heads) * d;
@@ -127,7 +133,9 @@ struct Window {
   }
 
   LINSPEC_BLOCK int ring_tokens() const { return phase - ring_begin; }
-  LINSPEC_BLOCK uint64_t Mask(int row) const { return ancestors != nullptr ? ancestors[row] : ~uint64_t{0} >> (63 - row); }
+  LINSPEC_BLOCK uint64_t Mask(int row) const {
+    return ancestors != nullptr ? ancestors[row] : ~uint64_t{0} >> (63 - row);
+  }
   LINSPEC_BLOCK int Position(int row) const { return phase + PopCount(Mask(row)) - 1; }
   LINSPEC_BLOCK const float* Key(int token) const { return Pick(token, ring_k, row_k); }
   LINSPEC_BLOCK const float* Value(int token) const { return Pick(token, ring_v, row_v); }
@@ -141,7 +149,8 @@ struct Window {
 };
 
 // Weights of window token `token` for query row `row`, whose score q.k is in `score`.
-LINSPEC_BLOCK void PairWeight(const Window& w, int head, int row, int token, float score, float* local, float* grouped) {
+LINSPEC_BLOCK void PairWeight(const Window& w, int head, int row, int token, float score, float* local,
+                              float* grouped) {
   const LayerParams& layer = w.layer;
   const int ring = w.ring_tokens();
   const int reader = w.Position(row), key = token < ring ? w.ring_begin + token : w.Position(token - ring);
@@ -164,7 +173,7 @@ LINSPEC_BLOCK bool Sees(const Window& w, int row, int token) {
 }
 
 template <int kDim>
-struct HeadProgram {                       // kDim 0: head_dim is known at run time only
+struct HeadProgram {  // kDim 0: head_dim is known at run time only
   const Window& w;
   const AttentionParams& params;
   AttentionShared& shared;

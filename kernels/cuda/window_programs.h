@@ -1,6 +1,7 @@
 // The three entry points over window_attention.h, one block per (request, kv head).
 //
-// Floor at d = 128, G = 64 per (request, kv head), fp32: verify reads S 64 KB + ring 2 * 0.5 KB * (L % G, at least 31) +
+// Floor at d = 128, G = 64 per (request, kv head), fp32: verify reads S 64 KB + ring 2 * 0.5 KB * (L % G, at least
+// 31) +
 // 1.5 KB a row, writes 0.5 KB a row; commit moves 1 KB a token twice, and 128 KB + 64 KB each time a group fills.
 #pragma once
 

@@ -1,5 +1,5 @@
-// Device benchmark at LLaMA-2-7B layer shape: every time beside its floor, from the read bandwidth measured in this run.
-// Buffers rotate so that nothing is served from the L2. Medians of event times.
+// Device benchmark at LLaMA-2-7B layer shape: every time beside its floor, from the read bandwidth measured in this
+// run. Buffers rotate so that nothing is served from the L2. Medians of event times.
 #include <cstdint>
 
 #include "kernels/cuda/launch.h"
@@ -10,24 +10,23 @@ namespace linspec::cuda {
 namespace {
 
 constexpr int kHeads = 32, kDim = 128, kGroup = 64, kConv = 32, kHidden = 4096;
-constexpr int kLength = 64 * 15 + 31;      // half a group in the ring
+constexpr int kLength = 64 * 15 + 31;  // half a group in the ring
 constexpr int64_t kStateFloats = int64_t{kHeads} * (kDim * kDim + 2 * kGroup * kDim);
 
-// A 2 GiB argmax reads every byte once and writes next to nothing.
 double ReadBandwidth() {
-  const int rows = 132 * 8;
-  const int64_t vocab = (int64_t{1} << 29) / rows;
-  const DeviceArray<float> data(rows * vocab);
-  const DeviceArray<int32_t> out(rows);
-  const double us = MedianMicroseconds([&](int) { LaunchArgmax(data.get(), vocab, out.get(), rows, nullptr); });
-  return static_cast<double>(rows * vocab * 4) / us * 1e-6;
+  const int blocks = 132 * 8;
+  const int64_t floats = int64_t{1} << 29;
+  const DeviceArray<float> data(floats), out(blocks);
+  Check(cudaMemset(data.get(), 0x3D, floats * 4), "fill");
+  const double us = MedianMicroseconds([&](int) { LaunchRead(data.get(), floats, out.get(), blocks, nullptr); });
+  return static_cast<double>(floats * 4) / us * 1e-6;
 }
 
 double CopyBandwidth() {
   const int64_t bytes = int64_t{1} << 30;
   const DeviceArray<uint8_t> from(bytes), to(bytes);
-  const double us = MedianMicroseconds(
-      [&](int) { cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice, nullptr); });
+  const double us =
+      MedianMicroseconds([&](int) { cudaMemcpyAsync(to.get(), from.get(), bytes, cudaMemcpyDeviceToDevice, nullptr); });
   return 2.0 * static_cast<double>(bytes) / us * 1e-6;
 }
 
@@ -44,7 +43,7 @@ void BenchVerify(int requests, int nodes, double bandwidth) {
   std::vector<Task> tasks;
   for (int r = 0; r < requests; ++r) {
     tasks.push_back({kLength, r, r * nodes, nodes, 0, 0});
-    for (int i = 0; i < nodes; ++i) {      // a binary tree
+    for (int i = 0; i < nodes; ++i) {  // a binary tree
       ancestors.push_back((i == 0 ? 0 : ancestors[r * nodes + (i - 1) / 2]) | uint64_t{1} << i);
     }
   }
@@ -54,23 +53,27 @@ void BenchVerify(int requests, int nodes, double bandwidth) {
   const DeviceArray<uint64_t> device_ancestors(ancestors);
   const DeviceArray<Task> device_tasks(tasks);
   const auto run = [&](int i) {
-    LaunchVerify({.layer = {kHeads, kHeads, kDim, kGroup, kConv, 1, Global::kRmsNorm, 1.0f, 1e-6f, gain.get(), decay.get(),
-                            taps.get()},
+    LaunchVerify({.layer = {kHeads, kHeads, kDim, kGroup, kConv, 1, Global::kRmsNorm, 1.0f, 1e-6f, gain.get(),
+                            decay.get(), taps.get()},
                   .states = {states.get() + i % copies * requests * kStateFloats, kStateFloats, 0},
-                  .tasks = device_tasks.get(), .qkv = qkv.get(), .ancestors = device_ancestors.get(), .paths = nullptr,
-                  .out = out.get(), .out_bf16 = nullptr}, requests, nullptr);
+                  .tasks = device_tasks.get(),
+                  .qkv = qkv.get(),
+                  .ancestors = device_ancestors.get(),
+                  .paths = nullptr,
+                  .out = out.get(),
+                  .out_bf16 = nullptr},
+                 requests, nullptr);
   };
   const double us = MedianMicroseconds(run);
   const double bytes = 4.0 * kHeads * (requests * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows * 4.0 * kDim);
   const double floor = bytes / bandwidth * 1e-6;
-  std::printf("verify    requests %3d nodes %2d: %9.1f us, floor %8.1f us, %5.1f %% of the floor's speed", requests, nodes, us,
-              floor, 100.0 * floor / us);
+  std::printf("verify    requests %3d nodes %2d: %9.1f us, floor %8.1f us, %5.1f %% of the floor's speed", requests,
+              nodes, us, floor, 100.0 * floor / us);
   const int64_t node_bytes = int64_t{rows} * kHeads * kDim * kDim * 4;
   const DeviceArray<float> node_states(node_bytes / 4);
-  const double per_node = MedianMicroseconds(
-      [&](int) {
-        LaunchPerNodeVerify(states.get(), node_states.get(), qkv.get(), out.get(), requests, nodes, kHeads, nullptr);
-      });
+  const double per_node = MedianMicroseconds([&](int) {
+    LaunchPerNodeVerify(states.get(), node_states.get(), qkv.get(), out.get(), requests, nodes, kHeads, nullptr);
+  });
   std::printf("; per-node states %9.1f us, %.1f x our bytes\n", per_node,
               (static_cast<double>(node_bytes) + requests * kHeads * kDim * kDim * 4.0) / bytes);
 }
@@ -82,19 +85,21 @@ void BenchGemm(int n, int k, int type, double bandwidth) {
   std::vector<uint32_t> host(bytes / 4);
   for (uint32_t& word : host) word = random() & 0xBF7FBF7Fu & (type == kLinspecCudaFp8 ? 0xF7F7F7F7u : ~0u);  // finite
   const DeviceArray<uint8_t> w(copies * bytes);
-  for (int i = 0; i < copies; ++i) Check(cudaMemcpy(w.get() + i * bytes, host.data(), bytes, cudaMemcpyHostToDevice), "upload");
+  for (int i = 0; i < copies; ++i)
+    Check(cudaMemcpy(w.get() + i * bytes, host.data(), bytes, cudaMemcpyHostToDevice), "upload");
   const DeviceArray<float> scales(std::vector<float>(n, 0.01f)), y(int64_t{256} * n);
   std::vector<uint16_t> activations(int64_t{256} * k);
   for (uint16_t& x : activations) x = static_cast<uint16_t>(0x3F00 | (random() & 0x80FF));
   const DeviceArray<uint16_t> x(activations);
   for (const int rows : {1, 2, 4, 8, 16, 32, 64, 128, 256}) {
     const double us = MedianMicroseconds([&](int i) {
-      const LinspecCudaMatrix matrix{w.get() + i % copies * bytes, type == kLinspecCudaBf16 ? nullptr : scales.get(), n, k, type, 0};
+      const LinspecCudaMatrix matrix{
+          w.get() + i % copies * bytes, type == kLinspecCudaBf16 ? nullptr : scales.get(), n, k, type, 0};
       LaunchStreamingGemm({matrix, x.get(), y.get(), false}, rows, nullptr);
     });
     const double floor = static_cast<double>(bytes) / bandwidth * 1e-6;
-    std::printf("gemm type %d %5d x %5d rows %3d: %8.1f us, weight floor %7.1f us, %5.1f %%, %6.1f TFLOP/s\n", type, n, k, rows,
-                us, floor, 100.0 * floor / us, 2.0 * rows * n * k / us * 1e-6);
+    std::printf("gemm type %d %5d x %5d rows %3d: %8.1f us, weight floor %7.1f us, %5.1f %%, %6.1f TFLOP/s\n", type, n,
+                k, rows, us, floor, 100.0 * floor / us, 2.0 * rows * n * k / us * 1e-6);
   }
 }
 

@@ -1,5 +1,5 @@
-// Every kernel against the scalar CpuOps or a sum in double, over odd sizes, every phase and trees across group boundaries.
-// A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
+// Every kernel against the scalar CpuOps or a sum in double, over odd sizes, every phase and trees across group
+// boundaries. A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -29,7 +29,7 @@ struct Shape {
 };
 
 const Shape kShapes[] = {
-    {2, 2, 16, 8, 4, true, GlobalBranch::kScaled, false},   {4, 2, 64, 64, 32, true, GlobalBranch::kRmsNorm, true},
+    {2, 2, 16, 8, 4, true, GlobalBranch::kScaled, false},    {4, 2, 64, 64, 32, true, GlobalBranch::kRmsNorm, true},
     {2, 1, 128, 64, 32, true, GlobalBranch::kRmsNorm, true}, {3, 3, 24, 8, 0, true, GlobalBranch::kNone, false},
     {2, 1, 40, 9, 6, false, GlobalBranch::kScaled, true},    {1, 1, 100, 64, 32, true, GlobalBranch::kScaled, false},
     {2, 2, 128, 64, 32, true, GlobalBranch::kScaled, true},
@@ -45,9 +45,17 @@ class AttentionCase {
     decay_.assign(s_.kv_heads, 0.9f);
     floats_ = int64_t{s_.kv_heads} * (s_.d * s_.d + 2 * s_.group * s_.d);
     states_.assign(5 * floats_, 0.0f);
-    layer_ = {.num_heads = s_.heads, .num_kv_heads = s_.kv_heads, .head_dim = s_.d, .group_size = s_.group,
-              .conv_kernel = s_.conv, .local = s_.local, .global = s_.global, .global_factor = 0.37f,
-              .global_gain = gain_.data(), .global_norm_eps = 1e-6f, .decay = s_.decay ? decay_.data() : nullptr,
+    layer_ = {.num_heads = s_.heads,
+              .num_kv_heads = s_.kv_heads,
+              .head_dim = s_.d,
+              .group_size = s_.group,
+              .conv_kernel = s_.conv,
+              .local = s_.local,
+              .global = s_.global,
+              .global_factor = 0.37f,
+              .global_gain = gain_.data(),
+              .global_norm_eps = 1e-6f,
+              .decay = s_.decay ? decay_.data() : nullptr,
               .conv_taps = taps_.data()};
     for (int r = 0; r < kRequests; ++r) lengths_[r] = length + r * (s_.group - 1);
     for (int r = 0; r < kRequests; ++r) Advance(r);
@@ -68,7 +76,9 @@ class AttentionCase {
     std::vector<float> expected_states = states_;
     std::vector<CommitRequest> commits;
     for (int r = 0; r < kRequests; ++r) {
-      commits.push_back({View(expected_states, r), lengths_[r], begins_[r],
+      commits.push_back({View(expected_states, r),
+                         lengths_[r],
+                         begins_[r],
                          {paths_.data() + tasks_[r].path_begin, static_cast<size_t>(tasks_[r].path_length)}});
     }
     ops_.CommitAttention({&layer_, qkv_.data(), commits});
@@ -135,12 +145,25 @@ class AttentionCase {
     const DeviceArray<uint64_t> ancestors(ancestors_);
     const DeviceArray<int32_t> paths(paths_);
     const DeviceArray<Task> tasks(tasks_);
-    launch({.layer = {.num_heads = s_.heads, .num_kv_heads = s_.kv_heads, .head_dim = s_.d, .group_size = s_.group,
-                      .conv_kernel = s_.conv, .local = s_.local, .global = static_cast<Global>(s_.global),
-                      .global_factor = 0.37f, .global_norm_eps = 1e-6f, .global_gain = gain.get(),
-                      .decay = s_.decay ? decay.get() : nullptr, .conv_taps = taps.get()},
-            .states = {states.get(), floats_, 0}, .tasks = tasks.get(), .qkv = qkv.get(),
-            .ancestors = tree ? ancestors.get() : nullptr, .paths = paths.get(), .out = out.get(), .out_bf16 = nullptr},
+    launch({.layer = {.num_heads = s_.heads,
+                      .num_kv_heads = s_.kv_heads,
+                      .head_dim = s_.d,
+                      .group_size = s_.group,
+                      .conv_kernel = s_.conv,
+                      .local = s_.local,
+                      .global = static_cast<Global>(s_.global),
+                      .global_factor = 0.37f,
+                      .global_norm_eps = 1e-6f,
+                      .global_gain = gain.get(),
+                      .decay = s_.decay ? decay.get() : nullptr,
+                      .conv_taps = taps.get()},
+            .states = {states.get(), floats_, 0},
+            .tasks = tasks.get(),
+            .qkv = qkv.get(),
+            .ancestors = tree ? ancestors.get() : nullptr,
+            .paths = paths.get(),
+            .out = out.get(),
+            .out_bf16 = nullptr},
            static_cast<int>(tasks_.size()), nullptr);
     Sync();
   }
@@ -200,7 +223,8 @@ void TestGemm(bool quick) {
         } else {  // e4m3 with exponents 1..14, so no NaN pattern: sign, 4 bits of exponent (bias 7), 3 of mantissa
           const unsigned code = random() % 112 + 8;
           bytes[i] = static_cast<uint8_t>(code | (w[i] < 0 ? 128u : 0u));
-          w[i] = std::copysign(std::ldexp(1.0f + static_cast<float>(code % 8) / 8.0f, static_cast<int>(code / 8) - 7), w[i]) *
+          w[i] = std::copysign(std::ldexp(1.0f + static_cast<float>(code % 8) / 8.0f, static_cast<int>(code / 8) - 7),
+                               w[i]) *
                  scales[0];
         }
       }
@@ -222,14 +246,15 @@ void TestGemm(bool quick) {
         }
         const DeviceArray<uint16_t> device_x(x);
         const DeviceArray<float> device_y(y);
-        const LinspecCudaMatrix matrix{device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
+        const LinspecCudaMatrix matrix{
+            device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
         LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true}, rows, nullptr);
         Sync();
         std::vector<float> out = device_y.Read();
         out.resize(int64_t{std::min(rows, 9)} * n);
         expected.resize(out.size());
-        const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " + std::to_string(k) +
-                                 " rows " + std::to_string(rows);
+        const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " +
+                                 std::to_string(k) + " rows " + std::to_string(rows);
         Report(name, RelativeError(out, expected), 5e-5);
         LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false}, rows, nullptr);
         Sync();
@@ -268,7 +293,8 @@ void TestRows(CpuOps& ops) {
     Sync();
     int wrong = 0;
     const std::vector<int32_t> found = best.Read();
-    for (int m = 0; m < rows; ++m) wrong += found[m] != std::max_element(x.begin() + m * dim, x.begin() + (m + 1) * dim) - x.begin() - m * dim;
+    for (int m = 0; m < rows; ++m)
+      wrong += found[m] != std::max_element(x.begin() + m * dim, x.begin() + (m + 1) * dim) - x.begin() - m * dim;
     Report("argmax" + size, wrong, 0);
   }
   for (const int d : {2, 16, 64, 100, 128}) {
@@ -292,7 +318,8 @@ void TestEmbed() {
   const std::vector<float> table = Normal(random, vocab * dim, 1.0f);
   const std::vector<int32_t> tokens = {0, 36, 5, 5};
   std::vector<float> expected;
-  for (const int32_t token : tokens) expected.insert(expected.end(), table.begin() + token * dim, table.begin() + (token + 1) * dim);
+  for (const int32_t token : tokens)
+    expected.insert(expected.end(), table.begin() + token * dim, table.begin() + (token + 1) * dim);
   const DeviceArray<float> device(table), out(expected.size());
   const DeviceArray<int32_t> device_tokens(tokens);
   LaunchEmbed({{device.get(), nullptr, vocab, dim, kLinspecCudaF32, 0}, device_tokens.get(), out.get()}, 4, nullptr);

@@ -8,14 +8,15 @@ namespace {
 
 constexpr int kDim = 128, kRows = 16;
 
-__global__ void __launch_bounds__(kThreads) PerNodeKernel(const float* states, float* node_states, const float* qkv,
-                                                          float* out, int nodes) {
+__global__ void __launch_bounds__(kThreads)
+    PerNodeKernel(const float* states, float* node_states, const float* qkv, float* out, int nodes) {
   __shared__ float partial[kThreads / 32][kDim];
   const int head = blockIdx.x, heads = gridDim.x, group = threadIdx.x / 32, c = threadIdx.x % 32 * 4;
   const int64_t request = blockIdx.y, matrix = kDim * kDim;
   Vec4 s[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) s[r] = Load4(states + (request * heads + head) * matrix + (group * kRows + r) * kDim + c);
+  for (int r = 0; r < kRows; ++r)
+    s[r] = Load4(states + (request * heads + head) * matrix + (group * kRows + r) * kDim + c);
   for (int node = 0; node < nodes; ++node) {
     const float* row = qkv + (request * nodes + node) * 3 * heads * kDim + head * kDim;
     float* target = node_states + ((request * nodes + node) * heads + head) * matrix;

@@ -1,4 +1,5 @@
-// The CUDA attention programs, run on the host: the same index and weight code as on the GPU, against the scalar CpuOps.
+// The CUDA attention programs, run on the host: the same index and weight code as on the GPU, against the scalar
+// CpuOps.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -34,10 +35,18 @@ class CudaWindowTest : public testing::TestWithParam<int> {
     Fill(gain_, shape_.heads, 1.0f);
     Fill(taps_, shape_.heads * shape_.conv, 1.0f);
     decay_ = {0.7f, 0.9f, 0.95f};
-    layer_ = {.num_heads = shape_.heads, .num_kv_heads = shape_.kv_heads, .head_dim = shape_.d,
-              .group_size = shape_.group, .conv_kernel = shape_.conv, .local = shape_.local, .global = shape_.global,
-              .global_factor = 0.37f, .global_gain = gain_.data(), .global_norm_eps = 1e-6f,
-              .decay = shape_.decay ? decay_.data() : nullptr, .conv_taps = taps_.data()};
+    layer_ = {.num_heads = shape_.heads,
+              .num_kv_heads = shape_.kv_heads,
+              .head_dim = shape_.d,
+              .group_size = shape_.group,
+              .conv_kernel = shape_.conv,
+              .local = shape_.local,
+              .global = shape_.global,
+              .global_factor = 0.37f,
+              .global_gain = gain_.data(),
+              .global_norm_eps = 1e-6f,
+              .decay = shape_.decay ? decay_.data() : nullptr,
+              .conv_taps = taps_.data()};
     state_.assign(shape_.kv_heads * (shape_.d * shape_.d + 2 * shape_.group * shape_.d), 0.0f);
   }
 
@@ -51,13 +60,25 @@ class CudaWindowTest : public testing::TestWithParam<int> {
     return {state.data(), ring, ring + shape_.kv_heads * shape_.group * shape_.d};
   }
   cuda::AttentionParams Params(std::vector<float>& state, std::vector<float>& out) const {
-    return {.layer = {.num_heads = shape_.heads, .num_kv_heads = shape_.kv_heads, .head_dim = shape_.d,
-                      .group_size = shape_.group, .conv_kernel = shape_.conv, .local = shape_.local,
-                      .global = static_cast<cuda::Global>(shape_.global), .global_factor = layer_.global_factor,
-                      .global_norm_eps = layer_.global_norm_eps, .global_gain = layer_.global_gain,
-                      .decay = layer_.decay, .conv_taps = layer_.conv_taps},
-            .states = {.base = state.data(), .floats_per_slot = 0, .layer_offset = 0}, .tasks = nullptr,
-            .qkv = qkv_.data(), .ancestors = nullptr, .paths = nullptr, .out = out.data(), .out_bf16 = nullptr};
+    return {.layer = {.num_heads = shape_.heads,
+                      .num_kv_heads = shape_.kv_heads,
+                      .head_dim = shape_.d,
+                      .group_size = shape_.group,
+                      .conv_kernel = shape_.conv,
+                      .local = shape_.local,
+                      .global = static_cast<cuda::Global>(shape_.global),
+                      .global_factor = layer_.global_factor,
+                      .global_norm_eps = layer_.global_norm_eps,
+                      .global_gain = layer_.global_gain,
+                      .decay = layer_.decay,
+                      .conv_taps = layer_.conv_taps},
+            .states = {.base = state.data(), .floats_per_slot = 0, .layer_offset = 0},
+            .tasks = nullptr,
+            .qkv = qkv_.data(),
+            .ancestors = nullptr,
+            .paths = nullptr,
+            .out = out.data(),
+            .out_bf16 = nullptr};
   }
   // Brings state_ to `length` tokens on the CPU.
   void Advance(int length) {
