@@ -20,15 +20,15 @@ namespace linspec::loadtest {
 
 struct RequestRecord {
   bool ok = false;
-  bool cancelled = false;        // we dropped it, on purpose
-  bool slow = false;             // we read it slowly, on purpose: its times are ours
-  std::string error;             // why not ok
-  double scheduled = 0;          // seconds after the start of the test
-  double start = 0;              // when it was really sent
-  double ttft = 0;               // seconds to the first chunk with text
-  double latency = 0;            // seconds to the last chunk with text
-  std::vector<double> itls;      // gaps between chunks, seconds
-  int prompt_tokens = 0;         // as the server counts them
+  bool cancelled = false;    // we dropped it, on purpose
+  bool slow = false;         // we read it slowly, on purpose: its times are ours
+  std::string error;         // why not ok
+  double scheduled = 0;      // seconds after the start of the test
+  double start = 0;          // when it was really sent
+  double ttft = 0;           // seconds to the first chunk with text
+  double latency = 0;        // seconds to the last chunk with text
+  std::vector<double> itls;  // gaps between chunks, seconds
+  int prompt_tokens = 0;     // as the server counts them
   int output_tokens = 0;
   int chunks = 0;
   std::string text;

@@ -30,8 +30,12 @@ v1::GenerateRequest MakeRequest(const Target& target, const PlannedRequest& plan
 class GrpcExchange : public grpc::ClientReadReactor<v1::GenerateResponse> {
  public:
   GrpcExchange(asio::io_context* loop, const PlannedRequest& planned, Done done)
-      : loop_(loop), cancel_after_(planned.cancel_after_chunks), read_delay_ms_(planned.read_delay_ms),
-        done_(std::move(done)), pause_(*loop), work_(loop->get_executor()) {}
+      : loop_(loop),
+        cancel_after_(planned.cancel_after_chunks),
+        read_delay_ms_(planned.read_delay_ms),
+        done_(std::move(done)),
+        pause_(*loop),
+        work_(loop->get_executor()) {}
 
   void Run(v1::LinSpec::Stub* stub, const v1::GenerateRequest& request, const Target& target, double timeout_s) {
     request_ = request;
@@ -93,7 +97,9 @@ class GrpcExchange : public grpc::ClientReadReactor<v1::GenerateResponse> {
 class GrpcClient : public Client {
  public:
   GrpcClient(asio::io_context* loop, Target target, const Options* options)
-      : loop_(loop), target_(std::move(target)), options_(options),
+      : loop_(loop),
+        target_(std::move(target)),
+        options_(options),
         stub_(v1::LinSpec::NewStub(grpc::CreateChannel(fmt::format("{}:{}", target_.host, target_.port),
                                                        grpc::InsecureChannelCredentials()))) {}
 

@@ -25,11 +25,20 @@ std::string Escape(std::string_view text) {
   std::string out;
   for (const char c : text) {
     switch (c) {
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '&': out += "&amp;"; break;
-      case '"': out += "&quot;"; break;
-      default: out += c;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '&':
+        out += "&amp;";
+        break;
+      case '"':
+        out += "&quot;";
+        break;
+      default:
+        out += c;
     }
   }
   return out;
@@ -60,15 +69,17 @@ std::string Chart(const std::string& title, const std::string& x_label, const st
   const auto px = [&](double x) { return kLeft + x / x_max * (kWidth - kLeft - kRight); };
   const auto py = [&](double y) { return kHeight - kBottom - y / y_max * (kHeight - kTop - kBottom); };
 
-  std::string svg = fmt::format("<figure><figcaption>{}</figcaption><svg viewBox='0 0 {} {}' role='img'>", title, kWidth,
-                                kHeight);
+  std::string svg =
+      fmt::format("<figure><figcaption>{}</figcaption><svg viewBox='0 0 {} {}' role='img'>", title, kWidth, kHeight);
   for (double y = 0; y <= y_max + y_step / 2; y += y_step) {
-    svg += fmt::format("<line class='grid' x1='{:.1f}' x2='{:.1f}' y1='{:.1f}' y2='{:.1f}'/>"
-                       "<text x='{:.1f}' y='{:.1f}' text-anchor='end'>{:g}</text>",
-                       kLeft, kWidth - kRight, py(y), py(y), kLeft - 6, py(y) + 4, y);
+    svg += fmt::format(
+        "<line class='grid' x1='{:.1f}' x2='{:.1f}' y1='{:.1f}' y2='{:.1f}'/>"
+        "<text x='{:.1f}' y='{:.1f}' text-anchor='end'>{:g}</text>",
+        kLeft, kWidth - kRight, py(y), py(y), kLeft - 6, py(y) + 4, y);
   }
   for (double x = 0; x <= x_max + x_step / 2; x += x_step) {
-    svg += fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{:g}</text>", px(x), kHeight - kBottom + 16, x);
+    svg +=
+        fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{:g}</text>", px(x), kHeight - kBottom + 16, x);
   }
   svg += fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{}</text>", (kLeft + kWidth - kRight) / 2,
                      kHeight - 6, x_label);
@@ -86,9 +97,10 @@ std::string Chart(const std::string& title, const std::string& x_label, const st
       svg += "'/>";
     }
     if (series.size() > 1) {
-      svg += fmt::format("<rect x='{0:.1f}' y='{1:.1f}' width='10' height='10' fill='{2}'/>"
-                         "<text x='{3:.1f}' y='{4:.1f}'>{5}</text>",
-                         legend, kTop, line.color, legend + 14, kTop + 9, line.label);
+      svg += fmt::format(
+          "<rect x='{0:.1f}' y='{1:.1f}' width='10' height='10' fill='{2}'/>"
+          "<text x='{3:.1f}' y='{4:.1f}'>{5}</text>",
+          legend, kTop, line.color, legend + 14, kTop + 9, line.label);
       legend += 26 + 8.0 * static_cast<double>(line.label.size());
     }
   }
@@ -184,14 +196,16 @@ std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& re
   Timeline(result, &tokens, &flight);
 
   const auto number = [&](const char* key) { return report.at(key).get<double>(); };
-  std::string html = fmt::format("<!doctype html><html lang='en'><meta charset='utf-8'><title>linspec loadtest</title>"
-                                 "<meta name='viewport' content='width=device-width'><style>{}</style>", kStyle);
-  html += fmt::format("<h1>Load test of {}</h1><p class='sub'>{} requests, rate {}, burstiness {}, max concurrency {}, "
-                      "dataset {}, seed {}, {:.1f} s</p>",
-                      Escape(report.at("model").get<std::string>()), report.at("num_prompts").dump(),
-                      Escape(report.at("request_rate").dump()), report.at("burstiness").dump(),
-                      report.at("max_concurrency").dump(), Escape(report.at("dataset").get<std::string>()),
-                      report.at("seed").dump(), number("duration"));
+  std::string html = fmt::format(
+      "<!doctype html><html lang='en'><meta charset='utf-8'><title>linspec loadtest</title>"
+      "<meta name='viewport' content='width=device-width'><style>{}</style>",
+      kStyle);
+  html += fmt::format(
+      "<h1>Load test of {}</h1><p class='sub'>{} requests, rate {}, burstiness {}, max concurrency {}, "
+      "dataset {}, seed {}, {:.1f} s</p>",
+      Escape(report.at("model").get<std::string>()), report.at("num_prompts").dump(),
+      Escape(report.at("request_rate").dump()), report.at("burstiness").dump(), report.at("max_concurrency").dump(),
+      Escape(report.at("dataset").get<std::string>()), report.at("seed").dump(), number("duration"));
   if (result.client_was_bottleneck()) {
     html += "<p class='warn'>The client itself was a bottleneck: these figures are not the server's alone.</p>";
   }
@@ -202,7 +216,8 @@ std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& re
   html += Tile("median TTFT, ms", fmt::format("{:.1f}", number("median_ttft_ms")));
   html += Tile("median TPOT, ms", fmt::format("{:.2f}", number("median_tpot_ms")));
   html += Tile("tokens per chunk", fmt::format("{:.2f}", number("tokens_per_chunk")));
-  if (!report.at("request_goodput").is_null()) html += Tile("goodput, req/s", fmt::format("{:.2f}", number("request_goodput")));
+  if (!report.at("request_goodput").is_null())
+    html += Tile("goodput, req/s", fmt::format("{:.2f}", number("request_goodput")));
   if (report.contains("spec_decode_acceptance_length")) {
     html += Tile("tokens per verified draft", fmt::format("{:.2f}", number("spec_decode_acceptance_length")));
   }

@@ -24,7 +24,7 @@ Target RestTarget(const Options& options) {
   Target target;
   target.host = options.host;
   target.port = options.backend == "grpc" ? options.metrics_port : options.port;
-  target.path = !options.endpoint.empty()           ? options.endpoint
+  target.path = !options.endpoint.empty()          ? options.endpoint
                 : options.backend == "openai-chat" ? "/v1/chat/completions"
                                                    : "/v1/completions";
   return target;

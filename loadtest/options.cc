@@ -1,11 +1,11 @@
 #include "loadtest/options.h"
 
+#include <fmt/format.h>
+
 #include <charconv>
 #include <cmath>
 #include <functional>
 #include <variant>
-
-#include <fmt/format.h>
 
 namespace linspec::loadtest {
 namespace {

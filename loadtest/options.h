@@ -19,45 +19,45 @@ struct Goodput {  // milliseconds; infinity: no bound
 };
 
 struct Options {
-  std::string backend = "openai";      // openai, openai-chat, grpc
+  std::string backend = "openai";  // openai, openai-chat, grpc
   std::string host = "127.0.0.1";
-  int port = 0;                        // 0: 8000, or 50051 for grpc
-  int metrics_port = 8000;             // where /metrics is when the backend is grpc
-  std::string endpoint;                // empty: the backend's usual path
-  std::string model;                   // empty: the first one the server lists
+  int port = 0;             // 0: 8000, or 50051 for grpc
+  int metrics_port = 8000;  // where /metrics is when the backend is grpc
+  std::string endpoint;     // empty: the backend's usual path
+  std::string model;        // empty: the first one the server lists
   std::string api_key_file;
 
-  std::string dataset_name = "random"; // random, custom, trace
+  std::string dataset_name = "random";  // random, custom, trace
   std::string dataset_path;
   int num_prompts = 200;
   int num_warmups = 1;
-  int random_input_len = 64;           // words
-  int random_output_len = 64;          // tokens
-  double random_range_ratio = 0;       // lengths uniform in [len (1 - r), len (1 + r)]
+  int random_input_len = 64;      // words
+  int random_output_len = 64;     // tokens
+  double random_range_ratio = 0;  // lengths uniform in [len (1 - r), len (1 + r)]
 
   double request_rate = std::numeric_limits<double>::infinity();
-  double burstiness = 1;               // gamma shape: 1 is Poisson, below 1 burstier
-  int max_concurrency = 0;             // 0: unbounded (open loop)
+  double burstiness = 1;    // gamma shape: 1 is Poisson, below 1 burstier
+  int max_concurrency = 0;  // 0: unbounded (open loop)
   double trace_speed = 1;
-  double duration = 0;                 // seconds after which no request starts; 0: all of them
-  double timeout = 600;                // seconds a request may take
+  double duration = 0;   // seconds after which no request starts; 0: all of them
+  double timeout = 600;  // seconds a request may take
   uint64_t seed = 0;
 
   double temperature = 0;
   double top_p = 1;
   bool ignore_eos = false;
 
-  double cancel_fraction = 0;          // of requests, dropped by the client after cancel_after chunks
+  double cancel_fraction = 0;  // of requests, dropped by the client after cancel_after chunks
   int cancel_after = 4;
-  double slow_fraction = 0;            // of requests, read with a pause between reads
+  double slow_fraction = 0;  // of requests, read with a pause between reads
   int slow_delay_ms = 200;
 
   int threads = 1;
   std::vector<double> metric_percentiles = {50, 90, 95, 99};
   Goodput goodput;
   bool save_detailed = false;
-  std::string result;                  // JSON file; empty: none
-  std::string html;                    // report file; empty: none
+  std::string result;  // JSON file; empty: none
+  std::string html;    // report file; empty: none
   bool quiet = false;
 };
 

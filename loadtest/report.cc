@@ -56,8 +56,8 @@ double PeakTokensPerSecond(const RunResult& result) {
 }
 
 void AddDetails(const RunResult& result, Json* report) {
-  for (const char* key : {"input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "generated_texts",
-                          "errors"}) {
+  for (const char* key :
+       {"input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "generated_texts", "errors"}) {
     (*report)[key] = Json::array();
   }
   for (const RequestRecord& record : result.records) {
@@ -134,8 +134,7 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   report["total_input_tokens"] = input;
   report["total_output_tokens"] = output;
   report["request_throughput"] = static_cast<double>(completed) / duration;
-  report["request_goodput"] =
-      options.goodput.any() ? Json(static_cast<double>(good) / duration) : Json(nullptr);
+  report["request_goodput"] = options.goodput.any() ? Json(static_cast<double>(good) / duration) : Json(nullptr);
   report["output_throughput"] = static_cast<double>(output) / duration;
   report["total_token_throughput"] = static_cast<double>(input + output) / duration;
   report["max_output_tokens_per_s"] = PeakTokensPerSecond(result);

@@ -53,8 +53,11 @@ std::string CompletionBody(const Target& target, const PlannedRequest& planned, 
 class RestExchange : public std::enable_shared_from_this<RestExchange> {
  public:
   RestExchange(asio::io_context* loop, const PlannedRequest& planned, Done done)
-      : stream_(*loop), pause_(*loop), cancel_after_(planned.cancel_after_chunks),
-        read_delay_ms_(planned.read_delay_ms), done_(std::move(done)) {
+      : stream_(*loop),
+        pause_(*loop),
+        cancel_after_(planned.cancel_after_chunks),
+        read_delay_ms_(planned.read_delay_ms),
+        done_(std::move(done)) {
     parser_.body_limit(boost::none);
     // An eager parser keeps reading until the line end after a chunk is followed by the next chunk: every token would be
     // seen one late, or all at the end.
@@ -63,8 +66,8 @@ class RestExchange : public std::enable_shared_from_this<RestExchange> {
 
   void Run(const tcp::endpoint& endpoint, http::request<http::string_body> request, double timeout_s) {
     request_ = std::move(request);
-    stream_.expires_after(std::chrono::duration_cast<std::chrono::steady_clock::duration>(
-        std::chrono::duration<double>(timeout_s)));
+    stream_.expires_after(
+        std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(timeout_s)));
     if (read_delay_ms_ > 0) {
       beast::error_code ignored;  // a larger buffer only makes the reader less slow
       stream_.socket().open(endpoint.protocol(), ignored);
@@ -83,9 +86,8 @@ class RestExchange : public std::enable_shared_from_this<RestExchange> {
 
  private:
   void Read() {
-    http::async_read_some(stream_, buffer_, parser_, [self = shared_from_this()](beast::error_code error, size_t) {
-      self->OnRead(error);
-    });
+    http::async_read_some(stream_, buffer_, parser_,
+                          [self = shared_from_this()](beast::error_code error, size_t) { self->OnRead(error); });
   }
 
   void OnRead(beast::error_code error) {
@@ -94,8 +96,8 @@ class RestExchange : public std::enable_shared_from_this<RestExchange> {
       if (parser_.get().result_int() == 200) {
         Consume();
       } else if (parser_.is_done() || parser_.get().body().size() > kMaxErrorText) {
-        return End(fmt::format("HTTP {}: {}", parser_.get().result_int(),
-                               parser_.get().body().substr(0, kMaxErrorText)));
+        return End(
+            fmt::format("HTTP {}: {}", parser_.get().result_int(), parser_.get().body().substr(0, kMaxErrorText)));
       }
     }
     if (done_ == nullptr) return;
@@ -233,8 +235,8 @@ absl::StatusOr<std::string> HttpGet(const Target& target, const std::string& pat
   http::read(stream, buffer, response, error);
   if (error) return unavailable(error);
   if (response.result_int() != 200) {
-    return absl::UnavailableError(fmt::format("GET http://{}:{}{}: HTTP {}", target.host, target.port, path,
-                                              response.result_int()));
+    return absl::UnavailableError(
+        fmt::format("GET http://{}:{}{}: HTTP {}", target.host, target.port, path, response.result_int()));
   }
   return response.body();
 }

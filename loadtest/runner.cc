@@ -202,9 +202,9 @@ class Coordinator {
   asio::signal_set signals_{loop_, SIGINT};
   std::vector<std::unique_ptr<Worker>> workers_;
   Clock::time_point start_;
-  std::deque<size_t> ready_;     // arrived, waiting for a place
+  std::deque<size_t> ready_;  // arrived, waiting for a place
   std::vector<bool> sent_;
-  size_t next_ = 0;              // first request that has not arrived
+  size_t next_ = 0;  // first request that has not arrived
   int in_flight_ = 0, finished_ = 0, failed_ = 0;
   double last_end_ = 0;
   int64_t output_tokens_ = 0;

@@ -16,10 +16,10 @@ class io_context;
 namespace linspec::loadtest {
 
 struct RunResult {
-  std::vector<RequestRecord> records;   // of the requests that were sent
-  double duration = 0;                  // first arrival to last answer, seconds
+  std::vector<RequestRecord> records;  // of the requests that were sent
+  double duration = 0;                 // first arrival to last answer, seconds
   int max_in_flight = 0;
-  bool interrupted = false;             // SIGINT: nothing more was sent
+  bool interrupted = false;  // SIGINT: nothing more was sent
   // How late this client was: its timers, and the requests themselves. Large values mean that it, not the server, was
   // measured.
   double loop_lag_p99 = 0, loop_lag_max = 0, start_lateness_p99 = 0;
@@ -29,6 +29,7 @@ struct RunResult {
 using ClientFactory = std::function<std::unique_ptr<Client>(boost::asio::io_context*)>;
 
 // Blocks until every request ended. Live progress goes to standard error unless options.quiet.
-RunResult RunWorkload(const std::vector<PlannedRequest>& workload, const Options& options, const ClientFactory& factory);
+RunResult RunWorkload(const std::vector<PlannedRequest>& workload, const Options& options,
+                      const ClientFactory& factory);
 
 }  // namespace linspec::loadtest

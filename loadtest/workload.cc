@@ -18,10 +18,11 @@ namespace linspec::loadtest {
 namespace {
 
 // Frequent words, each a token of its own in most vocabularies.
-constexpr std::string_view kWords[] = {
-    "the", "of", "and", "to", "in", "was", "that", "his", "he", "it", "with", "for", "had", "her", "not", "but",
-    "she", "they", "from", "all", "one", "there", "were", "this", "when", "out", "up", "said", "them", "time",
-    "little", "house", "water", "day", "night", "old", "man", "good", "long", "way", "again", "came", "went", "down"};
+constexpr std::string_view kWords[] = {"the",  "of",   "and",  "to",     "in",    "was",   "that", "his",   "he",
+                                       "it",   "with", "for",  "had",    "her",   "not",   "but",  "she",   "they",
+                                       "from", "all",  "one",  "there",  "were",  "this",  "when", "out",   "up",
+                                       "said", "them", "time", "little", "house", "water", "day",  "night", "old",
+                                       "man",  "good", "long", "way",    "again", "came",  "went", "down"};
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -98,7 +99,8 @@ bool ParseTime(std::string_view text, double* seconds) {
   int year = 0, month = 0, day = 0, hour = 0, minute = 0;
   double second = 0;
   const std::string copy(text);
-  if (std::sscanf(copy.c_str(), "%d-%d-%d%*c%d:%d:%lf", &year, &month, &day, &hour, &minute, &second) != 6) return false;
+  if (std::sscanf(copy.c_str(), "%d-%d-%d%*c%d:%d:%lf", &year, &month, &day, &hour, &minute, &second) != 6)
+    return false;
   const std::chrono::year_month_day date{std::chrono::year(year), std::chrono::month(month), std::chrono::day(day)};
   if (!date.ok()) return false;
   *seconds = std::chrono::sys_days(date).time_since_epoch().count() * 86400.0 + hour * 3600 + minute * 60 + second;
@@ -141,7 +143,8 @@ absl::StatusOr<std::vector<TraceRow>> ParseTrace(std::string_view csv) {
     rows.push_back(row);
   }
   if (rows.empty()) return absl::InvalidArgumentError("trace: no rows");
-  std::stable_sort(rows.begin(), rows.end(), [](const TraceRow& a, const TraceRow& b) { return a.arrival < b.arrival; });
+  std::stable_sort(rows.begin(), rows.end(),
+                   [](const TraceRow& a, const TraceRow& b) { return a.arrival < b.arrival; });
   for (size_t i = rows.size(); i-- > 0;) rows[i].arrival -= rows[0].arrival;
   return rows;
 }
@@ -176,9 +179,10 @@ absl::StatusOr<std::vector<PlannedRequest>> MakeWorkload(const Options& options)
     } else {
       request.arrival = arrivals.Next();
       request.max_tokens = RandomLength(options.random_output_len, options.random_range_ratio, &random);
-      request.prompt = !prompts.empty() ? prompts[i % prompts.size()]
-                                        : RandomPrompt(RandomLength(options.random_input_len,
-                                                                    options.random_range_ratio, &random), &random);
+      request.prompt =
+          !prompts.empty()
+              ? prompts[i % prompts.size()]
+              : RandomPrompt(RandomLength(options.random_input_len, options.random_range_ratio, &random), &random);
     }
     if (cancel(random)) request.cancel_after_chunks = options.cancel_after;
     if (slow(random)) request.read_delay_ms = options.slow_delay_ms;

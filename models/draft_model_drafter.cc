@@ -1,19 +1,19 @@
 #include "models/draft_model_drafter.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <utility>
-
-#include <fmt/format.h>
 
 #include "models/sampler.h"
 
 namespace linspec {
 namespace {
 
-// Up to this many tokens behind, they ride along as a chain above the pending token: a few rows more in a forward that is
-// needed anyway, instead of a prefill of their own.
+// Up to this many tokens behind, they ride along as a chain above the pending token: a few rows more in a forward that
+// is needed anyway, instead of a prefill of their own.
 constexpr int64_t kMaxRideAlong = 4;
 
 float TopProbability(std::span<const float> logits, float temperature) {
@@ -26,8 +26,8 @@ float TopProbability(std::span<const float> logits, float temperature) {
 
 // How likely each candidate is to be the target's choice. Greedy: the draft's probability. Sampled: the target will add
 // the same noise, so the odds are those of the noisy scores among the candidates.
-std::vector<float> Shares(std::span<const float> logits, std::span<const int32_t> tokens, const SamplingParams& sampling,
-                          int64_t position, float top_probability) {
+std::vector<float> Shares(std::span<const float> logits, std::span<const int32_t> tokens,
+                          const SamplingParams& sampling, int64_t position, float top_probability) {
   std::vector<float> scores;
   for (const int32_t token : tokens) {
     const float score = sampling.temperature > 0
@@ -55,10 +55,10 @@ absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std
   if (options.max_depth < 1 || options.max_depth >= kMaxTreeNodes || options.top_k < 1 ||
       options.top_k >= kMaxTreeNodes || !(options.min_confidence >= 0 && options.min_confidence <= 1) ||
       options.max_catch_up_tokens < 1) {
-    return absl::InvalidArgumentError(
-        fmt::format("draft options out of range: max_depth {} and top_k {} (1 to {}), min_confidence {} (0 to 1), "
-                    "max_catch_up_tokens {} (1 or more)", options.max_depth, options.top_k, kMaxTreeNodes - 1,
-                    options.min_confidence, options.max_catch_up_tokens));
+    return absl::InvalidArgumentError(fmt::format(
+        "draft options out of range: max_depth {} and top_k {} (1 to {}), min_confidence {} (0 to 1), "
+        "max_catch_up_tokens {} (1 or more)",
+        options.max_depth, options.top_k, kMaxTreeNodes - 1, options.min_confidence, options.max_catch_up_tokens));
   }
   absl::StatusOr<std::unique_ptr<StatePool>> pool = StatePool::Create(model->config(), options.max_sequences);
   if (!pool.ok()) return pool.status();
@@ -80,9 +80,8 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
     // A path is never likelier than its beginning, so the best candidates contain their parents, and come after them.
     std::vector<int> order(draft.candidates.size());
     std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
-      return draft.candidates[a].probability > draft.candidates[b].probability;
-    });
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int a, int b) { return draft.candidates[a].probability > draft.candidates[b].probability; });
     order.resize(std::min<size_t>(order.size(), draft.budget));
     DraftTree& proposal = proposals[draft.index];
     std::vector<int> node_of(draft.candidates.size(), 0);
@@ -145,8 +144,13 @@ absl::StatusOr<std::vector<DraftModelDrafter::Draft>> DraftModelDrafter::StartDr
     }
     if (behind - prefill > kMaxRideAlong) continue;
 
-    Draft draft{.context = &context, .index = i, .slot = slot->second.id(),
-                .budget = std::min(context.max_nodes, kMaxTreeNodes) - 1, .tree = {}, .pending = 0, .candidates = {},
+    Draft draft{.context = &context,
+                .index = i,
+                .slot = slot->second.id(),
+                .budget = std::min(context.max_nodes, kMaxTreeNodes) - 1,
+                .tree = {},
+                .pending = 0,
+                .candidates = {},
                 .frontier = {-1}};
     for (const int32_t token : context.tokens.subspan(length + prefill)) {
       draft.tree.Add(token, draft.tree.num_nodes() - 1);
@@ -196,8 +200,8 @@ void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const 
   if (tokens.empty()) return;
   const std::vector<float> shares = Shares(logits, tokens, sampling, position, confidence);
   for (size_t i = 0; i < tokens.size(); ++i) {
-    draft.candidates.push_back({.token = tokens[i], .parent = parent, .depth = depth + 1,
-                                .probability = path * std::min(shares[i], 1.0f)});
+    draft.candidates.push_back(
+        {.token = tokens[i], .parent = parent, .depth = depth + 1, .probability = path * std::min(shares[i], 1.0f)});
   }
 }
 
@@ -208,9 +212,8 @@ bool DraftModelDrafter::ExpandLevel(Draft& draft, int depth) const {
   for (size_t i = 0; i < draft.candidates.size(); ++i) {
     if (draft.candidates[i].depth == depth) level.push_back(static_cast<int>(i));
   }
-  std::stable_sort(level.begin(), level.end(), [&](int a, int b) {
-    return draft.candidates[a].probability > draft.candidates[b].probability;
-  });
+  std::stable_sort(level.begin(), level.end(),
+                   [&](int a, int b) { return draft.candidates[a].probability > draft.candidates[b].probability; });
   const int room = std::min(options_.top_k, kMaxTreeNodes - draft.tree.num_nodes());
   level.resize(std::clamp<int>(static_cast<int>(level.size()), 0, room));
   for (const int index : level) {

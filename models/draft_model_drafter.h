@@ -1,8 +1,8 @@
 // Drafts with a small linear-attention model: a chain, or a tree grown level by level along the likeliest paths.
 //
-// The draft model's state only ever holds tokens that the target has committed. A drafted level is verified on top of the
-// levels before it (Model::Extend), so a chain of n tokens costs n forwards of one row, and neither copies a state nor
-// rolls one back. Nodes that the target accepts are committed by path at the next Propose, without computing them again.
+// The draft model's state only ever holds tokens that the target has committed. A drafted level is verified on top of
+// the levels before it (Model::Extend), so a chain of n tokens costs n forwards of one row, and neither copies a state
+// nor rolls one back. Nodes that the target accepts are committed by path at the next Propose, not computed again.
 //
 // Threads: engine thread only. Ownership: owns the draft model and its state pool; a sequence holds one slot from its
 // first draft to Forget.
@@ -24,17 +24,18 @@
 namespace linspec {
 
 struct DraftModelOptions {
-  int max_sequences = 64;             // slots; further sequences are not drafted for
-  int max_depth = 4;                  // drafted tokens on a path
-  int top_k = 1;                      // children of a node, and nodes looked at per level; 1: a chain
-  float min_confidence = 0.3f;        // no children for a node whose likeliest token is less probable than this
-  int64_t max_catch_up_tokens = 1024; // prefilled per call, over all sequences; one that is still behind is not drafted
+  int max_sequences = 64;       // slots; further sequences are not drafted for
+  int max_depth = 4;            // drafted tokens on a path
+  int top_k = 1;                // children of a node, and nodes looked at per level; 1: a chain
+  float min_confidence = 0.3f;  // no children for a node whose likeliest token is less probable than this
+  int64_t max_catch_up_tokens =
+      1024;  // prefilled per call, over all sequences; one that is still behind is not drafted
 };
 
 class DraftModelDrafter final : public Drafter {
  public:
-  // INVALID_ARGUMENT: options out of range, or a draft vocabulary other than the target's. RESOURCE_EXHAUSTED: no memory
-  // for the states.
+  // INVALID_ARGUMENT: options out of range, or a draft vocabulary other than the target's. RESOURCE_EXHAUSTED:
+  // no memory for the states.
   static absl::StatusOr<std::unique_ptr<DraftModelDrafter>> Create(std::unique_ptr<Model> model,
                                                                    int64_t target_vocab_size,
                                                                    DraftModelOptions options);
@@ -50,20 +51,20 @@ class DraftModelDrafter final : public Drafter {
   struct Candidate {
     int32_t token;
     int parent;
-    int depth;                        // of the token in the proposal: 1 below the pending token
-    float probability;                // of the path to it, as the draft sees it
-    int node = -1;                    // in Draft::tree once the draft model looks at it
+    int depth;          // of the token in the proposal: 1 below the pending token
+    float probability;  // of the path to it, as the draft sees it
+    int node = -1;      // in Draft::tree once the draft model looks at it
   };
   // One context being drafted for.
   struct Draft {
     const DraftContext* context;
-    size_t index;                     // of the context
+    size_t index;  // of the context
     int32_t slot;
-    int budget;                       // tokens to propose at most
-    DraftTree tree;                   // what the model sees: tokens it lags behind, the pending one, candidates
-    int pending;                      // node of the pending token in tree
+    int budget;      // tokens to propose at most
+    DraftTree tree;  // what the model sees: tokens it lags behind, the pending one, candidates
+    int pending;     // node of the pending token in tree
     std::vector<Candidate> candidates;
-    std::vector<int> frontier;        // candidates (or -1: the pending token) whose logits come next, in node order
+    std::vector<int> frontier;  // candidates (or -1: the pending token) whose logits come next, in node order
   };
 
   DraftModelDrafter(std::unique_ptr<Model> model, std::unique_ptr<StatePool> pool, DraftModelOptions options)
@@ -83,7 +84,7 @@ class DraftModelDrafter final : public Drafter {
 
   // What the model verified last, for CommitAccepted.
   VerifyBatch last_batch_;
-  std::vector<uint64_t> last_sequences_;           // [num_requests]
+  std::vector<uint64_t> last_sequences_;  // [num_requests]
 };
 
 }  // namespace linspec

@@ -19,8 +19,8 @@ int DraftTree::FindChild(int node, int32_t token) const {
 
 absl::Status DraftTree::Validate(int64_t vocab_size) const {
   if (tokens.empty() || num_nodes() > kMaxTreeNodes) {
-    return absl::InvalidArgumentError(fmt::format("draft tree has {} nodes: expected 1 to {}", tokens.size(),
-                                                  kMaxTreeNodes));
+    return absl::InvalidArgumentError(
+        fmt::format("draft tree has {} nodes: expected 1 to {}", tokens.size(), kMaxTreeNodes));
   }
   if (parents.size() != tokens.size()) {
     return absl::InvalidArgumentError(

@@ -11,8 +11,8 @@ namespace linspec {
 inline constexpr int kMaxTreeNodes = 64;  // an ancestor set is one uint64_t
 
 struct DraftTree {
-  std::vector<int32_t> tokens;    // [num_nodes]
-  std::vector<int32_t> parents;   // [num_nodes]; parents[0] == -1, parents[i] < i
+  std::vector<int32_t> tokens;   // [num_nodes]
+  std::vector<int32_t> parents;  // [num_nodes]; parents[0] == -1, parents[i] < i
 
   static DraftTree Root(int32_t pending_token) { return {{pending_token}, {-1}}; }
   int num_nodes() const { return static_cast<int>(tokens.size()); }
@@ -21,8 +21,8 @@ struct DraftTree {
     parents.push_back(parent);
     return num_nodes() - 1;
   }
-  std::vector<int> Depths() const;                  // root 0
-  int FindChild(int node, int32_t token) const;     // -1: none
+  std::vector<int> Depths() const;               // root 0
+  int FindChild(int node, int32_t token) const;  // -1: none
   // 1..64 nodes, parents topological, tokens inside the vocabulary. Drafters are not trusted: the engine checks.
   absl::Status Validate(int64_t vocab_size) const;
 };

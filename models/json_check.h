@@ -1,6 +1,6 @@
 // Well-formedness of JSON files before they are read into a document.
 //
-// Threads: pure function. The DOM parser silently keeps the last of two equal keys and gives no position; this does not.
+// Threads: pure function. The DOM parser silently keeps the last of two equal keys; this refuses them.
 #pragma once
 
 #include <string_view>

@@ -1,10 +1,10 @@
 #include "models/linear_transformer.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstring>
 #include <utility>
-
-#include <fmt/format.h>
 
 #include "kernels/check.h"
 
@@ -61,7 +61,9 @@ bool Extends(const VerifyBatch& to, const VerifyBatch& from) {
 void EmbeddingTable::Lookup(int32_t token, float* out) const {
   const std::byte* row = data.data() + token * dim * static_cast<int64_t>(DTypeSize(dtype));
   switch (dtype) {
-    case DType::kF32: std::memcpy(out, row, dim * sizeof(float)); return;
+    case DType::kF32:
+      std::memcpy(out, row, dim * sizeof(float));
+      return;
     case DType::kI8: {
       const auto* values = reinterpret_cast<const int8_t*>(row);
       for (int64_t i = 0; i < dim; ++i) out[i] = static_cast<float>(values[i]) * row_scales[token];
@@ -108,12 +110,21 @@ void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const
   float* attended = Grow(attention_, n * attention_width());
   for (int i = 0; i < config_.num_layers; ++i) {
     const TransformerLayer& layer = weights_.layers[i];
-    ops_->RmsNorm({.x = x_.data(), .weight = layer.attention_norm.data(), .out = normed, .num_rows = n, .dim = dim,
+    ops_->RmsNorm({.x = x_.data(),
+                   .weight = layer.attention_norm.data(),
+                   .out = normed,
+                   .num_rows = n,
+                   .dim = dim,
                    .eps = config_.rms_norm_eps});
     ops_->Matmul({.x = normed, .w = layer.qkv.get(), .y = qkv, .num_rows = n});
-    ops_->RopeNormalize({.qkv = qkv, .positions = positions.data(), .num_rows = n, .num_heads = config_.num_heads,
-                         .num_kv_heads = config_.num_kv_heads, .head_dim = config_.head_dim,
-                         .rope_theta = config_.rope_theta, .qk_norm_eps = config_.linear_attention.qk_norm_eps});
+    ops_->RopeNormalize({.qkv = qkv,
+                         .positions = positions.data(),
+                         .num_rows = n,
+                         .num_heads = config_.num_heads,
+                         .num_kv_heads = config_.num_kv_heads,
+                         .head_dim = config_.head_dim,
+                         .rope_theta = config_.rope_theta,
+                         .qk_norm_eps = config_.linear_attention.qk_norm_eps});
     attention(i, qkv, attended);
     if (purpose == Purpose::kState && i + 1 == config_.num_layers) return;  // nothing reads what would follow
     ops_->Matmul({.x = attended, .w = layer.o.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
@@ -133,7 +144,11 @@ void LinearTransformer::Mlp(const TransformerLayer& layer, int64_t n) {
   const int64_t dim = config_.hidden_size, inner = config_.intermediate_size;
   float* gate_up = Grow(gate_up_, n * 2 * inner);
   float* activated = Grow(mlp_, n * inner);
-  ops_->RmsNorm({.x = x_.data(), .weight = layer.mlp_norm.data(), .out = normed_.data(), .num_rows = n, .dim = dim,
+  ops_->RmsNorm({.x = x_.data(),
+                 .weight = layer.mlp_norm.data(),
+                 .out = normed_.data(),
+                 .num_rows = n,
+                 .dim = dim,
                  .eps = config_.rms_norm_eps});
   ops_->Matmul({.x = normed_.data(), .w = layer.gate_up.get(), .y = gate_up, .num_rows = n});
   ops_->SiluMul({.gate_up = gate_up, .out = activated, .num_rows = n, .dim = inner});
@@ -143,11 +158,14 @@ void LinearTransformer::Mlp(const TransformerLayer& layer, int64_t n) {
 VerifyResult LinearTransformer::Head(int64_t n) {
   const int64_t dim = config_.hidden_size, vocab = config_.vocab_size;
   float* logits = Grow(logits_, n * vocab);
-  ops_->RmsNorm({.x = x_.data(), .weight = weights_.final_norm.data(), .out = normed_.data(), .num_rows = n,
-                 .dim = dim, .eps = config_.rms_norm_eps});
+  ops_->RmsNorm({.x = x_.data(),
+                 .weight = weights_.final_norm.data(),
+                 .out = normed_.data(),
+                 .num_rows = n,
+                 .dim = dim,
+                 .eps = config_.rms_norm_eps});
   ops_->Matmul({.x = normed_.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
-  return {.logits = {logits, static_cast<size_t>(n * vocab)},
-          .hidden = {normed_.data(), static_cast<size_t>(n * dim)}};
+  return {.logits = {logits, static_cast<size_t>(n * vocab)}, .hidden = {normed_.data(), static_cast<size_t>(n * dim)}};
 }
 
 absl::Status LinearTransformer::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
@@ -186,8 +204,11 @@ void LinearTransformer::PrefillBlock(std::span<const PrefillChunk> pieces, State
   requests_.clear();
   for (const PrefillChunk& piece : pieces) {
     const int64_t length = pool->length(piece.slot);
-    requests_.push_back({.state = {}, .length = length, .row_begin = static_cast<int64_t>(tokens.size()),
-                         .num_rows = static_cast<int>(piece.tokens.size()), .parents = nullptr});
+    requests_.push_back({.state = {},
+                         .length = length,
+                         .row_begin = static_cast<int64_t>(tokens.size()),
+                         .num_rows = static_cast<int>(piece.tokens.size()),
+                         .parents = nullptr});
     for (size_t i = 0; i < piece.tokens.size(); ++i) positions.push_back(length + static_cast<int64_t>(i));
     tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
   }
@@ -202,7 +223,9 @@ void LinearTransformer::PrefillBlock(std::span<const PrefillChunk> pieces, State
 
 absl::StatusOr<VerifyResult> LinearTransformer::Verify(const VerifyBatch& batch, const StatePool& pool) {
   if (absl::Status valid = CheckBatch(batch, pool); !valid.ok()) return valid;
-  verified_ = {.tokens = {}, .parents = {}, .row_starts = std::vector<int32_t>(batch.row_starts.size(), 0),
+  verified_ = {.tokens = {},
+               .parents = {},
+               .row_starts = std::vector<int32_t>(batch.row_starts.size(), 0),
                .slots = batch.slots};
   return VerifyNewNodes(batch, pool);
 }
@@ -229,7 +252,10 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
     const int32_t begin = batch.row_starts[r];
     const int64_t length = pool.length(batch.slots[r]);
     verified_lengths_.push_back(length);
-    requests_.push_back({.state = {}, .length = length, .row_begin = begin, .num_rows = NumNodes(batch, r),
+    requests_.push_back({.state = {},
+                         .length = length,
+                         .row_begin = begin,
+                         .num_rows = NumNodes(batch, r),
                          .parents = batch.parents.data() + begin});
     for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
       if (row > begin) depths[row] = depths[begin + batch.parents[row]] + 1;
@@ -250,8 +276,8 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
     for (int64_t i = 0; i < num_new; ++i) std::copy_n(qkv + i * width, width, kept + new_rows[i] * width);
     for (int r = 0; r < batch.num_requests(); ++r) requests_[r].state = pool.layer(batch.slots[r], layer);
     float* tree_out = all_new ? out : Grow(tree_attention_, batch.num_rows() * out_width);
-    ops_->VerifyAttention({.layer = &weights_.layers[layer].attention, .qkv = kept, .out = tree_out,
-                           .requests = requests_});
+    ops_->VerifyAttention(
+        {.layer = &weights_.layers[layer].attention, .qkv = kept, .out = tree_out, .requests = requests_});
     if (all_new) return;
     for (int64_t i = 0; i < num_new; ++i) {
       std::copy_n(tree_out + new_rows[i] * out_width, out_width, out + i * out_width);
@@ -292,13 +318,13 @@ absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const
       return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", slot));
     }
     slots.push_back(slot);
-    requests.push_back({.state = {}, .length = verified_lengths_[r], .row_begin = batch.row_starts[r],
-                        .path = paths[r]});
+    requests.push_back(
+        {.state = {}, .length = verified_lengths_[r], .row_begin = batch.row_starts[r], .path = paths[r]});
   }
   for (int layer = 0; layer < config_.num_layers && !requests.empty(); ++layer) {
     for (size_t i = 0; i < requests.size(); ++i) requests[i].state = pool->layer(slots[i], layer);
-    ops_->CommitAttention({.layer = &weights_.layers[layer].attention, .qkv = kept_qkv_[layer].data(),
-                           .requests = requests});
+    ops_->CommitAttention(
+        {.layer = &weights_.layers[layer].attention, .qkv = kept_qkv_[layer].data(), .requests = requests});
   }
   for (size_t i = 0; i < requests.size(); ++i) {
     pool->set_length(slots[i], requests[i].length + static_cast<int64_t>(requests[i].path.size()));

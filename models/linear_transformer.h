@@ -22,32 +22,32 @@ namespace linspec {
 
 // Token embeddings as stored: a row is read and widened per token, never multiplied.
 struct EmbeddingTable {
-  DType dtype = DType::kF32;          // kF32, kF16, kBF16 or kI8
-  int64_t dim = 0;                    // D
-  std::vector<std::byte> data;        // [V, D]
-  std::vector<float> row_scales;      // [V] for kI8, else empty
+  DType dtype = DType::kF32;      // kF32, kF16, kBF16 or kI8
+  int64_t dim = 0;                // D
+  std::vector<std::byte> data;    // [V, D]
+  std::vector<float> row_scales;  // [V] for kI8, else empty
 
   void Lookup(int32_t token, float* out) const;
 };
 
 struct TransformerLayer {
-  std::vector<float> attention_norm;         // [D]
-  std::unique_ptr<PackedWeight> qkv;         // [(H + 2 Hkv) * d, D]
-  std::unique_ptr<PackedWeight> o;           // [D, H * d]
-  std::vector<float> mlp_norm;               // [D]
-  std::unique_ptr<PackedWeight> gate_up;     // [2 F, D]
-  std::unique_ptr<PackedWeight> down;        // [D, F]
-  std::vector<float> global_gain;            // [H]    global = rms_norm
-  std::vector<float> decay;                  // [Hkv]  decay = true
-  std::vector<float> conv_taps;              // [H, conv_kernel]
-  AttentionLayer attention;                  // points into the three vectors above
+  std::vector<float> attention_norm;      // [D]
+  std::unique_ptr<PackedWeight> qkv;      // [(H + 2 Hkv) * d, D]
+  std::unique_ptr<PackedWeight> o;        // [D, H * d]
+  std::vector<float> mlp_norm;            // [D]
+  std::unique_ptr<PackedWeight> gate_up;  // [2 F, D]
+  std::unique_ptr<PackedWeight> down;     // [D, F]
+  std::vector<float> global_gain;         // [H]    global = rms_norm
+  std::vector<float> decay;               // [Hkv]  decay = true
+  std::vector<float> conv_taps;           // [H, conv_kernel]
+  AttentionLayer attention;               // points into the three vectors above
 };
 
 struct TransformerWeights {
   EmbeddingTable embedding;
   std::vector<TransformerLayer> layers;
-  std::vector<float> final_norm;             // [D]
-  std::unique_ptr<PackedWeight> lm_head;     // [V, D]
+  std::vector<float> final_norm;          // [D]
+  std::unique_ptr<PackedWeight> lm_head;  // [V, D]
 };
 
 class LinearTransformer final : public Model {
@@ -71,12 +71,12 @@ class LinearTransformer final : public Model {
 
   enum class Purpose : uint8_t { kState, kOutput };
 
-  // Runs the layers over rows; leaves the residual stream in x_. kState: only the attention's effect on the state counts.
+  // Runs the layers over rows; leaves the residual stream in x_. kState: only what attention does to the state counts.
   void Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                Attention attention);
   void Embed(std::span<const int32_t> tokens);
   void Mlp(const TransformerLayer& layer, int64_t num_rows);
-  VerifyResult Head(int64_t num_rows);       // final norm and lm_head over x_
+  VerifyResult Head(int64_t num_rows);  // final norm and lm_head over x_
 
   // The part of Verify and Extend behind their checks: computes the nodes of batch that verified_ lacks.
   VerifyResult VerifyNewNodes(const VerifyBatch& batch, const StatePool& pool);
@@ -94,19 +94,19 @@ class LinearTransformer final : public Model {
   const std::shared_ptr<CpuOps> ops_;
 
   // The last batch verified, and what Commit needs of it.
-  VerifyBatch verified_;                     // empty: nothing to commit
-  std::vector<int64_t> verified_lengths_;    // [num_requests] of the slots, then
-  std::vector<std::vector<float>> kept_qkv_; // [num_layers][num_rows, (H + 2 Hkv) * d]
+  VerifyBatch verified_;                      // empty: nothing to commit
+  std::vector<int64_t> verified_lengths_;     // [num_requests] of the slots, then
+  std::vector<std::vector<float>> kept_qkv_;  // [num_layers][num_rows, (H + 2 Hkv) * d]
 
   // Scratch, [rows of the pass, ...].
-  std::vector<float> x_;                     // [D] residual stream
-  std::vector<float> normed_;                // [D]; after the pass: hidden of VerifyResult
-  std::vector<float> qkv_;                   // [(H + 2 Hkv) * d]
-  std::vector<float> attention_;             // [H * d]
-  std::vector<float> tree_attention_;        // [all rows of the batch, H * d], Extend only
-  std::vector<float> gate_up_;               // [2 F]
-  std::vector<float> mlp_;                   // [F]
-  std::vector<float> logits_;                // [V]
+  std::vector<float> x_;               // [D] residual stream
+  std::vector<float> normed_;          // [D]; after the pass: hidden of VerifyResult
+  std::vector<float> qkv_;             // [(H + 2 Hkv) * d]
+  std::vector<float> attention_;       // [H * d]
+  std::vector<float> tree_attention_;  // [all rows of the batch, H * d], Extend only
+  std::vector<float> gate_up_;         // [2 F]
+  std::vector<float> mlp_;             // [F]
+  std::vector<float> logits_;          // [V]
   std::vector<WindowRequest> requests_;
 };
 

@@ -1,9 +1,9 @@
 #include "models/model.h"
 
+#include <fmt/format.h>
+
 #include <filesystem>
 #include <utility>
-
-#include <fmt/format.h>
 
 #include "models/linear_transformer.h"
 #include "models/transformer_builder.h"

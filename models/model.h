@@ -37,37 +37,39 @@ struct PrefillChunk {
 };
 
 struct VerifyResult {
-  std::span<const float> logits;    // [num_rows, V]
-  std::span<const float> hidden;    // [num_rows, D] after the final norm: input of Medusa heads
+  std::span<const float> logits;  // [num_rows, V]
+  std::span<const float> hidden;  // [num_rows, D] after the final norm: input of Medusa heads
 };
 
 class Model {
  public:
   virtual ~Model() = default;
   virtual const ModelConfig& config() const = 0;
-  virtual int64_t weight_bytes() const = 0;   // held in memory
-  virtual int64_t streamed_bytes() const { return weight_bytes(); }  // of these, what one Verify reads (no embedding table)
-  virtual std::string Describe() const = 0;   // one line for the start-up print: parameters, dtype, instruction set
+  virtual int64_t weight_bytes() const = 0;  // held in memory
+  // Of these, what one Verify reads: the embedding table is only indexed.
+  virtual int64_t streamed_bytes() const { return weight_bytes(); }
+  virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
 
-  // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as a one-node tree.
+  // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.
   virtual absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) = 0;
   // Logits of every node. Writes no state; keeps the nodes' k and v until Commit or the next Verify.
   virtual absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) = 0;
-  // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first. Computes
-  // the new nodes only; the result has one row for each of them, in batch order, with the bits that Verify would give.
-  // For drafters that look a level at a time; optional.
+  // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first.
+  // Computes the new nodes only; the result has one row for each of them, in batch order, with the bits that Verify
+  // would give. For drafters that look a level at a time; optional.
   virtual absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool);
   // paths[r]: accepted nodes of request r from its root on (indices inside the request), empty for none. batch must be
   // the last one verified, and is so once: INTERNAL for another batch or for a path that is not one.
-  virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) = 0;
+  virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
+                              StatePool* pool) = 0;
 };
 
 struct LoadOptions {
-  std::string path = {};            // model folder
-  std::string weight_dtype = "auto";// auto (as stored; F16 and F32 files become bf16), f32, bf16, int8
+  std::string path = {};              // model folder
+  std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8
   int num_threads = 0;
-  std::string isa = "auto";         // auto, scalar, avx2, avx512
-  std::shared_ptr<CpuOps> ops = {}; // null: made from the two above; models of one engine thread may share one
+  std::string isa = "auto";          // auto, scalar, avx2, avx512
+  std::shared_ptr<CpuOps> ops = {};  // null: made from the two above; models of one engine thread may share one
   std::function<void(double)> progress = {};  // fraction loaded, may be empty
 };
 

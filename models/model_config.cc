@@ -1,12 +1,12 @@
 #include "models/model_config.h"
 
+#include <fmt/format.h>
+
 #include <cmath>
 #include <initializer_list>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "models/json_check.h"
 
@@ -134,8 +134,8 @@ absl::StatusOr<LinearAttentionConfig> ParseLinearAttention(const json& object) {
   Fields fields(object, "linear_attention.");
   for (const auto& [name, value] : object.items()) {
     bool known = false;
-    for (const char* field : {"version", "group_size", "conv_kernel", "local", "global", "decay", "qk_norm_eps",
-                              "global_norm_eps"}) {
+    for (const char* field :
+         {"version", "group_size", "conv_kernel", "local", "global", "decay", "qk_norm_eps", "global_norm_eps"}) {
       known = known || name == field;
     }
     if (!known) fields.Fail(name.c_str(), value, "no such field in version 1");
@@ -158,8 +158,7 @@ absl::StatusOr<LinearAttentionConfig> ParseLinearAttention(const json& object) {
 
 void ParseHeads(Fields& fields, ModelConfig& config) {
   config.num_heads = static_cast<int>(fields.Integer("num_attention_heads", 1, kMaxHeads));
-  config.num_kv_heads =
-      static_cast<int>(fields.Integer("num_key_value_heads", 1, config.num_heads, config.num_heads));
+  config.num_kv_heads = static_cast<int>(fields.Integer("num_key_value_heads", 1, config.num_heads, config.num_heads));
   if (config.num_heads % config.num_kv_heads != 0) {
     fields.Fail("num_key_value_heads", config.num_kv_heads,
                 fmt::format("a divisor of num_attention_heads {}", config.num_heads));
@@ -168,8 +167,7 @@ void ParseHeads(Fields& fields, ModelConfig& config) {
     fields.Fail("num_attention_heads", config.num_heads,
                 fmt::format("a divisor of hidden_size {} (or a head_dim)", config.hidden_size));
   }
-  config.head_dim =
-      static_cast<int>(fields.Integer("head_dim", 2, kMaxHeadDim, config.hidden_size / config.num_heads));
+  config.head_dim = static_cast<int>(fields.Integer("head_dim", 2, kMaxHeadDim, config.hidden_size / config.num_heads));
   if (config.head_dim < 2 || config.head_dim > kMaxHeadDim || config.head_dim % 2 != 0) {
     fields.Fail("head_dim", config.head_dim, fmt::format("an even number from 2 to {}", kMaxHeadDim));
   }
@@ -183,9 +181,9 @@ void ParseHeads(Fields& fields, ModelConfig& config) {
 int64_t ModelConfig::NumParameters() const {
   const LinearAttentionConfig& attention = linear_attention;
   const int64_t d = head_dim;
-  int64_t layer = 2 * hidden_size;                                                      // norms
-  layer += hidden_size * d * (2 * num_heads + 2 * num_kv_heads);                        // q, k, v, o
-  layer += 3 * hidden_size * intermediate_size;                                         // gate, up, down
+  int64_t layer = 2 * hidden_size;                                // norms
+  layer += hidden_size * d * (2 * num_heads + 2 * num_kv_heads);  // q, k, v, o
+  layer += 3 * hidden_size * intermediate_size;                   // gate, up, down
   layer += int64_t{num_heads} * attention.conv_kernel;
   if (attention.global == GlobalBranch::kScaled) layer += 1;
   if (attention.global == GlobalBranch::kRmsNorm) layer += num_heads;

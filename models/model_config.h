@@ -13,7 +13,7 @@ namespace linspec {
 
 struct LinearAttentionConfig {
   int group_size = 64;
-  int conv_kernel = 32;               // 0: no convolution
+  int conv_kernel = 32;  // 0: no convolution
   bool local = true;
   GlobalBranch global = GlobalBranch::kScaled;
   bool decay = false;
@@ -22,18 +22,18 @@ struct LinearAttentionConfig {
 };
 
 struct ModelConfig {
-  int64_t hidden_size = 0;            // D
-  int64_t intermediate_size = 0;      // F
+  int64_t hidden_size = 0;        // D
+  int64_t intermediate_size = 0;  // F
   int num_layers = 0;
-  int num_heads = 0;                  // H
-  int num_kv_heads = 0;               // Hkv
-  int head_dim = 0;                   // d
-  int64_t vocab_size = 0;             // V
-  int64_t max_position_embeddings = 0;// what it was trained at; a hint, not a limit: the state does not grow
+  int num_heads = 0;                    // H
+  int num_kv_heads = 0;                 // Hkv
+  int head_dim = 0;                     // d
+  int64_t vocab_size = 0;               // V
+  int64_t max_position_embeddings = 0;  // what it was trained at; a hint, not a limit: the state does not grow
   float rms_norm_eps = 1e-5f;
   float rope_theta = 10000.0f;
   bool tie_word_embeddings = false;
-  int32_t bos_token_id = -1;          // -1: none
+  int32_t bos_token_id = -1;  // -1: none
   std::vector<int32_t> eos_token_ids;
   LinearAttentionConfig linear_attention;
 

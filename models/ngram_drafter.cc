@@ -14,10 +14,11 @@ uint64_t Hash(std::span<const int32_t> ngram) {
   return hash;
 }
 
-// Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already.
+// Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already. Past the
+// last token it starts over: a match so close to the end means that the text repeats itself.
 void AddContinuation(std::span<const int32_t> tokens, int64_t begin, int max_nodes, DraftTree* tree) {
   int node = 0;
-  for (int64_t i = begin; i < std::ssize(tokens); ++i) {
+  for (int64_t i = begin;; i = i + 1 < std::ssize(tokens) ? i + 1 : begin) {
     const int child = tree->FindChild(node, tokens[i]);
     if (child < 0 && tree->num_nodes() >= max_nodes) return;
     node = child >= 0 ? child : tree->Add(tokens[i], node);
@@ -28,20 +29,27 @@ void AddContinuation(std::span<const int32_t> tokens, int64_t begin, int max_nod
 
 // An n-gram enters the index with the token that follows it, so the final tokens never match themselves.
 void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
+  index->num_indexed = std::max(index->num_indexed, std::ssize(tokens) - kMaxBacklog);
   for (; index->num_indexed < std::ssize(tokens); ++index->num_indexed) {
     const int64_t next = index->num_indexed;
     for (int n = kShortest; n <= kLongest && n <= next; ++n) {
-      Places& places = index->maps[n - kShortest][Hash(tokens.subspan(next - n, n))];
-      places = {.latest = next, .previous = places.latest};
+      const uint64_t hash = Hash(tokens.subspan(next - n, n));
+      std::vector<Entry>& table = index->tables[n - kShortest];
+      table.resize(kTableSize);
+      Entry& entry = table[hash % kTableSize];
+      const uint32_t tag = static_cast<uint32_t>(hash >> 32);
+      entry = {.tag = tag, .latest = static_cast<int32_t>(next), .previous = entry.tag == tag ? entry.latest : -1};
     }
   }
 }
 
-NgramDrafter::Places NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
+NgramDrafter::Entry NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
   for (int n = kLongest; n >= kShortest; --n) {
-    if (std::ssize(tokens) < n) continue;
-    const auto& map = index.maps[n - kShortest];
-    if (const auto it = map.find(Hash(tokens.last(n))); it != map.end()) return it->second;
+    const std::vector<Entry>& table = index.tables[n - kShortest];
+    if (std::ssize(tokens) < n || table.empty()) continue;
+    const uint64_t hash = Hash(tokens.last(n));
+    const Entry& entry = table[hash % kTableSize];
+    if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash >> 32)) return entry;
   }
   return {};
 }
@@ -52,7 +60,7 @@ absl::StatusOr<std::vector<DraftTree>> NgramDrafter::Propose(std::span<const Dra
     DraftTree tree = DraftTree::Root(context.tokens.back());
     Index& index = indices_[context.sequence_id];
     Extend(context.tokens, &index);
-    const Places places = Find(context.tokens, index);
+    const Entry places = Find(context.tokens, index);
     if (context.max_nodes > 1 && places.latest >= 0) {
       // The latest place gets most of the nodes; a quarter is kept for the other continuation.
       const int reserved = places.previous >= 0 ? (context.max_nodes - 1) / 4 : 0;

@@ -1,6 +1,7 @@
 #include "models/safetensors.h"
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -8,11 +9,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "models/json_check.h"
 
@@ -48,13 +47,13 @@ class Mapping {
 absl::StatusOr<std::shared_ptr<Mapping>> MapFile(const std::string& path) {
   const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (file < 0) return absl::ErrnoToStatus(errno, fmt::format("cannot open {}", path));
-  struct stat info {};
+  struct stat info{};
   absl::StatusOr<std::shared_ptr<Mapping>> mapping;
   if (fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {
     mapping = absl::InvalidArgumentError(fmt::format("{}: not a regular file", path));
   } else if (info.st_size < 8) {
-    mapping = absl::InvalidArgumentError(fmt::format("{}: {} bytes is too short for a safetensors file", path,
-                                                     info.st_size));
+    mapping =
+        absl::InvalidArgumentError(fmt::format("{}: {} bytes is too short for a safetensors file", path, info.st_size));
   } else if (void* address = mmap(nullptr, info.st_size, PROT_READ, MAP_PRIVATE, file, 0); address == MAP_FAILED) {
     mapping = absl::ErrnoToStatus(errno, fmt::format("cannot map {}", path));
   } else {
@@ -112,7 +111,7 @@ absl::StatusOr<Entry> ParseEntry(const json& value) {
   return entry;
 }
 
-// Views must be aligned for their type. Writers pad the header to 8 bytes, but old ones did not: those tensors are copied.
+// Views must be aligned for their type. Writers pad the header to 8 bytes; old ones did not: those tensors are copied.
 void PlaceData(std::span<const std::byte> data, const std::shared_ptr<const void>& owner, const Entry& entry,
                TensorView* view) {
   view->data = data.data() + entry.begin;
@@ -132,14 +131,13 @@ absl::Status CheckTiling(std::vector<std::pair<std::string, Entry>>& entries, in
   int64_t covered = 0;
   for (const auto& [name, entry] : entries) {
     if (entry.end > data_bytes) {
-      return absl::InvalidArgumentError(fmt::format("{}: tensor {} ends at byte {} of {}: file truncated?", file, name,
-                                                    entry.end, data_bytes));
+      return absl::InvalidArgumentError(
+          fmt::format("{}: tensor {} ends at byte {} of {}: file truncated?", file, name, entry.end, data_bytes));
     }
     if (entry.begin != covered) {
-      return absl::InvalidArgumentError(fmt::format("{}: tensor {} begins at byte {}, {} the end of the one before ({})",
-                                                    file, name, entry.begin,
-                                                    entry.begin < covered ? "overlapping" : "leaving a hole after",
-                                                    covered));
+      return absl::InvalidArgumentError(
+          fmt::format("{}: tensor {} begins at byte {}, {} the end of the one before ({})", file, name, entry.begin,
+                      entry.begin < covered ? "overlapping" : "leaving a hole after", covered));
     }
     covered = entry.end;
   }
@@ -151,9 +149,8 @@ absl::StatusOr<json> ParseHeader(std::span<const std::byte> bytes, const std::st
   uint64_t length = 0;
   if (bytes.size() >= sizeof(length)) std::memcpy(&length, bytes.data(), sizeof(length));  // little endian, as x86-64
   if (bytes.size() < sizeof(length) || length > kMaxHeaderBytes || length > bytes.size() - sizeof(length)) {
-    return absl::InvalidArgumentError(
-        fmt::format("{}: header of {} bytes in a file of {}: not safetensors, or truncated", file, length,
-                    bytes.size()));
+    return absl::InvalidArgumentError(fmt::format(
+        "{}: header of {} bytes in a file of {}: not safetensors, or truncated", file, length, bytes.size()));
   }
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof(length), length);
   if (absl::Status checked = CheckJson(text); !checked.ok()) {

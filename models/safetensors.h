@@ -21,9 +21,9 @@ namespace linspec {
 struct TensorView {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
-  const std::byte* data = nullptr;     // row-major, aligned to its element size
+  const std::byte* data = nullptr;  // row-major, aligned to its element size
   int64_t num_bytes = 0;
-  std::shared_ptr<const void> owner;   // mapping or buffer
+  std::shared_ptr<const void> owner;  // mapping or buffer
 
   int64_t num_elements() const { return num_bytes / static_cast<int64_t>(DTypeSize(dtype)); }
 };

@@ -1,6 +1,6 @@
 // Choosing tokens exactly: position-keyed Gumbel-max, "sample then match".
 //
-//   token at position p = argmax_v  processed_logit[v] / T + G(seed, p, v),   T = 0: plain argmax, ties to the lowest id
+//   token at position p = argmax_v  processed_logit[v] / T + G(seed, p, v),   T = 0: argmax, ties to the lowest id
 //
 // The noise depends on seed, position and token only (Philox), never on how many tokens a step produced. So for a given
 // seed the text with speculation equals the text without, token for token, for any drafter and any tree; and it is
@@ -21,8 +21,8 @@ namespace linspec {
 
 float GumbelNoise(uint64_t seed, int64_t position, int32_t token);
 
-// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out. TopK is best
-// first and may be shorter than k (NaN and -Inf are never chosen); Argmax answers 0 when nothing can be chosen.
+// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out. TopK is
+// best first and may be shorter than k (NaN and -Inf are never chosen); Argmax answers 0 when nothing can be chosen.
 int32_t CoupledArgmax(std::span<const float> logits, const SamplingParams& params, int64_t position);
 std::vector<int32_t> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position, int k);
 
@@ -33,8 +33,8 @@ struct TokenLogprob {
 
 struct SampledToken {
   int32_t token = 0;
-  float logprob = 0.0f;                     // log softmax of the logits after bias, penalties and bans, before temperature
-                                            // and truncation; filled when params.logprobs >= 0
+  float logprob = 0.0f;                     // log softmax of the logits after bias, penalties and bans, before
+                                            // temperature and truncation; filled when params.logprobs >= 0
   std::vector<TokenLogprob> top_logprobs;   // params.logprobs best, descending
 };
 
@@ -61,8 +61,8 @@ struct SamplingContext {
 };
 
 // Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans, temperature, then
-// min_p, top_k, typical_p, top_p on the tempered distribution, each renormalised over what the one before kept; then the
-// Gumbel draw. Ties go to the lower id. At temperature 0 truncation cannot change the choice and is skipped.
+// min_p, top_k, typical_p, top_p on the tempered distribution, each renormalised over what the one before kept; then
+// the Gumbel draw. Ties go to the lower id. At temperature 0 truncation cannot change the choice and is skipped.
 // If every token is banned or masked, or a logit is NaN or +Inf: reported by ok = false (the request fails, the process
 // lives). REQUIRES: ids in params, history and banned lie inside the vocabulary (SamplingParams::Validate, Submit).
 struct SampleResult {

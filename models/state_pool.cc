@@ -1,13 +1,12 @@
 #include "models/state_pool.h"
 
+#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <utility>
-
-#include <fmt/format.h>
 
 #include "kernels/check.h"
 
@@ -42,7 +41,8 @@ void StateSlot::Release() {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& config, int num_slots) {
-  if (num_slots < 1) return absl::InvalidArgumentError(fmt::format("state pool of {} slots: expected 1 or more", num_slots));
+  if (num_slots < 1)
+    return absl::InvalidArgumentError(fmt::format("state pool of {} slots: expected 1 or more", num_slots));
   auto pool = std::unique_ptr<StatePool>(new StatePool());
   const int64_t floats = config.StateFloatsPerLayer();
   pool->config_ = config;
@@ -53,8 +53,9 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
   // Overcommitting systems grant any size and kill the process later: compare with what the machine has.
   int64_t bytes = 0;
   if (__builtin_mul_overflow(pool->bytes_per_slot(), int64_t{num_slots} + 1, &bytes) || bytes > PhysicalMemory()) {
-    return absl::ResourceExhaustedError(fmt::format("state pool: {} slots of {} bytes exceed this machine's memory of {}",
-                                                    num_slots, pool->bytes_per_slot(), PhysicalMemory()));
+    return absl::ResourceExhaustedError(
+        fmt::format("state pool: {} slots of {} bytes exceed this machine's memory of {}", num_slots,
+                    pool->bytes_per_slot(), PhysicalMemory()));
   }
   auto* data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
   if (data == nullptr) {
@@ -97,9 +98,7 @@ void StatePool::set_length(int32_t slot, int64_t length) {
   lengths_[slot] = length;
 }
 
-LayerState StatePool::layer(int32_t slot, int layer) {
-  return static_cast<const StatePool*>(this)->layer(slot, layer);
-}
+LayerState StatePool::layer(int32_t slot, int layer) { return static_cast<const StatePool*>(this)->layer(slot, layer); }
 
 LayerState StatePool::layer(int32_t slot, int layer) const {
   LINSPEC_CHECK(slot >= 0 && slot < num_slots_ && layer >= 0 && layer < config_.num_layers);

@@ -1,6 +1,7 @@
-// Recurrent states of all requests: fixed-size slots in one allocation. Slot 0 is reserved for padding and never handed out.
+// Recurrent states of all requests: fixed-size slots in one allocation. Slot 0 is reserved for padding and never handed
+// out.
 //
-// A slot is acquired zeroed with length 0 and given back by the handle's destructor. Invariant: free + held == capacity.
+// A slot is acquired zeroed with length 0, and given back by the handle's destructor. free + held == capacity, always.
 // Threads: engine thread only. The pool must outlive its slots.
 #pragma once
 
@@ -37,17 +38,17 @@ class StatePool {
   // num_slots requests fit (slot 0 comes on top). RESOURCE_EXHAUSTED if the memory cannot be had.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(const ModelConfig& config, int num_slots);
 
-  StateSlot Acquire();                      // !valid() when none is free
-  int capacity() const;                     // slots that requests can hold
+  StateSlot Acquire();   // !valid() when none is free
+  int capacity() const;  // slots that requests can hold
   int num_free() const;
   int64_t bytes_per_slot() const;
   int64_t total_bytes() const;
 
-  int64_t length(int32_t slot) const;       // tokens committed to the state
+  int64_t length(int32_t slot) const;  // tokens committed to the state
   void set_length(int32_t slot, int64_t length);
   LayerState layer(int32_t slot, int layer);
   LayerState layer(int32_t slot, int layer) const;  // for reading: verify must not write through it
-  void CopySlot(int32_t from, int32_t to);  // deep copy of state and length (n > 1 forks)
+  void CopySlot(int32_t from, int32_t to);          // deep copy of state and length (n > 1 forks)
 
  private:
   friend class StateSlot;
@@ -57,7 +58,7 @@ class StatePool {
   std::unique_ptr<float[], void (*)(float*)> data_{nullptr, nullptr};
   ModelConfig config_;
   int64_t floats_per_layer_ = 0, floats_per_slot_ = 0;
-  int num_slots_ = 0;                       // slot 0 included
+  int num_slots_ = 0;  // slot 0 included
   std::vector<int64_t> lengths_;
   std::vector<int32_t> free_;
 };

@@ -1,18 +1,18 @@
 #include "models/transformer_builder.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include <fmt/format.h>
-
 namespace linspec {
 namespace {
 
-constexpr int kPublishedTaps = 63;    // of which the last 31 would look into the future
-constexpr int kPublishedLag0 = 31;    // tap of lag 0
+constexpr int kPublishedTaps = 63;  // of which the last 31 would look into the future
+constexpr int kPublishedLag0 = 31;  // tap of lag 0
 
 // A 2-D weight as stored. row_scales belong to I8.
 struct Matrix {
@@ -102,7 +102,8 @@ class Builder {
     layer.mlp_norm = Vector(prefix + "post_attention_layernorm.weight", {dim});
     layer.qkv = Fused({{attention + "q_proj.weight", q_rows},
                        {attention + "k_proj.weight", kv_rows},
-                       {attention + "v_proj.weight", kv_rows}}, dim);
+                       {attention + "v_proj.weight", kv_rows}},
+                      dim);
     layer.o = Fused({{attention + "o_proj.weight", dim}}, q_rows);
     layer.gate_up = Fused({{mlp + "gate_proj.weight", inner}, {mlp + "up_proj.weight", inner}}, dim);
     layer.down = Fused({{mlp + "down_proj.weight", dim}}, inner);
@@ -118,11 +119,18 @@ class Builder {
     if (rule.global == GlobalBranch::kScaled) factor = GlobalFactor(prefix);
     if (rule.global == GlobalBranch::kRmsNorm) layer.global_gain = Vector(prefix + "global_gain", {config_.num_heads});
     if (rule.decay) layer.decay = Decay(prefix + "global_decay");
-    layer.attention = {.num_heads = config_.num_heads, .num_kv_heads = config_.num_kv_heads,
-                       .head_dim = config_.head_dim, .group_size = rule.group_size, .conv_kernel = rule.conv_kernel,
-                       .local = rule.local, .global = rule.global, .global_factor = factor,
-                       .global_gain = layer.global_gain.data(), .global_norm_eps = rule.global_norm_eps,
-                       .decay = rule.decay ? layer.decay.data() : nullptr, .conv_taps = layer.conv_taps.data()};
+    layer.attention = {.num_heads = config_.num_heads,
+                       .num_kv_heads = config_.num_kv_heads,
+                       .head_dim = config_.head_dim,
+                       .group_size = rule.group_size,
+                       .conv_kernel = rule.conv_kernel,
+                       .local = rule.local,
+                       .global = rule.global,
+                       .global_factor = factor,
+                       .global_gain = layer.global_gain.data(),
+                       .global_norm_eps = rule.global_norm_eps,
+                       .decay = rule.decay ? layer.decay.data() : nullptr,
+                       .conv_taps = layer.conv_taps.data()};
   }
 
   // [H, conv_kernel]; from the published checkpoints' [H, 1, 63, 1], which runs from the oldest lag to the newest.
@@ -184,9 +192,7 @@ class Builder {
     return {};
   }
 
-  DType Target(DType stored) const {
-    return target_.value_or(stored == DType::kI8 ? DType::kI8 : DType::kBF16);
-  }
+  DType Target(DType stored) const { return target_.value_or(stored == DType::kI8 ? DType::kI8 : DType::kBF16); }
 
   void Fail(const std::string& message) {
     if (status_.ok()) status_ = absl::InvalidArgumentError(message);

@@ -19,7 +19,7 @@ struct BuildOptions {
   std::function<void(double)> progress;  // fraction done, may be empty
 };
 
-// Takes every tensor of source. Errors name the tensor: missing, mis-shaped, of a wrong dtype, not finite, or left over.
+// Takes every tensor of source. Errors name the tensor: missing, mis-shaped, of a wrong dtype, infinite, or left over.
 absl::StatusOr<TransformerWeights> BuildTransformer(const ModelConfig& config, WeightSource* source, CpuOps* ops,
                                                     const BuildOptions& options);
 

@@ -1,15 +1,15 @@
 #include "models/weights.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <set>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "kernels/check.h"
 #include "models/json_check.h"
@@ -40,8 +40,8 @@ bool HasPickledWeights(const std::string& folder) {
 
 // A shard name comes from a file that may be hostile: it must stay inside the folder.
 bool IsPlainFileName(const std::string& name) {
-  return !name.empty() && name.size() <= 255 && name[0] != '.' && name.find_first_of(std::string("/\\\0", 3)) ==
-         std::string::npos;
+  return !name.empty() && name.size() <= 255 && name[0] != '.' &&
+         name.find_first_of(std::string("/\\\0", 3)) == std::string::npos;
 }
 
 // tensor -> shard
@@ -88,8 +88,8 @@ absl::StatusOr<TensorMap> OpenShards(const std::string& folder) {
     }
   }
   if (index->empty()) return all;
-  return absl::InvalidArgumentError(fmt::format("{}: tensor {} is not in its shard {}", index_path,
-                                                index->begin()->first, index->begin()->second));
+  return absl::InvalidArgumentError(
+      fmt::format("{}: tensor {} is not in its shard {}", index_path, index->begin()->first, index->begin()->second));
 }
 
 // Buffers of the published checkpoints that follow from the configuration.
@@ -108,10 +108,14 @@ bool AllFinite(const TensorView& tensor, Bits exponent_mask) {
 
 bool IsFinite(const TensorView& tensor) {
   switch (tensor.dtype) {
-    case DType::kF32: return AllFinite<uint32_t>(tensor, 0x7F800000u);
-    case DType::kF16: return AllFinite<uint16_t>(tensor, 0x7C00u);
-    case DType::kBF16: return AllFinite<uint16_t>(tensor, 0x7F80u);
-    default: return true;
+    case DType::kF32:
+      return AllFinite<uint32_t>(tensor, 0x7F800000u);
+    case DType::kF16:
+      return AllFinite<uint16_t>(tensor, 0x7C00u);
+    case DType::kBF16:
+      return AllFinite<uint16_t>(tensor, 0x7F80u);
+    default:
+      return true;
   }
 }
 
@@ -124,9 +128,9 @@ absl::StatusOr<std::unique_ptr<WeightMap>> WeightMap::Open(const std::string& fo
   } else if (Exists(fs::path(folder) / kIndexFile)) {
     tensors = OpenShards(folder);
   } else if (HasPickledWeights(folder)) {
-    return absl::FailedPreconditionError(fmt::format(
-        "{}: only pickled weights here. Unpickling runs code, so they are not read: convert them to {}", folder,
-        kSingleFile));
+    return absl::FailedPreconditionError(
+        fmt::format("{}: only pickled weights here. Unpickling runs code, so they are not read: convert them to {}",
+                    folder, kSingleFile));
   } else {
     return absl::NotFoundError(fmt::format("{}: neither {} nor {}", folder, kSingleFile, kIndexFile));
   }

@@ -1,4 +1,4 @@
-// The tensors of a model folder, handed out once each and strictly: what is missing, mis-shaped or left over is an error.
+// The tensors of a model folder, handed out once each and strictly: missing, mis-shaped or left over is an error.
 //
 // Threads: one thread (loading). Views outlive the map.
 #pragma once

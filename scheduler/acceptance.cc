@@ -18,11 +18,11 @@ Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t voca
   Walk walk;
   int64_t num_output = input.num_output_tokens;
   for (int node = 0; node >= 0;) {
-    const bool too_early = num_output < input.params->min_tokens;
+    const size_t num_banned = num_output < input.params->min_tokens ? ends.size() : 0;
     SampleResult sample = SampleToken(logits.subspan(node * vocab_size, vocab_size),
                                       {.params = input.params,
                                        .history = input.history,
-                                       .banned = too_early ? std::span<const int32_t>(ends) : std::span<const int32_t>(),
+                                       .banned = std::span(ends).first(num_banned),
                                        .position = input.position + static_cast<int64_t>(walk.path.size())});
     if (!sample.ok) {
       walk.ok = false;

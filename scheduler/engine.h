@@ -33,8 +33,8 @@ struct EngineOptions {
   SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
   int max_draft_nodes = 8;            // tree nodes per request and step, root included
   int spec_max_batch = 0;             // 0: decided from measured step costs; n: no drafting above n decoding requests
-  bool calibrate = true;              // measure step costs at Create and adapt; false: always max_draft_nodes, whatever it
-                                      // costs, with the first drafter for kAuto (deterministic, for tests and figures)
+  bool calibrate = true;              // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
+                                      // it costs, kAuto with the first drafter (deterministic, for tests and figures)
 };
 
 // One step, for the metrics. Plain values; called on the engine thread after delivery.

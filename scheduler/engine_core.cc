@@ -35,7 +35,8 @@ bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uin
   if (sequences_.empty()) return false;
 
   const StepPlan plan = Plan();
-  stats->num_running = num_running();
+  stats->num_running = static_cast<int>(
+      std::count_if(sequences_.begin(), sequences_.end(), [](const auto& sequence) { return !sequence->finished(); }));
   Prefill(plan, stats);
   Decode(plan, stats);
 

@@ -53,8 +53,8 @@ struct Request {
   SpeculationMode speculation = SpeculationMode::kDefault;
   int32_t priority = 0;                     // lower runs first, as vLLM
   std::optional<Clock::time_point> deadline;
-  bool prompt_logprobs = false;             // deliver prompt logprobs (echo); tokens of the first output then start with the
-                                            // prompt, whose first token has the logprob NaN: nothing predicts it
+  bool prompt_logprobs = false;             // deliver prompt logprobs (echo); tokens of the first output then start with
+                                            // the prompt, whose first token has the logprob NaN: nothing predicts it
   OutputSink sink;
 };
 

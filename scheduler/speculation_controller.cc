@@ -67,7 +67,10 @@ void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, doub
     const double excess = std::max(seconds - PerLevel(contexts) * levels, 0.0) / static_cast<double>(catch_up_tokens);
     Smooth(&per_token_, excess, per_token_ == 0 ? 1 : kDraftSmoothing);
   } else {
-    Smooth(&per_level_[bucket], seconds / levels, per_level_[bucket] == 0 ? 1 : kDraftSmoothing);
+    double* known = &per_level_[bucket];
+    // A drafter may hide a long catch-up in an ordinary call: outliers count at most double.
+    const double observed = *known == 0 ? seconds / levels : std::min(seconds / levels, 2 * *known);
+    Smooth(known, observed, *known == 0 ? 1 : kDraftSmoothing);
   }
 }
 
@@ -143,13 +146,16 @@ SpeculationController::Allocation SpeculationController::Allocate(std::span<cons
     best.choices.push_back({drafter, 1});
     for (const double gain : NodeGains(requests[r], drafter)) steps.push_back({r, gain});
   }
-  std::stable_sort(steps.begin(), steps.end(), [](const NodeStep& a, const NodeStep& b) { return a.tokens > b.tokens; });
+  const auto brings_more = [](const NodeStep& a, const NodeStep& b) { return a.tokens > b.tokens; };
+  std::stable_sort(steps.begin(), steps.end(), brings_more);
 
   std::vector<SpeculationChoice> choices = best.choices;
   std::vector<DraftLoad> loads(drafters_.size());
   double tokens = num_requests, rows = num_requests;
   best.tokens_per_s = tokens / step_costs_.Estimate(rows, num_requests);
-  for (int i = 0; i < std::min<int>(max_draft_rows, static_cast<int>(steps.size())); ++i) {
+  const int num_steps = std::min<int>(max_draft_rows, static_cast<int>(steps.size()));
+  int best_count = 0;
+  for (int i = 0; i < num_steps; ++i) {
     SpeculationChoice& choice = choices[steps[i].request];
     AddNode(requests[steps[i].request], &choice, &loads[choice.drafter]);
     tokens += steps[i].tokens;
@@ -159,8 +165,11 @@ SpeculationController::Allocation SpeculationController::Allocate(std::span<cons
       if (loads[d].contexts == 0) continue;
       seconds += drafters_[d].costs.PerLevel(loads[d].contexts) * loads[d].levels + loads[d].catch_up_s;
     }
-    if (tokens / seconds > best.tokens_per_s) best = {choices, tokens / seconds};
+    if (tokens / seconds <= best.tokens_per_s) continue;
+    best.tokens_per_s = tokens / seconds;
+    best_count = i + 1;
   }
+  for (int i = 0; i < best_count; ++i) ++best.choices[steps[i].request].nodes;
   return best;
 }
 

@@ -1,5 +1,5 @@
-// Decides how many tree nodes each decoding request may draft in a step, so that expected tokens per second are highest,
-// and none at all when drafting does not pay.
+// Decides how many tree nodes each decoding request may draft in a step, so that expected tokens per second are
+// highest, and none at all when drafting does not pay.
 //
 // It knows three things, all measured: what a verify step costs (per row and per request), what a drafter costs (per
 // level of its trees, and per token it has to catch up on), and how deep drafts are accepted (per drafter and depth; a

@@ -16,6 +16,11 @@ constexpr int kScratchNodes = 5;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
+int Depth(const DraftTree& tree) {
+  const std::vector<int> depths = tree.Depths();
+  return *std::max_element(depths.begin(), depths.end());
+}
+
 std::vector<int32_t> SomeTokens(int count, int64_t vocab_size) {
   std::vector<int32_t> tokens(count);
   for (int i = 0; i < count; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % vocab_size);
@@ -88,8 +93,13 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts) {
       const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);
       const Clock::time_point proposed = Clock::now();
       const auto trees = drafters_[drafter]->Propose(contexts);
+      const double seconds = SecondsSince(proposed);
       if (!trees.ok()) break;
-      controller_.draft_costs(drafter).Observe(count, kScratchNodes - 1, catch_up, SecondsSince(proposed));
+      int levels = 0;
+      for (const DraftTree& tree : *trees) {
+        if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, Depth(tree));
+      }
+      controller_.draft_costs(drafter).Observe(count, levels, catch_up, seconds);
     }
     for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
   }

@@ -43,12 +43,18 @@ TEST(Options, ErrorsNameFlagAndValue) {
     std::vector<std::string> args;
     const char* message;
   } cases[] = {
-      {{"--nonsense"}, "--nonsense"},         {{"positional"}, "positional"},
-      {{"--num-prompts"}, "--num-prompts"},   {{"--num-prompts", "0"}, "--num-prompts 0"},
-      {{"--num-prompts", "3x"}, "3x"},        {{"--request-rate", "nan"}, "--request-rate"},
-      {{"--request-rate", "-1"}, "-1"},       {{"--cancel-fraction", "1.5"}, "1.5"},
-      {{"--port", "70000"}, "70000"},         {{"--backend", "other"}, "other"},
-      {{"--goodput", "ttft"}, "--goodput"},   {{"--goodput", "x:1"}, "--goodput x:1"},
+      {{"--nonsense"}, "--nonsense"},
+      {{"positional"}, "positional"},
+      {{"--num-prompts"}, "--num-prompts"},
+      {{"--num-prompts", "0"}, "--num-prompts 0"},
+      {{"--num-prompts", "3x"}, "3x"},
+      {{"--request-rate", "nan"}, "--request-rate"},
+      {{"--request-rate", "-1"}, "-1"},
+      {{"--cancel-fraction", "1.5"}, "1.5"},
+      {{"--port", "70000"}, "70000"},
+      {{"--backend", "other"}, "other"},
+      {{"--goodput", "ttft"}, "--goodput"},
+      {{"--goodput", "x:1"}, "--goodput x:1"},
       {{"--dataset-name", "trace"}, "--dataset-path"},
       {{"--metric-percentiles", "101"}, "101"},
   };
@@ -73,7 +79,8 @@ TEST(Trace, SortsAndStartsAtZero) {
 
 TEST(Trace, ReadsAzureColumnsAndDates) {
   const auto rows = ParseTrace(
-      "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59.5000000,374,44\n2023-11-17 00:00:01.0000000,396,109\n");
+      "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 23:59:59.5000000,374,44\n2023-11-17 "
+      "00:00:01.0000000,396,109\n");
   ASSERT_TRUE(rows.ok()) << rows.status();
   EXPECT_DOUBLE_EQ((*rows)[1].arrival, 1.5);
 }

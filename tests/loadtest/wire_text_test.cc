@@ -8,7 +8,8 @@ namespace {
 
 using ::testing::ElementsAre;
 
-constexpr std::string_view kStream = "data: {\"a\":1}\n\n: a comment\nevent: x\r\ndata:two\r\ndata: lines\r\n\r\ndata: [DONE]\n\n";
+constexpr std::string_view kStream =
+    "data: {\"a\":1}\n\n: a comment\nevent: x\r\ndata:two\r\ndata: lines\r\n\r\ndata: [DONE]\n\n";
 
 TEST(SseParser, Events) {
   SseParser parser;

@@ -28,7 +28,11 @@ class DraftModelDrafterTest : public ::testing::Test {
   }
 
   DraftContext Context(uint64_t id, const std::vector<int32_t>& tokens, int max_nodes) const {
-    return {.sequence_id = id, .tokens = tokens, .num_prompt_tokens = 1, .sampling = &sampling_, .hidden = {},
+    return {.sequence_id = id,
+            .tokens = tokens,
+            .num_prompt_tokens = 1,
+            .sampling = &sampling_,
+            .hidden = {},
             .max_nodes = max_nodes};
   }
 

@@ -13,11 +13,11 @@
 namespace linspec {
 namespace {
 
-constexpr double kTolerance = 1e-4;  // of the largest logit of the row; fp32 against float64
+constexpr double kTolerance = 1e-5;  // of the largest logit of the row; fp32 against float64 (measured: 1.1e-6)
 
 struct Golden {
-  std::vector<int32_t> tokens;   // [T]
-  std::vector<float> logits;     // [T, V]
+  std::vector<int32_t> tokens;  // [T]
+  std::vector<float> logits;    // [T, V]
 };
 
 class GoldenTest : public ::testing::TestWithParam<std::string> {

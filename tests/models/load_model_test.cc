@@ -1,4 +1,4 @@
-// LoadModel on whole folders: names, dtypes, 8-bit companions, the published checkpoints' spelling, and what is refused.
+// LoadModel on whole folders: names, dtypes, 8-bit companions, the published checkpoints' spelling, and refusals.
 #include <functional>
 #include <random>
 #include <string>
@@ -137,9 +137,18 @@ TEST_F(LoadModelTest, StrictAboutTensors) {
 
 TEST_F(LoadModelTest, EightBitWeightsNeedTheirScales) {
   const std::string name = "model.layers.0.mlp.down_proj.weight";
-  ExpectRefused([&](StoredTensors& t) { Quantize(t, name); t.erase(name + "_scale"); }, name + "_scale is missing");
-  ExpectRefused([&](StoredTensors& t) { Quantize(t, name); t[name + "_scale"].dtype = "I32"; },
-                name + "_scale is I32, expected F32");
+  ExpectRefused(
+      [&](StoredTensors& t) {
+        Quantize(t, name);
+        t.erase(name + "_scale");
+      },
+      name + "_scale is missing");
+  ExpectRefused(
+      [&](StoredTensors& t) {
+        Quantize(t, name);
+        t[name + "_scale"].dtype = "I32";
+      },
+      name + "_scale is I32, expected F32");
   ExpectRefused([&](StoredTensors& t) { t[name + "_scale"] = F32Tensor({16}, std::vector<float>(16)); },
                 "unexpected tensor " + name + "_scale");
 }

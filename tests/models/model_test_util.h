@@ -1,6 +1,8 @@
 // Small models and folders for the tests of models/.
 #pragma once
 
+#include <fmt/format.h>
+#include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <cstdint>
@@ -14,18 +16,15 @@
 #include <utility>
 #include <vector>
 
-#include <fmt/format.h>
-#include <gtest/gtest.h>
-
 #include "models/model.h"
 #include "models/state_pool.h"
 
 namespace linspec {
 
-#define ASSERT_OK(expression)                                                        \
-  do {                                                                               \
-    const absl::Status assert_ok_status = (expression);                              \
-    ASSERT_TRUE(assert_ok_status.ok()) << std::string(assert_ok_status.ToString());  \
+#define ASSERT_OK(expression)                                                       \
+  do {                                                                              \
+    const absl::Status assert_ok_status = (expression);                             \
+    ASSERT_TRUE(assert_ok_status.ok()) << std::string(assert_ok_status.ToString()); \
   } while (false)
 
 // Code and a part of the message.
@@ -46,8 +45,8 @@ inline ModelConfig TinyConfig() {
   config.head_dim = 16;
   config.vocab_size = 96;
   config.max_position_embeddings = 256;
-  config.linear_attention = {.group_size = 8, .conv_kernel = 5, .local = true, .global = GlobalBranch::kRmsNorm,
-                             .decay = true};
+  config.linear_attention = {
+      .group_size = 8, .conv_kernel = 5, .local = true, .global = GlobalBranch::kRmsNorm, .decay = true};
   return config;
 }
 
@@ -56,8 +55,8 @@ inline ModelConfig PaperConfig() {
   ModelConfig config = TinyConfig();
   config.num_kv_heads = 4;
   config.tie_word_embeddings = true;
-  config.linear_attention = {.group_size = 8, .conv_kernel = 8, .local = true, .global = GlobalBranch::kScaled,
-                             .decay = false};
+  config.linear_attention = {
+      .group_size = 8, .conv_kernel = 8, .local = true, .global = GlobalBranch::kScaled, .decay = false};
   return config;
 }
 

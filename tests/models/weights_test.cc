@@ -52,7 +52,9 @@ TEST(SafetensorsTest, RefusesBadHeaders) {
   ExpectRefused(WithHeader("[]", ""), "not a JSON object");
   ExpectRefused(WithHeader("{\"w\":1}", ""), "tensor w: expected exactly");
   ExpectRefused(WithHeader("{\"w\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[0,1]},"
-                           "\"w\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[0,1]}}", "x"), "\"w\" appears twice");
+                           "\"w\":{\"dtype\":\"I8\",\"shape\":[1],\"data_offsets\":[0,1]}}",
+                           "x"),
+                "\"w\" appears twice");
   ExpectRefused(WithHeader("{}", "x"), "1 bytes after the last tensor");
 }
 
@@ -68,22 +70,27 @@ TEST(SafetensorsTest, RefusesBadEntries) {
   ExpectRefused(OneTensor(R"({"dtype":"I8","shape":[1],"data_offsets":[1,0]})", 1), "bad data_offsets [1,0]");
   ExpectRefused(OneTensor(R"({"dtype":"I8","shape":[1],"data_offsets":[0]})", 1), "bad data_offsets [0]");
   ExpectRefused(OneTensor(R"({"dtype":"I8","shape":[1],"data_offsets":[0,18446744073709551615]})", 1), "data_offsets");
-  ExpectRefused(OneTensor(R"({"dtype":"F32","shape":[2],"data_offsets":[0,4]})", 4), "needs 8 bytes, data_offsets give 4");
+  ExpectRefused(OneTensor(R"({"dtype":"F32","shape":[2],"data_offsets":[0,4]})", 4),
+                "needs 8 bytes, data_offsets give 4");
   ExpectRefused(OneTensor(R"({"dtype":"F32","shape":[2],"data_offsets":[0,8]})", 7), "truncated");
   ExpectRefused(OneTensor(R"({"dtype":"I8","shape":[1],"data_offsets":[1,2]})", 2), "leaving a hole");
 }
 
 TEST(SafetensorsTest, RefusesOverlap) {
   ExpectRefused(WithHeader(R"({"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]},)"
-                           R"("b":{"dtype":"I8","shape":[4],"data_offsets":[2,6]}})", "123456"), "overlapping");
+                           R"("b":{"dtype":"I8","shape":[4],"data_offsets":[2,6]}})",
+                           "123456"),
+                "overlapping");
 }
 
 TEST(WeightMapTest, TakesStrictly) {
   const TempFolder folder;
   const float nan = std::numeric_limits<float>::quiet_NaN();
   folder.Write("model.safetensors",
-               Safetensors({{"w", F32Tensor({2}, {1, 2})}, {"nan", F32Tensor({2}, {1, nan})},
-                            {"inf", {"F16", {1}, std::string("\x00\x7C", 2)}}, {"left", F32Tensor({1}, {0})},
+               Safetensors({{"w", F32Tensor({2}, {1, 2})},
+                            {"nan", F32Tensor({2}, {1, nan})},
+                            {"inf", {"F16", {1}, std::string("\x00\x7C", 2)}},
+                            {"left", F32Tensor({1}, {0})},
                             {"model.layers.0.self_attn.rotary_emb.inv_freq", F32Tensor({1}, {1})}}));
   auto weights = WeightMap::Open(folder.path());
   ASSERT_TRUE(weights.ok()) << std::string(weights.status().ToString());

@@ -1,0 +1,38 @@
+# The CUDA backend (LINSPEC_CUDA=ON): kernels, device test and benchmark. Nothing of CUDA is linked into the server.
+# CMake 3.25 does not know nvcc 13's C++20 flag: enable the language, then name the flag, then ask for the standard.
+set(LINSPEC_CUDA_ARCHITECTURES "90" CACHE STRING "e.g. 90, or 80;86;89;90;100;120 for a release")
+set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
+set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
+enable_language(CUDA)
+find_package(CUDAToolkit REQUIRED)
+set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+
+# The folder's warning and contraction flags are for C++ only.
+get_directory_property(flags COMPILE_OPTIONS)
+list(TRANSFORM flags REPLACE "^(.+)$" "$<$<COMPILE_LANGUAGE:CXX>:\\1>")
+set_directory_properties(PROPERTIES COMPILE_OPTIONS "${flags}")
+if(CMAKE_CXX_COMPILER_LAUNCHER)
+  set(CMAKE_CUDA_COMPILER_LAUNCHER ${CMAKE_CXX_COMPILER_LAUNCHER})
+endif()
+
+file(GLOB cuda_sources CONFIGURE_DEPENDS kernels/cuda/*.cu)
+add_library(linspec_cuda_kernels STATIC ${cuda_sources})
+set_target_properties(linspec_cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+
+# Programs that run on a GPU machine as they are: Abseil, fmt, cudart and the C++ runtime inside, only glibc outside.
+# They are not ctest tests: the machine that builds has no GPU. tests/cuda/run_on_gpu.sh runs them.
+file(GLOB cpu_reference CONFIGURE_DEPENDS kernels/*.cc kernels/cpu/*.cc)
+file(GLOB absl_archives /usr/lib/${CMAKE_CXX_LIBRARY_ARCHITECTURE}/libabsl_*.a)
+function(linspec_device_program name)
+  add_executable(${name} ${ARGN})
+  target_link_libraries(${name} PRIVATE linspec_cuda_kernels CUDA::cudart_static fmt::fmt-header-only Threads::Threads
+    -Wl,--start-group ${absl_archives} -Wl,--end-group)
+  target_link_options(${name} PRIVATE -static-libstdc++ -static-libgcc -s)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
+endfunction()
+linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
+linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
+configure_file(tests/cuda/run_on_gpu.sh ${CMAKE_BINARY_DIR}/device/run_on_gpu.sh COPYONLY)

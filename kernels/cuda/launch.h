@@ -1,0 +1,60 @@
+// Host entry points of the kernels. All launches are asynchronous on `stream`; errors are read with cudaGetLastError.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/plugin_api.h"
+#include "kernels/cuda/window_attention.h"
+
+namespace linspec::cuda {
+
+// head_dim % 4 == 0 and <= 128. One block per (kv head, task); tasks with slot -1 do nothing.
+void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+
+struct EmbedParams {
+  LinspecCudaMatrix table;  // [V, D]
+  const int32_t* tokens;    // [rows]
+  float* out;               // [rows, D]
+};
+void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream);
+
+struct RmsNormRows {
+  const float* x;  // [rows, dim]
+  const float* weight;
+  float* out;  // either may be null
+  uint16_t* out_bf16;
+  int64_t dim;
+  float eps;
+};
+void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream);
+
+// out = silu(gate) * up in bf16, gate_up [rows, 2 dim].
+void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
+
+struct RopeRows {
+  float* qkv;            // [rows, (H + 2 Hkv) d], in place
+  const float2* angles;  // [rows, d / 2]: cosine, sine
+  int num_heads, num_kv_heads, head_dim;
+  float eps;
+};
+void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
+                     cudaStream_t stream);
+void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream);
+
+// Index of the largest value of each row, the lowest among equals; -1 for a row that holds a NaN.
+void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream);
+
+struct GemmParams {     // y[m, n] (+)= sum_k x[m, k] w[n, k]
+  LinspecCudaMatrix w;  // [N, K]; K % 16 == 0
+  const uint16_t* x;    // [rows, K] bf16
+  float* y;             // [rows, N]
+  bool accumulate;
+};
+// Streams the weights once for each 32 rows. The bits of a row depend on that row alone.
+void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
+
+}  // namespace linspec::cuda

@@ -1,0 +1,1 @@
+"""Offline training of linearized language models; never needed to serve one."""

@@ -1,0 +1,75 @@
+"""Tiny random models and their float64 logits, for the C++ tests: python -m linearize.golden --out ../tests/data/tiny"""
+import argparse
+import json
+import os
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from . import reference
+from .config import VARIANTS, ModelConfig
+
+BASE = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=4, head_dim=16, group_size=16, conv_kernel=8, max_position_embeddings=4096)
+
+# name: (shape, number of tokens); 131 and 200 cross several groups and end inside one
+MODELS = {
+    "paper": (BASE.replace(head_dim=8, tie_word_embeddings=False, **VARIANTS["aug"]), 131),
+    "full": (BASE, 131),
+    "gqa": (BASE.replace(num_key_value_heads=2, tie_word_embeddings=False), 131),
+    "full64": (BASE.replace(group_size=64, conv_kernel=32), 200),
+}
+
+
+def random_weights(cfg, rng):
+    d, f = cfg.hidden_size, cfg.intermediate_size
+    q, kv = cfg.num_attention_heads * cfg.head_dim, cfg.num_key_value_heads * cfg.head_dim
+
+    def matrix(rows, columns):
+        return rng.standard_normal((rows, columns)) / np.sqrt(columns)
+
+    w = {"model.embed_tokens.weight": matrix(cfg.vocab_size, d),
+         "model.norm.weight": 1 + 0.1 * rng.standard_normal(d)}
+    if not cfg.tie_word_embeddings:
+        w["lm_head.weight"] = matrix(cfg.vocab_size, d)
+    for i in range(cfg.num_hidden_layers):
+        p = f"model.layers.{i}."
+        w[p + "input_layernorm.weight"] = 1 + 0.1 * rng.standard_normal(d)
+        w[p + "post_attention_layernorm.weight"] = 1 + 0.1 * rng.standard_normal(d)
+        for name, rows, columns in (("q", q, d), ("k", kv, d), ("v", kv, d), ("o", d, q)):
+            w[f"{p}self_attn.{name}_proj.weight"] = matrix(rows, columns)
+        for name, rows, columns in (("gate", f, d), ("up", f, d), ("down", d, f)):
+            w[f"{p}mlp.{name}_proj.weight"] = matrix(rows, columns)
+        w[p + "self_attn.conv_taps"] = 0.3 * rng.standard_normal((cfg.num_attention_heads, cfg.conv_kernel))
+        if cfg.global_branch == "scaled":
+            w[p + "self_attn.global_factor"] = np.array([0.4])
+        if cfg.global_branch == "rms_norm":
+            w[p + "self_attn.global_gain"] = rng.uniform(0.3, 1.5, cfg.num_attention_heads)
+        if cfg.decay:
+            w[p + "self_attn.global_decay"] = np.linspace(0.2, 0.99, cfg.num_key_value_heads)
+    return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in w.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args()
+    for name, (cfg, length) in MODELS.items():
+        rng = np.random.default_rng(args.seed)
+        folder = os.path.join(args.out, name)
+        os.makedirs(folder, exist_ok=True)
+        hf = cfg.to_hf(eos_token_id=0)
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(hf, f, indent=2)
+            f.write("\n")
+        weights = random_weights(cfg, rng)
+        tokens = rng.integers(0, cfg.vocab_size, length).astype(np.int32)
+        logits = reference.logits(hf, weights, tokens).astype(np.float32)
+        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        save_file({"tokens": tokens, "logits": logits}, os.path.join(folder, "golden.safetensors"))
+        print(f"{name}: {length} tokens, logits within +-{np.abs(logits).max():.2f}, deviation {logits.std():.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The losses of the stages: language modelling, attention transfer, distillation."""
+import torch
+import torch.nn.functional as F
+
+
+def language_model(model, device="cpu"):
+    def loss(x, y):
+        with torch.autocast(device, torch.bfloat16):
+            return F.cross_entropy(model(x).float().flatten(0, 1), y.flatten())
+    return loss
+
+
+def distill(student, teacher, kl_share, device="cpu"):
+    """kl_share * KL(teacher || student) + (1 - kl_share) * next-token loss, both per token."""
+    teacher.eval().requires_grad_(False)
+
+    def loss(x, y):
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                target = F.log_softmax(teacher(x).float().flatten(0, 1), dim=-1)
+            logits = student(x).float().flatten(0, 1)
+        kl = F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
+        return kl_share * kl + (1 - kl_share) * F.cross_entropy(logits, y.flatten())
+    return loss
+
+
+def attention_transfer(student, teacher, device="cpu"):
+    """Each student attention imitates the teacher's on the teacher's own hidden states.
+
+    The squared error of a layer is divided by that layer's mean square, so that no layer dominates.
+    """
+    teacher.eval().requires_grad_(False)
+
+    def loss(x, _):
+        with torch.autocast(device, torch.bfloat16):
+            rope = teacher.rope(x.shape[1], x.device)
+            hidden = teacher.model.embed_tokens(x)
+            total = 0.0
+            for ours, theirs in zip(student.model.layers, teacher.model.layers):
+                with torch.no_grad():
+                    normed = theirs.input_layernorm(hidden)
+                    target = theirs.self_attn(normed, rope).float()
+                    hidden = hidden + target
+                    hidden = hidden + theirs.mlp(theirs.post_attention_layernorm(hidden))
+                got = ours.self_attn(normed, rope).float()
+                total = total + (got - target).square().mean() / (target.square().mean() + 1e-6)
+        return total / len(student.model.layers)
+    return loss

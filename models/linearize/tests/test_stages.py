@@ -1,0 +1,95 @@
+"""Every stage of the command line, on a toy recipe, and what the export holds."""
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from jinja2 import Environment
+from safetensors.numpy import load_file
+
+from linearize import __main__ as cli
+from linearize import reference
+from linearize import tokenizer as tok
+
+SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+             num_key_value_heads=2, head_dim=16, group_size=16, conv_kernel=8)
+RECIPE = {
+    "data": {"text_bytes": 100000, "chat_bytes": 2000, "tokenizer_bytes": 100000, "vocab_size": 300, "seed": 1},
+    "model": SHAPE,
+    "draft_model": dict(SHAPE, num_hidden_layers=1),
+    "train": {"minutes": 1, "batch": 4, "length": 64, "optimizer": "muon", "seed": 1},
+    "distill": {"kl_share": 0.5},
+}
+
+
+def run(*arguments):
+    sys.argv = ["linearize", *map(str, arguments)]
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stages")
+    os.chdir(folder)
+    (folder / "recipe.json").write_text(json.dumps(RECIPE))
+    text = "".join(f"The {i} ravens sat upon gate number {i * 7}.\n<|endoftext|>\n" for i in range(900))
+    (folder / "text.txt").write_text(text)
+    (folder / "test.txt").write_text(text[:20000])
+    turn = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
+    (folder / "chat.jsonl").write_text((json.dumps(turn) + "\n") * 5)
+    run("data", "--recipe", "recipe.json", "--text", "text.txt", "--chat", "chat.jsonl", "--test", "test.txt",
+        "--out", "data")
+    return folder
+
+
+def train(stage, out, *extra, tokens=2000):
+    run(stage, "--recipe", "recipe.json", "--data", "data", "--out", out, "--device", "cpu", "--max-tokens", tokens,
+        *extra)
+
+
+def test_every_stage_runs_and_training_learns(work):
+    train("lm", "teacher", "--variant", "softmax", tokens=12000)
+    train("transfer", "transferred", "--teacher", "teacher")
+    train("distill", "student", "--teacher", "teacher", "--init", "transferred")
+    train("distill", "draft", "--role", "draft", "--teacher", "student")
+    rows = [json.loads(line) for line in open("teacher/log.jsonl")]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    run("eval", "--model", "student", "--data", "data", "--device", "cpu", "--lengths", 64, 256, "--distances", 32, 64,
+        "--tokens", 2048, "--int8", "--draft", "draft", "--out", "eval.json")
+    result = json.load(open("eval.json"))
+    assert set(result["copy_probe"]) == {"32", "64"} and len(result["lengths"]) == 2
+    run("sample", "--model", "student", "--data", "data", "--prompt", "The", "--count", 3)
+
+
+def test_a_finished_training_is_not_repeated(work):
+    train("lm", "again")
+    before = open("again/log.jsonl").read()
+    train("lm", "again")
+    assert open("again/log.jsonl").read() == before
+
+
+def test_export_holds_the_trained_model(work):
+    train("lm", "small")
+    run("export", "--model", "small", "--data", "data", "--out", "exported")
+    config = json.load(open("exported/config.json"))
+    stored = load_file("exported/model.safetensors")
+    weights = {}
+    for name, value in stored.items():
+        if name.endswith("_scale"):
+            continue
+        weights[name] = value * stored[name + "_scale"][:, None] if value.dtype == np.int8 else value
+    tokens = np.arange(40) * 7 % 300
+    want = reference.logits(config, weights, tokens)
+    model = cli.export.rounded_copy_(cli.load_model("small"))
+    with torch.no_grad():
+        got = model(torch.from_numpy(tokens)[None])[0].numpy()
+    assert np.abs(got - want).max() < 1e-3
+
+
+def test_training_sees_what_the_template_renders():
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
+    rendered = Environment().from_string(tok.CHAT_TEMPLATE).render(
+        messages=messages, bos_token=tok.SPECIALS[0], add_generation_prompt=False)
+    assert rendered == tok.render_chat(messages)

@@ -1,0 +1,19 @@
+// Yardsticks: verification with one state per tree node, as servers do that snapshot (only its cost is wanted), and a
+// plain read of memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace linspec::cuda {
+
+// node_states [requests, nodes, kv_heads, 128, 128]: node i = its parent's state (states [requests, kv_heads, 128, 128]
+// for node 0) + k v^T, then out = q node_state. Nodes form a chain. qkv [requests * nodes, 3 * kv_heads * 128].
+void LaunchPerNodeVerify(const float* states, float* node_states, const float* qkv, float* out, int requests, int nodes,
+                         int kv_heads, cudaStream_t stream);
+
+// Reads `floats` (a multiple of 4) once; out [blocks].
+void LaunchRead(const float* data, int64_t floats, float* out, int blocks, cudaStream_t stream);
+
+}  // namespace linspec::cuda
