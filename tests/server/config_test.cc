@@ -57,7 +57,7 @@ TEST(Config, ErrorsNameFlagAndValue) {
 }
 
 TEST(Config, FileErrorsNameTheFile) {
-  for (const char* text : {"nonsense: 1\n", "- a\n- b\n", "host: [1, 2]\n", "host: \"unclosed\n", "http-port: x\n"}) {
+  for (const char* text : {"nonsense: 1\n", "- a\n- b\n", "host: [1, 2]\n", "a: b: c\n", "http-port: x\n"}) {
     EXPECT_THAT(ErrorOf({"--config", WriteFile("bad.yaml", text)}), HasSubstr("bad.yaml")) << text;
   }
 }

@@ -91,8 +91,11 @@ TEST(StopMatcher, AgreesWithSearchForEverySplit) {
     for (size_t first = 0; first <= text.size(); ++first) {
       for (size_t second = first; second <= text.size(); ++second) {
         StopMatcher matcher({stop});
-        std::string out = matcher.Push(text.substr(0, first)) + matcher.Push(text.substr(first, second - first)) +
-                          matcher.Push(text.substr(second)) + matcher.Finish();
+        std::string out;
+        for (const std::string& piece : {text.substr(0, first), text.substr(first, second - first), text.substr(second)}) {
+          out += matcher.Push(piece);
+        }
+        out += matcher.Finish();
         EXPECT_EQ(out, text.substr(0, text.find(stop))) << stop << " at " << first << ", " << second;
       }
     }
