@@ -22,9 +22,10 @@ constexpr char kReplacement[] = "\xEF\xBF\xBD";
 absl::Status NameField(const absl::Status& status) {
   const std::string message(status.message());
   const size_t end = message.find_first_not_of("abcdefghijklmnopqrstuvwxyz_");
-  if (status.code() != absl::StatusCode::kInvalidArgument || end == std::string::npos || end == 0) return status;
-  if (message[end] != '[' && message.compare(end, 3, " = ") != 0) return status;
-  return FieldError(message.substr(0, end), message.substr(message[end] == '[' ? end : end + 3));
+  const bool names_field = end != std::string::npos && end > 0 && message.find(" = ") < 64;
+  if (status.code() != absl::StatusCode::kInvalidArgument || !names_field) return status;
+  const size_t rest = message.compare(end, 3, " = ") == 0 ? end + 3 : message.find_first_not_of(' ', end);
+  return FieldError(message.substr(0, end), message.substr(rest));
 }
 
 void ReplaceAll(const std::string& from, const std::string& to, std::string* text) {

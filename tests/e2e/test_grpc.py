@@ -156,7 +156,7 @@ def test_message_limit(server, stub, stubs):
 def test_a_reader_that_stops_is_cancelled(make_server, stubs):
     pb, pb_grpc = stubs
     server = make_server("--max-requests", "2", "--stream-buffer-bytes", "8192")
-    channel = grpc.insecure_channel(server.grpc_address, options=[("grpc.http2.lookahead_bytes", 1024)])
+    channel = grpc.insecure_channel(server.grpc_address, options=[("grpc.http2.bdp_probe", 0)])
     request = request_of(pb, stopping=pb.StoppingParameters(max_tokens=100000, ignore_eos=True),
                          response=pb.ResponseParameters(logprobs=20))
     call = pb_grpc.LinSpecStub(channel).Generate(request)
