@@ -1,9 +1,9 @@
-// `linspec bench`: decode and prefill speed of the model alone, beside the memory bandwidth measured in the same run.
+// `linspec bench`: decode and prefill speed of the model alone, beside the read bandwidth measured in the same run.
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
-#include <numeric>
 #include <thread>
 
 #include "server/commands.h"
@@ -16,31 +16,34 @@ namespace {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Bytes/s that all threads together read from memory: the best of several passes over a buffer far larger than the caches.
-double MeasureReadBandwidth(int num_threads) {
-  constexpr size_t kBytesPerThread = 256u << 20;
-  std::vector<std::vector<uint64_t>> buffers(num_threads);
-  std::vector<uint64_t> sums(num_threads);
-  const auto on_all = [&](auto work) {
-    std::vector<std::thread> threads;
-    for (int t = 0; t < num_threads; ++t) threads.emplace_back([&, t] { work(t); });
-    for (std::thread& thread : threads) thread.join();
-  };
-  on_all([&](int t) { buffers[t].assign(kBytesPerThread / 8, static_cast<uint64_t>(t)); });
-  double best = 0;
-  for (int pass = 0; pass < 5; ++pass) {
-    const auto start = Clock::now();
-    on_all([&](int t) {
-      uint64_t lanes[8] = {};
-      for (size_t i = 0; i < buffers[t].size(); i += 8) {
-        for (size_t lane = 0; lane < 8; ++lane) lanes[lane] += buffers[t][i + lane];
+// Bytes/s that all threads together read, each going over its share of `bytes` again and again: what a step of that
+// working set could reach, be it in cache or in memory.
+double MeasureReadBandwidth(int num_threads, double bytes) {
+  using Lanes = uint64_t __attribute__((vector_size(64)));
+  const size_t per_thread = std::max<size_t>(1, static_cast<size_t>(bytes / num_threads / sizeof(Lanes)));
+  std::vector<std::vector<uint64_t>> sums(num_threads);
+  std::atomic<int64_t> total = 0;
+  constexpr double kSeconds = 0.3;
+  const auto work = [&](int t) {
+    std::vector<uint64_t> buffer(per_thread * 8 + 8, static_cast<uint64_t>(t));
+    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+    const Lanes* data = reinterpret_cast<const Lanes*>((address + 63) / 64 * 64);
+    Lanes sum[4] = {};
+    int64_t read = 0;
+    const auto begin = Clock::now();
+    while (SecondsSince(begin) < kSeconds) {
+      for (size_t i = 0; i + 4 <= per_thread; i += 4) {
+        for (size_t lane = 0; lane < 4; ++lane) sum[lane] += data[i + lane];
       }
-      sums[t] = std::accumulate(std::begin(lanes), std::end(lanes), uint64_t{0});
-    });
-    best = std::max(best, static_cast<double>(kBytesPerThread) * num_threads / SecondsSince(start));
-  }
-  // A sum that is used cannot be optimised away.
-  return std::accumulate(sums.begin(), sums.end(), uint64_t{0}) == 1 ? 0 : best;
+      read += static_cast<int64_t>(per_thread / 4 * 4 * sizeof(Lanes));
+    }
+    total += static_cast<int64_t>(static_cast<double>(read) / SecondsSince(begin));
+    for (const Lanes& lanes : sum) sums[t].push_back(lanes[0] + lanes[7]);  // used, so the reads stay
+  };
+  std::vector<std::thread> threads;
+  for (int t = 0; t < num_threads; ++t) threads.emplace_back(work, t);
+  for (std::thread& thread : threads) thread.join();
+  return static_cast<double>(total);
 }
 
 class Bencher {
@@ -156,7 +159,7 @@ absl::Status Bench(std::span<const std::string> args) {
   auto model = BenchModel(shape, config->model);
   if (!model.ok()) return model.status();
   const int threads = config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
-  const double bandwidth = MeasureReadBandwidth(threads);
+  const double bandwidth = MeasureReadBandwidth(threads, 512e6);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print("{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
@@ -164,13 +167,15 @@ absl::Status Bench(std::span<const std::string> args) {
   Bencher bencher(model->get(), seconds);
   const char* comma = "\n";
   for (const int batch : batches) {
+    const double step_bytes = weight_bytes + batch * state_bytes;
+    const double step_bandwidth = MeasureReadBandwidth(threads, step_bytes);
     for (const int context : contexts) {
       auto step = bencher.DecodeStep(batch, context);
       if (!step.ok()) return step.status();
-      const double floor_s = (weight_bytes + batch * state_bytes) / bandwidth;
+      const double floor_s = step_bytes / step_bandwidth;
       fmt::print("{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-                 "\"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}", comma, batch, context, batch / *step, *step * 1e3,
-                 floor_s * 1e3, floor_s / *step);
+                 "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}", comma, batch, context, batch / *step, *step * 1e3,
+                 step_bandwidth / 1e9, floor_s * 1e3, floor_s / *step);
       std::fflush(stdout);
       comma = ",\n";
     }
