@@ -39,7 +39,7 @@ class Authenticator {
 
   const std::string path_;
   const bool public_metrics_;
-  std::mutex mutex_;                // guards what follows
+  std::mutex mutex_;  // guards what follows
   std::vector<Digest> keys_;
   std::timespec modified_{};
   std::chrono::steady_clock::time_point checked_;

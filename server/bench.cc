@@ -16,7 +16,7 @@ namespace {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Bytes/s that all threads together read from memory: the best of several passes over a buffer far larger than the caches.
+// Bytes/s that all threads together read from memory: the best of several passes over a buffer far larger than caches.
 double MeasureReadBandwidth(int num_threads) {
   constexpr size_t kBytesPerThread = 256u << 20;
   std::vector<std::vector<uint64_t>> buffers(num_threads);
@@ -66,7 +66,7 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
   auto pool = StatePool::Create(model_->config(), batch_size);
   if (!pool.ok()) return pool.status();
   const int group = model_->config().linear_attention.group_size;
-  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
+  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is only counted.
   const int computed = std::min(context, 4 * group);
   const std::vector<int32_t> prompt = Prompt(computed);
   std::vector<StateSlot> slots;
@@ -74,14 +74,14 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
     slots.push_back((*pool)->Acquire());
     const PrefillChunk chunks[] = {{slots.back().id(), prompt}};
     if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
-    const int skipped = (context - computed) / group * group;   // whole groups keep the phase
+    const int skipped = (context - computed) / group * group;  // whole groups keep the phase
     (*pool)->set_length(slots.back().id(), computed + skipped);
   }
   const auto vocab = static_cast<size_t>(model_->config().vocab_size);
   const std::vector<std::vector<int32_t>> paths(batch_size, {0});
   std::vector<int32_t> next(batch_size, 1);
   double total = 0;
-  int steps = -3;                         // warm-up
+  int steps = -3;  // warm-up
   while (steps < 8 || total < seconds_) {
     const auto start = Clock::now();
     VerifyBatch batch;
@@ -103,7 +103,7 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   auto pool = StatePool::Create(model_->config(), 1);
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
-  constexpr size_t kChunk = 512;          // the engine's default step budget
+  constexpr size_t kChunk = 512;  // the engine's default step budget
   double best = 0, total = 0;
   for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
@@ -155,12 +155,15 @@ absl::Status Bench(std::span<const std::string> args) {
   if (!config.ok()) return config.status();
   auto model = BenchModel(shape, config->model);
   if (!model.ok()) return model.status();
-  const int threads = config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
+  const int threads =
+      config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
   const double bandwidth = MeasureReadBandwidth(threads);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
-  fmt::print("{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-             "\"state_bytes_per_request\": {:.0f},\n\"decode\": [", (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
+  fmt::print(
+      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
+      "\"state_bytes_per_request\": {:.0f},\n\"decode\": [",
+      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
   Bencher bencher(model->get(), seconds);
   const char* comma = "\n";
   for (const int batch : batches) {
@@ -168,9 +171,10 @@ absl::Status Bench(std::span<const std::string> args) {
       auto step = bencher.DecodeStep(batch, context);
       if (!step.ok()) return step.status();
       const double floor_s = (weight_bytes + batch * state_bytes) / bandwidth;
-      fmt::print("{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-                 "\"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}", comma, batch, context, batch / *step, *step * 1e3,
-                 floor_s * 1e3, floor_s / *step);
+      fmt::print(
+          "{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
+          "\"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}",
+          comma, batch, context, batch / *step, *step * 1e3, floor_s * 1e3, floor_s / *step);
       std::fflush(stdout);
       comma = ",\n";
     }

@@ -16,10 +16,10 @@ class GrpcFrontEnd {
  public:
   // Null when --grpc-port is -1. Errors name the address and say what to do.
   static absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> Start(Service* service, Authenticator* auth);
-  ~GrpcFrontEnd();                        // Stop(0)
+  ~GrpcFrontEnd();  // Stop(0)
 
   int port() const;
-  void SetServing(bool serving);          // health.v1, of the server and of linspec.v1.LinSpec
+  void SetServing(bool serving);  // health.v1, of the server and of linspec.v1.LinSpec
   // Refuses new calls, lets running ones end for at most grace_s, then cancels them.
   void Stop(double grace_s);
 
