@@ -290,6 +290,10 @@ class Renderer {
   Value EvaluateBinary(const Expr& expr) {
     const Value a = Evaluate(*expr.children[0]), b = Evaluate(*expr.children[1]);
     const std::string& op = expr.text;
+    if ((a.is_markup() || b.is_markup()) && (op == "~" || (op == "+" && a.is_string() && b.is_string()))) {
+      const auto safe = [](const Value& v) { return v.is_markup() ? v.string() : EscapeHtml(ToText(v)); };
+      return Value::Markup(Checked(safe(a) + safe(b)));
+    }
     if (op == "~") return Checked(ToText(a) + ToText(b));
     if (op == "+" && a.is_string() && b.is_string()) return Checked(a.string() + b.string());
     if (op == "+" && a.is_list() && b.is_list()) {

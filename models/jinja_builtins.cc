@@ -267,11 +267,9 @@ const std::unordered_map<std::string, Filter>& Filters() {
       {"title", [](Arguments& a) -> Value { return Title(ToText(a.positional[0])); }},
       {"capitalize", [](Arguments& a) -> Value { return Capitalize(ToText(a.positional[0])); }},
       {"string", [](Arguments& a) -> Value { return ToText(a.positional[0]); }},
-      {"safe", [](Arguments& a) -> Value { return a.positional[0]; }},
+      {"safe", [](Arguments& a) -> Value { return Value::Markup(ToText(a.positional[0])); }},
       {"escape", [](Arguments& a) -> Value {
-         std::string out = Replace(ToText(a.positional[0]), "&", "&amp;", -1);
-         for (const auto& [from, to] : {std::pair{"<", "&lt;"}, {">", "&gt;"}, {"\"", "&#34;"}, {"'", "&#39;"}}) out = Replace(out, from, to, -1);
-         return out;
+         return a.positional[0].is_markup() ? a.positional[0] : Value::Markup(EscapeHtml(ToText(a.positional[0])));
        }},
       {"tojson", [](Arguments& a) -> Value {
          const Value indent = a.Get(1, "indent");
@@ -291,7 +289,11 @@ const std::unordered_map<std::string, Filter>& Filters() {
       {"first", [](Arguments& a) -> Value { const List l = Iterate(a.positional[0]); return l.empty() ? Value() : l.front(); }},
       {"last", [](Arguments& a) -> Value { const List l = Iterate(a.positional[0]); return l.empty() ? Value() : l.back(); }},
       {"list", [](Arguments& a) -> Value { return Iterate(a.positional[0]); }},
-      {"items", [](Arguments& a) -> Value { return a.positional[0].is_dict() ? Items(a.positional[0]) : List{}; }},
+      {"items", [](Arguments& a) -> Value {
+         if (a.positional[0].is_undefined()) return List{};
+         if (!a.positional[0].is_dict()) Fail("items needs a mapping");
+         return Items(a.positional[0]);
+       }},
       {"dictsort", [](Arguments& a) -> Value {
          if (!a.positional[0].is_dict()) Fail("dictsort needs a mapping");
          List out = Items(a.positional[0]);

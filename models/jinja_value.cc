@@ -174,6 +174,32 @@ std::string Json(const Value& value, int indent, int depth) {
 
 }  // namespace
 
+std::string EscapeHtml(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    switch (c) {
+      case '&':
+        out += "&amp;";
+        break;
+      case '<':
+        out += "&lt;";
+        break;
+      case '>':
+        out += "&gt;";
+        break;
+      case '"':
+        out += "&#34;";
+        break;
+      case '\'':
+        out += "&#39;";
+        break;
+      default:
+        out += c;
+    }
+  }
+  return out;
+}
+
 std::string ToText(const Value& value) { return Text(value, false, 0); }
 std::string ToJson(const Value& value, int indent) { return Json(value, indent, 0); }
 

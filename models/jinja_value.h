@@ -44,7 +44,15 @@ class Value {
   Value(Dict value) : kind_(Kind::kDict), dict_(std::make_shared<Dict>(std::move(value))) {}  // NOLINT
   Value(Function value) : kind_(Kind::kFunction), function_(std::make_shared<Function>(std::move(value))) {}  // NOLINT
 
+  // A string marked safe: joining it with an unmarked one escapes that one for HTML, as Python's Markup does.
+  static Value Markup(std::string text) {
+    Value out(std::move(text));
+    out.markup_ = true;
+    return out;
+  }
+
   Kind kind() const { return kind_; }
+  bool is_markup() const { return markup_; }
   bool is_undefined() const { return kind_ == Kind::kUndefined; }
   bool is_string() const { return kind_ == Kind::kString; }
   bool is_number() const { return kind_ == Kind::kInt || kind_ == Kind::kFloat || kind_ == Kind::kBool; }
@@ -65,6 +73,7 @@ class Value {
  private:
   explicit Value(Kind kind) : kind_(kind) {}
   Kind kind_ = Kind::kUndefined;
+  bool markup_ = false;
   int64_t int_ = 0;
   double float_ = 0;
   std::shared_ptr<const std::string> string_;
@@ -81,6 +90,7 @@ struct Arguments {
 };
 
 Value FromJson(const nlohmann::ordered_json& json);
+std::string EscapeHtml(std::string_view text);
 std::string ToText(const Value& value);    // what {{ value }} prints: Python's str()
 std::string ToJson(const Value& value, int indent);  // Python's json.dumps(ensure_ascii=False); indent < 0: one line
 bool Equal(const Value& a, const Value& b);

@@ -28,7 +28,7 @@ absl::Status CheckInteger(std::string_view field, int64_t value, int64_t low, in
 absl::Status CheckLogitBias(const SamplingParams& params, int64_t vocab_size) {
   for (const auto& [token, bias] : params.logit_bias) {
     if (token < 0 || token >= vocab_size) {
-      return Invalid("logit_bias token", fmt::format("{}", token), fmt::format("in [0, {}]", vocab_size - 1));
+      return Invalid("logit_bias", fmt::format("token {}", token), fmt::format("in [0, {}]", vocab_size - 1));
     }
     if (absl::Status s = CheckRange(fmt::format("logit_bias[{}]", token), bias, bias >= -100 && bias <= 100,
                                     "in [-100, 100]");

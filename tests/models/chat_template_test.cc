@@ -28,9 +28,10 @@ TEST(ChatTemplateTest, PublishedCases) {
   int run = 0, without_template = 0;
   for (std::string line; std::getline(lines, line);) {
     const auto test_case = ordered_json::parse(line);
-    std::string name = test_case["template_file"];
+    std::string name = test_case.value("template_file", test_case.value("name", ""));
     name = name.substr(name.rfind('/') + 1);
-    std::string source = ReadFile(folder + "templates/" + name);
+    std::string source = test_case.value("template", "");
+    if (source.empty()) source = ReadFile(folder + "templates/" + name);
     if (source.empty()) source = ReadFile(folder + "templates/llama-cpp-" + name);
     if (source.empty()) {
       ++without_template;
