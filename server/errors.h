@@ -1,4 +1,5 @@
-// The one place where absl::Status becomes an HTTP answer or a gRPC status, and where details (which field, when to come
+// The one place where absl::Status becomes an HTTP answer or a gRPC status, and where details (which field, when to
+// come
 // back) are attached to a Status.
 #pragma once
 

@@ -1,6 +1,7 @@
 // The gRPC front end: linspec.v1, grpc.health.v1 and reflection on the callback API.
 //
-// Threads: gRPC's own. A stream's reactor is driven by gRPC and by the engine's notify; it holds a lock of its own for the
+// Threads: gRPC's own. A stream's reactor is driven by gRPC and by the engine's notify; it holds a lock of its own
+// for the
 // hand-over and never blocks the engine on the network.
 #pragma once
 
