@@ -55,7 +55,8 @@ absl::Status Authenticator::Load() {
     Digest digest;
     if (line.starts_with(kHashPrefix)) {
       if (!ParseHex(std::string_view(line).substr(kHashPrefix.size()), &digest)) {
-        return absl::InvalidArgumentError(fmt::format("--api-key-file: {}:{}: sha256: needs 64 hex digits", path_, number));
+        return absl::InvalidArgumentError(
+            fmt::format("--api-key-file: {}:{}: sha256: needs 64 hex digits", path_, number));
       }
     } else {
       digest = Sha256(line);

@@ -27,7 +27,8 @@ class Authenticator {
 
   bool enabled() const { return !path_.empty(); }
   bool IsPublicRoute(std::string_view path) const;
-  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never the
+  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never
+  // the
   // key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
   absl::StatusOr<std::string> Check(std::string_view authorization);
 
@@ -39,7 +40,7 @@ class Authenticator {
 
   const std::string path_;
   const bool public_metrics_;
-  std::mutex mutex_;                // guards what follows
+  std::mutex mutex_;  // guards what follows
   std::vector<Digest> keys_;
   std::timespec modified_{};
   std::chrono::steady_clock::time_point checked_;

@@ -60,11 +60,16 @@ int Report(const absl::Status& status, const char* command) {
 }
 
 int Help(std::string_view topic) {
-  if (topic == "serve") fmt::print("{}", ServerHelp());
-  else if (topic == "generate") fmt::print("{}", kGenerateHelp);
-  else if (topic == "eval") fmt::print("{}", kEvalHelp);
-  else if (topic == "bench") fmt::print("{}", kBenchHelp);
-  else fmt::print("{}", kHelp);
+  if (topic == "serve")
+    fmt::print("{}", ServerHelp());
+  else if (topic == "generate")
+    fmt::print("{}", kGenerateHelp);
+  else if (topic == "eval")
+    fmt::print("{}", kEvalHelp);
+  else if (topic == "bench")
+    fmt::print("{}", kBenchHelp);
+  else
+    fmt::print("{}", kHelp);
   return 0;
 }
 

@@ -8,10 +8,10 @@
 
 namespace linspec {
 
-absl::Status Serve(std::span<const std::string> args);       // serve.cc
-absl::Status Generate(std::span<const std::string> args);    // offline.cc
-absl::Status Eval(std::span<const std::string> args);        // offline.cc
-absl::Status Bench(std::span<const std::string> args);       // bench.cc
+absl::Status Serve(std::span<const std::string> args);     // serve.cc
+absl::Status Generate(std::span<const std::string> args);  // offline.cc
+absl::Status Eval(std::span<const std::string> args);      // offline.cc
+absl::Status Bench(std::span<const std::string> args);     // bench.cc
 
 int RunCommand(int argc, char** argv);
 

@@ -19,16 +19,17 @@ struct FlagInfo {
   const char* group;
   const char* name;
   const char* help;
-  double min = -1e18, max = 1e18;          // numbers
-  std::vector<std::string> choices = {};   // strings; empty: free text
+  double min = -1e18, max = 1e18;         // numbers
+  std::vector<std::string> choices = {};  // strings; empty: free text
 };
 
 // Calls visit(info, field) for each flag. The only list of flags there is.
 template <class Config, class Visit>
 void VisitFlags(Config& c, Visit&& visit) {
   const char* g = "Model";
-  visit(FlagInfo{g, "model", "model folder (config.json, model.safetensors, tokenizer.json); default: the bundled model"},
-        c.model.path);
+  visit(
+      FlagInfo{g, "model", "model folder (config.json, model.safetensors, tokenizer.json); default: the bundled model"},
+      c.model.path);
   visit(FlagInfo{g, "draft-model", "folder of the draft model with the same tokenizer; none: do not load one"},
         c.model.draft_path);
   visit(FlagInfo{g, "served-model-name", "name that clients send as `model`; default: the folder's name"},
@@ -42,14 +43,18 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "http-port", "REST port; 0: any free port, -1: no REST", -1, 65535}, c.network.http_port);
   visit(FlagInfo{g, "grpc-port", "gRPC port; 0: any free port, -1: no gRPC", -1, 65535}, c.network.grpc_port);
   visit(FlagInfo{g, "io-threads", "threads that serve HTTP connections", 1, 256}, c.network.io_threads);
-  visit(FlagInfo{g, "max-connections", "open HTTP connections; more are answered 503", 1, 1e6}, c.network.max_connections);
-  visit(FlagInfo{g, "max-body-bytes", "largest request body and gRPC message", 1024, 1 << 30}, c.network.max_body_bytes);
+  visit(FlagInfo{g, "max-connections", "open HTTP connections; more are answered 503", 1, 1e6},
+        c.network.max_connections);
+  visit(FlagInfo{g, "max-body-bytes", "largest request body and gRPC message", 1024, 1 << 30},
+        c.network.max_body_bytes);
   visit(FlagInfo{g, "max-header-bytes", "largest HTTP header block", 1024, 1 << 20}, c.network.max_header_bytes);
   visit(FlagInfo{g, "header-timeout", "seconds to send headers and body", 0.1, 3600}, c.network.header_timeout_s);
-  visit(FlagInfo{g, "idle-timeout", "seconds a keep-alive connection may stay silent, or a write may stall", 0.1, 86400},
-        c.network.idle_timeout_s);
-  visit(FlagInfo{g, "stream-buffer-bytes", "output kept per stream for a slow reader; beyond it the stream is cancelled",
-                 4096, 1 << 30}, c.network.stream_buffer_bytes);
+  visit(
+      FlagInfo{g, "idle-timeout", "seconds a keep-alive connection may stay silent, or a write may stall", 0.1, 86400},
+      c.network.idle_timeout_s);
+  visit(FlagInfo{g, "stream-buffer-bytes",
+                 "output kept per stream for a slow reader; beyond it the stream is cancelled", 4096, 1 << 30},
+        c.network.stream_buffer_bytes);
   visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, c.network.cors_origin);
   g = "Limits";
   visit(FlagInfo{g, "max-requests", "requests that run at once (state slots)", 1, 1e6}, c.engine.max_requests);
@@ -62,8 +67,10 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "max-requests-per-key", "open requests of one API key; beyond: 429; 0: no limit", 0, 1e6},
         c.engine.max_requests_per_key);
   g = "Speculation";
-  visit(FlagInfo{g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
-        c.engine.speculation);
+  visit(
+      FlagInfo{
+          g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
+      c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
   g = "Security";
   visit(FlagInfo{g, "api-key-file", "one key a line, plain or sha256:<hex>; reread when it changes"},
@@ -141,7 +148,8 @@ absl::Status UnknownFlag(const std::string& name, const std::string& where) {
   return absl::InvalidArgumentError(fmt::format("{}unknown flag --{}; {}", where, name, hint));
 }
 
-absl::Status SetFlag(const std::string& name, const std::string& value, const std::string& where, ServerConfig* config) {
+absl::Status SetFlag(const std::string& name, const std::string& value, const std::string& where,
+                     ServerConfig* config) {
   bool found = false;
   absl::Status status;
   VisitFlags(*config, [&](const FlagInfo& info, auto& field) {
@@ -177,8 +185,10 @@ absl::StatusOr<std::vector<Assignment>> SplitArgs(std::span<const std::string> a
 
 template <class T>
 std::string Print(const T& value) {
-  if constexpr (std::is_same_v<T, std::string>) return value.empty() ? "\"\"" : value;
-  else return fmt::format("{}", value);
+  if constexpr (std::is_same_v<T, std::string>)
+    return value.empty() ? "\"\"" : value;
+  else
+    return fmt::format("{}", value);
 }
 
 }  // namespace
@@ -243,7 +253,8 @@ absl::StatusOr<ServerConfig> ParseServerConfig(std::span<const std::string> args
 
 std::string ServerHelp() {
   ServerConfig defaults;
-  std::string text = "linspec serve [--flag value]...\n\n  --config FILE          the same flags as `name: value` lines of YAML\n";
+  std::string text =
+      "linspec serve [--flag value]...\n\n  --config FILE          the same flags as `name: value` lines of YAML\n";
   std::string group;
   VisitFlags(defaults, [&](const FlagInfo& info, auto& field) {
     if (group != info.group) text += fmt::format("\n{}\n", group = info.group);

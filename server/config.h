@@ -16,16 +16,16 @@ namespace linspec {
 
 struct ServerConfig {
   struct ModelOptions {
-    std::string path;                    // empty: the bundled model
-    std::string draft_path;              // empty: the bundled draft model beside a bundled target; "none": no draft
-    std::string served_name;             // empty: the folder's name
+    std::string path;         // empty: the bundled model
+    std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
+    std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
     std::string isa = "auto";
     int threads = 0;
   } model;
   struct NetworkOptions {
     std::string host = "127.0.0.1";
-    int http_port = 8000;                // 0: any free port, -1: off
+    int http_port = 8000;  // 0: any free port, -1: off
     int grpc_port = 50051;
     int io_threads = 2;
     int max_connections = 16384;
@@ -44,7 +44,7 @@ struct ServerConfig {
     int max_prompt_tokens = 131072;
     int max_output_tokens = 131072;
     int max_n = 16;
-    int max_requests_per_key = 0;        // 0: no limit
+    int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
   } engine;
@@ -68,7 +68,7 @@ absl::StatusOr<ServerConfig> ParseServerConfig(std::span<const std::string> args
 absl::Status ApplyYaml(const std::string& yaml, const std::string& source, ServerConfig* config);
 absl::Status ValidateConfig(const ServerConfig& config);
 
-std::string ServerHelp();                                   // grouped, with defaults
-std::string DescribeConfig(const ServerConfig& config);     // one `--flag value` per line, those that differ marked with *
+std::string ServerHelp();                                // grouped, with defaults
+std::string DescribeConfig(const ServerConfig& config);  // one `--flag value` per line, those that differ marked with *
 
 }  // namespace linspec

@@ -28,20 +28,32 @@ struct HttpMapping {
 
 HttpMapping Map(absl::StatusCode code) {
   switch (code) {
-    case absl::StatusCode::kOk: return {200, "", ""};
+    case absl::StatusCode::kOk:
+      return {200, "", ""};
     case absl::StatusCode::kInvalidArgument:
     case absl::StatusCode::kOutOfRange:
-    case absl::StatusCode::kFailedPrecondition: return {400, "invalid_request_error", "invalid_value"};
-    case absl::StatusCode::kUnauthenticated: return {401, "authentication_error", "invalid_api_key"};
-    case absl::StatusCode::kPermissionDenied: return {403, "permission_error", "permission_denied"};
-    case absl::StatusCode::kNotFound: return {404, "invalid_request_error", "not_found"};
-    case absl::StatusCode::kAlreadyExists: return {409, "invalid_request_error", "already_exists"};
-    case absl::StatusCode::kResourceExhausted: return {503, "overloaded_error", "server_overloaded"};
-    case absl::StatusCode::kUnavailable: return {503, "overloaded_error", "unavailable"};
-    case absl::StatusCode::kDeadlineExceeded: return {504, "timeout_error", "deadline_exceeded"};
-    case absl::StatusCode::kCancelled: return {503, "server_error", "aborted"};
-    case absl::StatusCode::kUnimplemented: return {501, "invalid_request_error", "unsupported"};
-    default: return {500, "server_error", "internal_error"};
+    case absl::StatusCode::kFailedPrecondition:
+      return {400, "invalid_request_error", "invalid_value"};
+    case absl::StatusCode::kUnauthenticated:
+      return {401, "authentication_error", "invalid_api_key"};
+    case absl::StatusCode::kPermissionDenied:
+      return {403, "permission_error", "permission_denied"};
+    case absl::StatusCode::kNotFound:
+      return {404, "invalid_request_error", "not_found"};
+    case absl::StatusCode::kAlreadyExists:
+      return {409, "invalid_request_error", "already_exists"};
+    case absl::StatusCode::kResourceExhausted:
+      return {503, "overloaded_error", "server_overloaded"};
+    case absl::StatusCode::kUnavailable:
+      return {503, "overloaded_error", "unavailable"};
+    case absl::StatusCode::kDeadlineExceeded:
+      return {504, "timeout_error", "deadline_exceeded"};
+    case absl::StatusCode::kCancelled:
+      return {503, "server_error", "aborted"};
+    case absl::StatusCode::kUnimplemented:
+      return {501, "invalid_request_error", "unsupported"};
+    default:
+      return {500, "server_error", "internal_error"};
   }
 }
 
@@ -81,24 +93,42 @@ int HttpStatusOf(const absl::Status& status) {
 
 const char* HttpReason(int http_status) {
   switch (http_status) {
-    case 200: return "OK";
-    case 204: return "No Content";
-    case 400: return "Bad Request";
-    case 401: return "Unauthorized";
-    case 403: return "Forbidden";
-    case 404: return "Not Found";
-    case 405: return "Method Not Allowed";
-    case 408: return "Request Timeout";
-    case 409: return "Conflict";
-    case 413: return "Content Too Large";
-    case 415: return "Unsupported Media Type";
-    case 417: return "Expectation Failed";
-    case 429: return "Too Many Requests";
-    case 431: return "Request Header Fields Too Large";
-    case 501: return "Not Implemented";
-    case 503: return "Service Unavailable";
-    case 504: return "Gateway Timeout";
-    default: return "Internal Server Error";
+    case 200:
+      return "OK";
+    case 204:
+      return "No Content";
+    case 400:
+      return "Bad Request";
+    case 401:
+      return "Unauthorized";
+    case 403:
+      return "Forbidden";
+    case 404:
+      return "Not Found";
+    case 405:
+      return "Method Not Allowed";
+    case 408:
+      return "Request Timeout";
+    case 409:
+      return "Conflict";
+    case 413:
+      return "Content Too Large";
+    case 415:
+      return "Unsupported Media Type";
+    case 417:
+      return "Expectation Failed";
+    case 429:
+      return "Too Many Requests";
+    case 431:
+      return "Request Header Fields Too Large";
+    case 501:
+      return "Not Implemented";
+    case 503:
+      return "Service Unavailable";
+    case 504:
+      return "Gateway Timeout";
+    default:
+      return "Internal Server Error";
   }
 }
 
@@ -113,8 +143,10 @@ std::string OpenAiErrorJson(const absl::Status& status) {
   std::string json = "{\"error\":{\"message\":";
   AppendJsonString(std::string(status.message()), &json);
   json += fmt::format(",\"type\":\"{}\",\"param\":", mapping.type);
-  if (field.empty()) json += "null";
-  else AppendJsonString(field, &json);
+  if (field.empty())
+    json += "null";
+  else
+    AppendJsonString(field, &json);
   json += fmt::format(",\"code\":\"{}\"}}}}", mapping.code);
   return json;
 }

@@ -1,4 +1,5 @@
-// The one place where absl::Status becomes an HTTP answer or a gRPC status, and where details (which field, when to come
+// The one place where absl::Status becomes an HTTP answer or a gRPC status, and where details (which field, when to
+// come
 // back) are attached to a Status.
 #pragma once
 
@@ -17,10 +18,10 @@ absl::Status TenantLimit(const std::string& message, int retry_after_s);
 // An HTTP status code that absl has no word for: 404, 405, 413, 415, 417, 431.
 absl::Status HttpError(int http_status, const std::string& message);
 
-std::string ErrorField(const absl::Status& status);     // "" if none
-int RetryAfterSeconds(const absl::Status& status);      // 0 if none
+std::string ErrorField(const absl::Status& status);  // "" if none
+int RetryAfterSeconds(const absl::Status& status);   // 0 if none
 int HttpStatusOf(const absl::Status& status);
-const char* HttpReason(int http_status);                // "Not Found"
+const char* HttpReason(int http_status);  // "Not Found"
 // {"error":{"message":...,"type":...,"param":...,"code":...}}
 std::string OpenAiErrorJson(const absl::Status& status);
 

@@ -36,7 +36,9 @@ int CommandFlags::Int(const std::string& name, int fallback, int min, int max) {
   const std::string text = String(name, std::to_string(fallback));
   int value = fallback;
   if (ParseNumber(text, min, max, &value)) return value;
-  if (status_.ok()) status_ = absl::InvalidArgumentError(fmt::format("--{}: '{}' is not an integer from {} to {}", name, text, min, max));
+  if (status_.ok())
+    status_ =
+        absl::InvalidArgumentError(fmt::format("--{}: '{}' is not an integer from {} to {}", name, text, min, max));
   return fallback;
 }
 
@@ -44,7 +46,8 @@ double CommandFlags::Double(const std::string& name, double fallback, double min
   const std::string text = String(name, fmt::format("{}", fallback));
   double value = fallback;
   if (ParseNumber(text, min, max, &value)) return value;
-  if (status_.ok()) status_ = absl::InvalidArgumentError(fmt::format("--{}: '{}' is not a number from {} to {}", name, text, min, max));
+  if (status_.ok())
+    status_ = absl::InvalidArgumentError(fmt::format("--{}: '{}' is not a number from {} to {}", name, text, min, max));
   return fallback;
 }
 
@@ -56,7 +59,8 @@ std::vector<int> CommandFlags::Ints(const std::string& name, const std::string& 
     int value = 0;
     if (!ParseNumber(std::string_view(text).substr(begin, end - begin), min, max, &value)) {
       if (status_.ok()) {
-        status_ = absl::InvalidArgumentError(fmt::format("--{}: '{}' is not a list of integers from {} to {}", name, text, min, max));
+        status_ = absl::InvalidArgumentError(
+            fmt::format("--{}: '{}' is not a list of integers from {} to {}", name, text, min, max));
       }
       return {};
     }
@@ -69,7 +73,7 @@ std::vector<int> CommandFlags::Ints(const std::string& name, const std::string& 
 std::string CommandFlags::Positional() {
   for (size_t i = 0; i < rest_.size(); ++i) {
     if (rest_[i].starts_with("--")) {
-      if (rest_[i].find('=') == std::string::npos) ++i;   // its value
+      if (rest_[i].find('=') == std::string::npos) ++i;  // its value
       continue;
     }
     std::string value = rest_[i];

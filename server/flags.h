@@ -19,7 +19,7 @@ class CommandFlags {
   // Out of bounds or no number: fallback, and status() names flag and value.
   int Int(const std::string& name, int fallback, int min, int max);
   double Double(const std::string& name, double fallback, double min, double max);
-  std::vector<int> Ints(const std::string& name, const std::string& fallback, int min, int max);   // "1,4,16"
+  std::vector<int> Ints(const std::string& name, const std::string& fallback, int min, int max);  // "1,4,16"
   // The first argument that is neither a flag nor a flag's value. Call after the flags above.
   std::string Positional();
 

@@ -20,7 +20,7 @@ uint64_t DrawSeed() {
 struct Candidate {
   int prompt = 0;
   std::unique_ptr<RunningRequest> request;
-  ChoiceText text;                        // complete answers: all so far; streams: what the next chunk says
+  ChoiceText text;  // complete answers: all so far; streams: what the next chunk says
   double logprob_sum = 0;
   int64_t num_tokens = 0;
   FinishReason finish = FinishReason::kNone;
@@ -32,8 +32,10 @@ class Generation : public HttpOperation {
   Generation(Service* service, OpenAiCall call, std::string request_id)
       : service_(service), call_(std::move(call)), request_id_(std::move(request_id)) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
-    head_ = {.id = fmt::format("{}-{}", call_.chat ? "chatcmpl" : "cmpl", request_id_), .model = service->model_name(),
-             .created = std::chrono::duration_cast<std::chrono::seconds>(now).count(), .chat = call_.chat};
+    head_ = {.id = fmt::format("{}-{}", call_.chat ? "chatcmpl" : "cmpl", request_id_),
+             .model = service->model_name(),
+             .created = std::chrono::duration_cast<std::chrono::seconds>(now).count(),
+             .chat = call_.chat};
     token_bytes_ = [tokenizer = &service->tokenizer()](int32_t id) { return tokenizer->TokenBytes(id); };
   }
 
@@ -72,15 +74,19 @@ absl::Status Generation::Start(const std::string& tenant, const HttpNotify& noti
     std::string echo;
     if (call_.echo && !WantsPromptLogprobs()) {
       const auto* text = std::get_if<std::string>(&call_.prompts[p]);
-      auto decoded = text != nullptr ? absl::StatusOr<std::string>(*text) : service_->tokenizer().Decode(prompts[p], false);
+      auto decoded =
+          text != nullptr ? absl::StatusOr<std::string>(*text) : service_->tokenizer().Decode(prompts[p], false);
       if (!decoded.ok()) return decoded.status();
       echo = *std::move(decoded);
     }
     for (int i = 0; i < call_.best_of; ++i) {
-      GenerateSpec spec{.sampling = call_.sampling, .speculation = call_.speculation, .priority = call_.priority,
-                        .prompt_logprobs = WantsPromptLogprobs(), .tenant = tenant};
-      spec.sampling.seed = seed + static_cast<uint64_t>(i);   // candidates differ, and can be repeated
-      if (call_.best_of > call_.n) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);   // to rank them
+      GenerateSpec spec{.sampling = call_.sampling,
+                        .speculation = call_.speculation,
+                        .priority = call_.priority,
+                        .prompt_logprobs = WantsPromptLogprobs(),
+                        .tenant = tenant};
+      spec.sampling.seed = seed + static_cast<uint64_t>(i);  // candidates differ, and can be repeated
+      if (call_.best_of > call_.n) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);  // to rank them
       auto request = service_->Start(prompts[p], std::move(spec));
       if (!request.ok()) return request.status();
       Candidate& candidate = candidates_.emplace_back();
@@ -117,14 +123,20 @@ void Generation::Absorb(Candidate* candidate, StreamDelta delta) {
   }
   candidate->finish = delta.finish_reason;
   switch (delta.finish_reason) {
-    case FinishReason::kNone: return;
+    case FinishReason::kNone:
+      return;
     case FinishReason::kLength:
-    case FinishReason::kStop: candidate->text.finish_reason = OpenAiFinishReason(delta.finish_reason); return;
-    case FinishReason::kDeadline: candidate->error = absl::DeadlineExceededError("the deadline passed"); return;
+    case FinishReason::kStop:
+      candidate->text.finish_reason = OpenAiFinishReason(delta.finish_reason);
+      return;
+    case FinishReason::kDeadline:
+      candidate->error = absl::DeadlineExceededError("the deadline passed");
+      return;
     case FinishReason::kCancelled:
-      candidate->error = candidate->request->overflowed()
-                             ? absl::ResourceExhaustedError("the client did not read its stream (--stream-buffer-bytes)")
-                             : absl::CancelledError("the server is shutting down");
+      candidate->error =
+          candidate->request->overflowed()
+              ? absl::ResourceExhaustedError("the client did not read its stream (--stream-buffer-bytes)")
+              : absl::CancelledError("the server is shutting down");
       return;
     case FinishReason::kError:
       candidate->error = delta.status.ok() ? absl::InternalError("generation failed") : delta.status;
@@ -150,13 +162,15 @@ StreamUsage Generation::TotalUsage() const {
 
 bool Generation::Poll(HttpReply* reply) {
   if (call_.stream) {
-    *reply = {.content_type = "text/event-stream; charset=utf-8", .headers = {{"Cache-Control", "no-cache"}}, .streaming = true};
+    *reply = {.content_type = "text/event-stream; charset=utf-8",
+              .headers = {{"Cache-Control", "no-cache"}},
+              .streaming = true};
   } else {
     for (Candidate& candidate : candidates_) Take(&candidate);
     const auto failed = std::ranges::find_if(candidates_, [](const Candidate& c) { return !c.error.ok(); });
     if (failed != candidates_.end()) {
       *reply = {.status = HttpStatusOf(failed->error), .body = OpenAiErrorJson(failed->error)};
-      candidates_.clear();                // the others need not run on
+      candidates_.clear();  // the others need not run on
     } else if (AllFinished()) {
       *reply = FullReply();
     } else {
@@ -174,7 +188,8 @@ HttpReply Generation::FullReply() {
     const auto begin = candidates_.begin() + static_cast<int64_t>(p) * call_.best_of;
     if (call_.best_of > call_.n) {
       const auto mean = [](const Candidate& c) {
-        return c.num_tokens == 0 ? -std::numeric_limits<double>::infinity() : c.logprob_sum / static_cast<double>(c.num_tokens);
+        return c.num_tokens == 0 ? -std::numeric_limits<double>::infinity()
+                                 : c.logprob_sum / static_cast<double>(c.num_tokens);
       };
       std::stable_sort(begin, begin + call_.best_of, [&](const auto& a, const auto& b) { return mean(a) > mean(b); });
     }
@@ -199,7 +214,8 @@ HttpOperation::Progress Generation::Next(std::string* body) {
       return Progress::kDone;
     }
     ChoiceText& piece = candidate.text;
-    if (piece.text.empty() && piece.tokens.empty() && piece.finish_reason == nullptr && (opened_ || !call_.chat)) continue;
+    if (piece.text.empty() && piece.tokens.empty() && piece.finish_reason == nullptr && (opened_ || !call_.chat))
+      continue;
     AppendChunk(head_, piece, token_bytes_, body);
     if (!piece.tokens.empty()) piece.first_token_has_logprob = true;
     piece.text.clear();
@@ -216,8 +232,9 @@ HttpOperation::Progress Generation::Next(std::string* body) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call, std::string request_id,
-                                                               std::string tenant, HttpNotify notify) {
+absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call,
+                                                               std::string request_id, std::string tenant,
+                                                               HttpNotify notify) {
   auto generation = std::make_unique<Generation>(service, std::move(call), std::move(request_id));
   if (absl::Status status = generation->Start(tenant, notify); !status.ok()) return status;
   return std::unique_ptr<HttpOperation>(std::move(generation));

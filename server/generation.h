@@ -14,7 +14,8 @@
 namespace linspec {
 
 // Errors (nothing is left running then): what Service::CheckAdmission, ToTokens and Start return.
-absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call, std::string request_id,
-                                                               std::string tenant, HttpNotify notify);
+absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call,
+                                                               std::string request_id, std::string tenant,
+                                                               HttpNotify notify);
 
 }  // namespace linspec

@@ -22,13 +22,20 @@ void AddDetail(const char* type, const google::protobuf::Message& message, v1::d
 
 absl::StatusOr<SpeculationMode> ModeFromProto(v1::Speculation mode) {
   switch (mode) {
-    case v1::SPECULATION_UNSPECIFIED: return SpeculationMode::kDefault;
-    case v1::SPECULATION_OFF: return SpeculationMode::kOff;
-    case v1::SPECULATION_DRAFT: return SpeculationMode::kDraft;
-    case v1::SPECULATION_MEDUSA: return SpeculationMode::kMedusa;
-    case v1::SPECULATION_NGRAM: return SpeculationMode::kNgram;
-    case v1::SPECULATION_AUTO: return SpeculationMode::kAuto;
-    default: return FieldError("speculation", fmt::format("{} is not a value of Speculation", static_cast<int>(mode)));
+    case v1::SPECULATION_UNSPECIFIED:
+      return SpeculationMode::kDefault;
+    case v1::SPECULATION_OFF:
+      return SpeculationMode::kOff;
+    case v1::SPECULATION_DRAFT:
+      return SpeculationMode::kDraft;
+    case v1::SPECULATION_MEDUSA:
+      return SpeculationMode::kMedusa;
+    case v1::SPECULATION_NGRAM:
+      return SpeculationMode::kNgram;
+    case v1::SPECULATION_AUTO:
+      return SpeculationMode::kAuto;
+    default:
+      return FieldError("speculation", fmt::format("{} is not a value of Speculation", static_cast<int>(mode)));
   }
 }
 
@@ -43,7 +50,7 @@ void FillTokenLogprob(int32_t id, float logprob, const Tokenizer& tokenizer, v1:
 
 grpc::Status ToGrpcStatus(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
-  const auto code = static_cast<grpc::StatusCode>(status.code());   // the numbers are the same by design
+  const auto code = static_cast<grpc::StatusCode>(status.code());  // the numbers are the same by design
   const std::string message(status.message());
   v1::details::Status details;
   details.set_code(static_cast<int>(status.code()));
@@ -71,7 +78,8 @@ std::vector<ChatMessage> MessagesFromProto(const v1::ChatMessages& chat) {
 
 absl::StatusOr<PromptInput> PromptFromProto(const v1::GenerateRequest& request) {
   switch (request.prompt_case()) {
-    case v1::GenerateRequest::kText: return PromptInput(request.text());
+    case v1::GenerateRequest::kText:
+      return PromptInput(request.text());
     case v1::GenerateRequest::kTokenIds:
       return PromptInput(std::vector<int32_t>(request.token_ids().ids().begin(), request.token_ids().ids().end()));
     case v1::GenerateRequest::kChat: {
@@ -86,7 +94,8 @@ absl::StatusOr<PromptInput> PromptFromProto(const v1::GenerateRequest& request) 
       }
       return PromptInput(std::move(messages));
     }
-    default: return FieldError("prompt", "is required: text, token_ids or chat");
+    default:
+      return FieldError("prompt", "is required: text, token_ids or chat");
   }
 }
 
@@ -116,13 +125,15 @@ absl::StatusOr<GenerateSpec> SpecFromProto(const v1::GenerateRequest& request) {
   }
   for (const std::string& text : stop.stop()) {
     if (text.empty() || text.size() > kMaxStopBytes) {
-      return FieldError("stopping.stop", fmt::format("a stop string has {} bytes; 1 to {} are allowed", text.size(), kMaxStopBytes));
+      return FieldError("stopping.stop",
+                        fmt::format("a stop string has {} bytes; 1 to {} are allowed", text.size(), kMaxStopBytes));
     }
     s.stop.push_back(text);
   }
   if (request.response().has_logprobs()) s.logprobs = request.response().logprobs();
   spec.detokenize = !request.response().skip_text();
-  if (!spec.detokenize && !s.stop.empty()) return FieldError("stopping.stop", "needs text, and response.skip_text asks for none");
+  if (!spec.detokenize && !s.stop.empty())
+    return FieldError("stopping.stop", "needs text, and response.skip_text asks for none");
   auto mode = ModeFromProto(request.speculation());
   if (!mode.ok()) return mode.status();
   spec.speculation = *mode;
@@ -140,7 +151,8 @@ void FillResponse(const StreamDelta& delta, const ResponseShape& shape, const To
     if (!shape.logprobs) continue;
     v1::LogprobEntry* entry = response->add_logprobs();
     FillTokenLogprob(token.sampled.token, token.sampled.logprob, tokenizer, entry->mutable_chosen());
-    for (const auto& top : token.sampled.top_logprobs) FillTokenLogprob(top.token, top.logprob, tokenizer, entry->add_top());
+    for (const auto& top : token.sampled.top_logprobs)
+      FillTokenLogprob(top.token, top.logprob, tokenizer, entry->add_top());
   }
   if (delta.finish_reason == FinishReason::kLength) response->set_finish_reason(v1::FINISH_REASON_LENGTH);
   if (delta.finish_reason == FinishReason::kStop) response->set_finish_reason(v1::FINISH_REASON_STOP);

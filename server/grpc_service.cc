@@ -56,11 +56,11 @@ class Pump {
     }
   }
 
-  std::mutex mutex_;                      // guards work_ and stopping_
+  std::mutex mutex_;  // guards work_ and stopping_
   std::condition_variable wake_;
   std::deque<std::function<void()>> work_;
   bool stopping_ = false;
-  std::thread thread_;                    // last: runs as soon as it exists
+  std::thread thread_;  // last: runs as soon as it exists
 };
 
 absl::StatusOr<std::string> CheckKey(const grpc::CallbackServerContext& context, Authenticator* auth) {
@@ -73,8 +73,8 @@ absl::StatusOr<std::string> CheckKey(const grpc::CallbackServerContext& context,
 class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
                         public std::enable_shared_from_this<GenerateReactor> {
  public:
-  static GenerateReactor* Start(grpc::CallbackServerContext* context, const v1::GenerateRequest& request, Service* service,
-                                Authenticator* auth, Pump* pump) {
+  static GenerateReactor* Start(grpc::CallbackServerContext* context, const v1::GenerateRequest& request,
+                                Service* service, Authenticator* auth, Pump* pump) {
     auto reactor = std::make_shared<GenerateReactor>(context, service);
     reactor->self_ = reactor;
     GenerateReactor* raw = reactor.get();
@@ -101,7 +101,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     const auto keep = shared_from_this();
     {
       std::lock_guard lock(mutex_);
-      request_.reset();                   // gives the slot back now, not when the stream is torn down
+      request_.reset();  // gives the slot back now, not when the stream is torn down
     }
     Advance();
   }
@@ -123,7 +123,8 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     spec->tenant = *tenant;
     const auto deadline = context_->deadline();
     if (deadline != std::chrono::system_clock::time_point::max()) {
-      spec->deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
+      spec->deadline =
+          Clock::now() + std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
     }
     shape_ = {.token_ids = request.response().token_ids() || request.response().skip_text(),
               .logprobs = spec->sampling.logprobs >= 0};
@@ -186,13 +187,17 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     switch (delta.finish_reason) {
       case FinishReason::kCancelled:
         if (request_->overflowed()) {
-          return ToGrpcStatus(absl::ResourceExhaustedError("the client did not read its stream (--stream-buffer-bytes)"));
+          return ToGrpcStatus(
+              absl::ResourceExhaustedError("the client did not read its stream (--stream-buffer-bytes)"));
         }
         return service_->draining() ? ToGrpcStatus(absl::UnavailableError("the server is shutting down"))
                                     : ToGrpcStatus(absl::AbortedError("aborted"));
-      case FinishReason::kDeadline: return ToGrpcStatus(absl::DeadlineExceededError("the deadline passed"));
-      case FinishReason::kError: return ToGrpcStatus(delta.status.ok() ? absl::InternalError("generation failed") : delta.status);
-      default: return grpc::Status::OK;
+      case FinishReason::kDeadline:
+        return ToGrpcStatus(absl::DeadlineExceededError("the deadline passed"));
+      case FinishReason::kError:
+        return ToGrpcStatus(delta.status.ok() ? absl::InternalError("generation failed") : delta.status);
+      default:
+        return grpc::Status::OK;
     }
   }
 
@@ -201,8 +206,8 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
   std::shared_ptr<GenerateReactor> self_;
   std::string request_id_;
   ResponseShape shape_;
-  v1::GenerateResponse response_;         // gRPC's while busy_
-  std::mutex mutex_;                      // guards the rest
+  v1::GenerateResponse response_;  // gRPC's while busy_
+  std::mutex mutex_;               // guards the rest
   std::unique_ptr<RunningRequest> request_;
   bool busy_ = false, finishing_ = false;
 };
@@ -288,11 +293,14 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
     absl::StatusOr<std::vector<int32_t>> tokens;
     switch (request.input_case()) {
       case v1::TokenizeRequest::kText:
-        tokens = service_->tokenizer().Encode(request.text(), {.add_special_tokens = !request.has_add_special_tokens() ||
-                                                                                     request.add_special_tokens()});
+        tokens = service_->tokenizer().Encode(
+            request.text(), {.add_special_tokens = !request.has_add_special_tokens() || request.add_special_tokens()});
         break;
-      case v1::TokenizeRequest::kChat: tokens = service_->ToTokens(MessagesFromProto(request.chat())); break;
-      default: return FieldError("input", "is required: text or chat");
+      case v1::TokenizeRequest::kChat:
+        tokens = service_->ToTokens(MessagesFromProto(request.chat()));
+        break;
+      default:
+        return FieldError("input", "is required: text or chat");
     }
     if (!tokens.ok()) return tokens.status();
     response->mutable_token_ids()->Add(tokens->begin(), tokens->end());
@@ -300,7 +308,7 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
     return absl::OkStatus();
   }
 
-  linspec::Service* const service_;   // not the generated base class
+  linspec::Service* const service_;  // not the generated base class
   Authenticator* const auth_;
   Pump pump_;
 };
@@ -308,14 +316,16 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const ServerConfig::SecurityOptions& security) {
   if (security.tls_cert.empty()) return grpc::InsecureServerCredentials();
   auto cert = ReadFile(security.tls_cert);
-  if (!cert.ok()) return absl::InvalidArgumentError(fmt::format("--tls-cert: {}", std::string(cert.status().message())));
+  if (!cert.ok())
+    return absl::InvalidArgumentError(fmt::format("--tls-cert: {}", std::string(cert.status().message())));
   auto key = ReadFile(security.tls_key);
   if (!key.ok()) return absl::InvalidArgumentError(fmt::format("--tls-key: {}", std::string(key.status().message())));
   grpc::SslServerCredentialsOptions options;
   options.pem_key_cert_pairs.push_back({*key, *cert});
   if (!security.tls_client_ca.empty()) {
     auto ca = ReadFile(security.tls_client_ca);
-    if (!ca.ok()) return absl::InvalidArgumentError(fmt::format("--tls-client-ca: {}", std::string(ca.status().message())));
+    if (!ca.ok())
+      return absl::InvalidArgumentError(fmt::format("--tls-client-ca: {}", std::string(ca.status().message())));
     options.pem_root_certs = *ca;
     options.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
   }
@@ -324,7 +334,7 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const Serve
 
 void SetLimits(const ServerConfig& config, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(config.network.max_body_bytes));
-  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);   // a second server on the port is an error, not a lottery
+  builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a second server on the port is an error, not a lottery
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, static_cast<int>(config.network.max_header_bytes));
   builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 4096);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60000);
@@ -360,8 +370,10 @@ absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> GrpcFrontEnd::Start(Service* servi
   builder.RegisterService(&impl->calls);
   impl->server = builder.BuildAndStart();
   if (impl->server == nullptr || impl->port == 0) {
-    return absl::FailedPreconditionError(fmt::format("cannot listen on {} for gRPC; choose another port with --grpc-port, or "
-                                                     "stop what uses it (ss -ltnp)", address));
+    return absl::FailedPreconditionError(
+        fmt::format("cannot listen on {} for gRPC; choose another port with --grpc-port, or "
+                    "stop what uses it (ss -ltnp)",
+                    address));
   }
   std::unique_ptr<GrpcFrontEnd> front(new GrpcFrontEnd(std::move(impl)));
   front->SetServing(true);
@@ -378,7 +390,8 @@ void GrpcFrontEnd::SetServing(bool serving) {
 
 void GrpcFrontEnd::Stop(double grace_s) {
   if (impl_->server == nullptr) return;
-  impl_->server->Shutdown(std::chrono::system_clock::now() + std::chrono::milliseconds(static_cast<int64_t>(grace_s * 1000)));
+  impl_->server->Shutdown(std::chrono::system_clock::now() +
+                          std::chrono::milliseconds(static_cast<int64_t>(grace_s * 1000)));
   impl_->server.reset();
 }
 

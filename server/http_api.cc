@@ -19,10 +19,11 @@ struct RouteInfo {
 };
 
 // Order: none. GET routes also answer HEAD.
-constexpr RouteInfo kRoutes[] = {
-    {"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"}, {"/v1/models", "GET"}, {"/tokenize", "POST"},
-    {"/detokenize", "POST"},     {"/health", "GET"},               {"/ready", "GET"},     {"/version", "GET"},
-    {"/metrics", "GET"},         {"/openapi.json", "GET"}};
+constexpr RouteInfo kRoutes[] = {{"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"},
+                                 {"/v1/models", "GET"},       {"/tokenize", "POST"},
+                                 {"/detokenize", "POST"},     {"/health", "GET"},
+                                 {"/ready", "GET"},           {"/version", "GET"},
+                                 {"/metrics", "GET"},         {"/openapi.json", "GET"}};
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
 const RouteInfo* FindRoute(const std::string& path) {
@@ -42,8 +43,9 @@ class ReadyOperation : public HttpOperation {
 
 // The client's id if it is short and printable, else one of ours.
 std::string RequestId(const std::string& given) {
-  const bool usable = !given.empty() && given.size() <= 128 &&
-                      std::ranges::all_of(given, [](char c) { return std::isalnum(static_cast<uint8_t>(c)) || c == '-' || c == '_' || c == '.'; });
+  const bool usable = !given.empty() && given.size() <= 128 && std::ranges::all_of(given, [](char c) {
+    return std::isalnum(static_cast<uint8_t>(c)) || c == '-' || c == '_' || c == '.';
+  });
   if (usable) return given;
   thread_local std::mt19937_64 generator{std::random_device{}()};
   return fmt::format("{:016x}{:016x}", generator(), generator());
@@ -52,12 +54,14 @@ std::string RequestId(const std::string& given) {
 absl::Status CheckContentType(const HttpRequest& request) {
   std::string type = request.content_type.substr(0, request.content_type.find(';'));
   while (!type.empty() && type.back() == ' ') type.pop_back();
-  std::ranges::transform(type, type.begin(), [](char c) { return static_cast<char>(std::tolower(static_cast<uint8_t>(c))); });
+  std::ranges::transform(type, type.begin(),
+                         [](char c) { return static_cast<char>(std::tolower(static_cast<uint8_t>(c))); });
   if (!type.empty() && type != "application/json") {
     return HttpError(415, fmt::format("Content-Type: '{}'; send application/json", type.substr(0, 100)));
   }
   if (!request.content_encoding.empty() && request.content_encoding != "identity") {
-    return HttpError(415, fmt::format("Content-Encoding: '{}' is not supported", request.content_encoding.substr(0, 100)));
+    return HttpError(415,
+                     fmt::format("Content-Encoding: '{}' is not supported", request.content_encoding.substr(0, 100)));
   }
   return absl::OkStatus();
 }
@@ -68,7 +72,8 @@ HttpApi::HttpApi(Service* service, Authenticator* auth) : service_(service), aut
 
 HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
   HttpReply reply{.status = HttpStatusOf(status), .body = OpenAiErrorJson(status)};
-  if (const int seconds = RetryAfterSeconds(status); seconds > 0) reply.headers.emplace_back("Retry-After", std::to_string(seconds));
+  if (const int seconds = RetryAfterSeconds(status); seconds > 0)
+    reply.headers.emplace_back("Retry-After", std::to_string(seconds));
   if (reply.status == 401) reply.headers.emplace_back("WWW-Authenticate", "Bearer");
   return reply;
 }
@@ -76,14 +81,17 @@ HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
 std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify notify) {
   request.request_id = RequestId(request.request_id);
   const RouteInfo* route = FindRoute(request.path);
-  const bool known_method = route != nullptr && (request.method == route->method ||
-                                                 (request.method == "HEAD" && std::string_view(route->method) == "GET"));
+  const bool known_method =
+      route != nullptr &&
+      (request.method == route->method || (request.method == "HEAD" && std::string_view(route->method) == "GET"));
   HttpReply reply;
   const std::string& cors = service_->config().network.cors_origin;
   if (route != nullptr && request.method == "OPTIONS" && !cors.empty()) {
     reply.status = 204;
-    reply.headers = {{"Access-Control-Allow-Origin", cors}, {"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route->method)},
-                     {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"}, {"Access-Control-Max-Age", "600"}};
+    reply.headers = {{"Access-Control-Allow-Origin", cors},
+                     {"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route->method)},
+                     {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
+                     {"Access-Control-Max-Age", "600"}};
     return std::make_unique<ReadyOperation>(std::move(reply));
   }
   if (route == nullptr) {
@@ -115,15 +123,24 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
     if (path == "/v1/chat/completions") return Generate(*request, true, tenant, std::move(notify));
   }
   absl::StatusOr<HttpReply> reply = HttpReply{};
-  if (path == "/tokenize") reply = Tokenize(*request);
-  else if (path == "/detokenize") reply = Detokenize(*request);
-  else if (path == "/v1/models") reply = Models();
-  else if (path.starts_with(kModelPrefix)) reply = Model(path.substr(kModelPrefix.size()));
-  else if (path == "/health") reply->body = "{\"status\":\"ok\"}";
-  else if (path == "/ready") reply = Ready();
-  else if (path == "/version") reply->body = fmt::format("{{\"version\":\"{}\"}}", kVersion);
-  else if (path == "/metrics") *reply = {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_->MetricsText()};
-  else reply->body = OpenApiJson();
+  if (path == "/tokenize")
+    reply = Tokenize(*request);
+  else if (path == "/detokenize")
+    reply = Detokenize(*request);
+  else if (path == "/v1/models")
+    reply = Models();
+  else if (path.starts_with(kModelPrefix))
+    reply = Model(path.substr(kModelPrefix.size()));
+  else if (path == "/health")
+    reply->body = "{\"status\":\"ok\"}";
+  else if (path == "/ready")
+    reply = Ready();
+  else if (path == "/version")
+    reply->body = fmt::format("{{\"version\":\"{}\"}}", kVersion);
+  else if (path == "/metrics")
+    *reply = {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_->MetricsText()};
+  else
+    reply->body = OpenApiJson();
   if (!reply.ok()) return reply.status();
   reply->headers.emplace_back("X-Request-Id", request->request_id);
   if (const auto& cors = service_->config().network.cors_origin; !cors.empty()) {
@@ -135,7 +152,8 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
 absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, bool chat,
                                                                  const std::string& tenant, HttpNotify notify) {
   if (absl::Status status = service_->CheckAdmission(request.body.size(), tenant); !status.ok()) return status;
-  const OpenAiLimits limits{.max_n = service_->config().engine.max_n, .max_output_tokens = service_->config().engine.max_output_tokens};
+  const OpenAiLimits limits{.max_n = service_->config().engine.max_n,
+                            .max_output_tokens = service_->config().engine.max_output_tokens};
   auto call = chat ? ParseChat(request.body, limits) : ParseCompletion(request.body, limits);
   if (!call.ok()) return call.status();
   if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
@@ -148,7 +166,8 @@ absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
   if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
   absl::StatusOr<std::vector<int32_t>> tokens;
   if (const auto* text = std::get_if<std::string>(&call->prompt)) {
-    tokens = service_->tokenizer().Encode(*text, {.add_special_tokens = call->add_special_tokens, .parse_special = true});
+    tokens =
+        service_->tokenizer().Encode(*text, {.add_special_tokens = call->add_special_tokens, .parse_special = true});
   } else {
     tokens = service_->ToTokens(call->prompt);
   }
@@ -177,7 +196,9 @@ std::string HttpApi::ModelJson() const {
   return json;
 }
 
-HttpReply HttpApi::Models() const { return {.body = fmt::format("{{\"object\":\"list\",\"data\":[{}]}}", ModelJson())}; }
+HttpReply HttpApi::Models() const {
+  return {.body = fmt::format("{{\"object\":\"list\",\"data\":[{}]}}", ModelJson())};
+}
 
 absl::StatusOr<HttpReply> HttpApi::Model(const std::string& name) const {
   if (absl::Status status = service_->CheckModelName(name); !status.ok()) return status;
@@ -191,8 +212,10 @@ HttpReply HttpApi::Ready() const {
 
 void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {
   const RouteInfo* route = FindRoute(request.path);
-  const bool known = request.method == "GET" || request.method == "POST" || request.method == "HEAD" || request.method == "OPTIONS";
-  service_->metrics().OnHttp(route == nullptr ? "other" : route->path, known ? request.method : "other", status, seconds);
+  const bool known =
+      request.method == "GET" || request.method == "POST" || request.method == "HEAD" || request.method == "OPTIONS";
+  service_->metrics().OnHttp(route == nullptr ? "other" : route->path, known ? request.method : "other", status,
+                             seconds);
 }
 
 }  // namespace linspec

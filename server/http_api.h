@@ -17,12 +17,12 @@ class HttpApi {
 
   std::unique_ptr<HttpOperation> Handle(HttpRequest request, HttpNotify notify);
   HttpReply ErrorReply(const absl::Status& status) const;
-  void Observe(const HttpRequest& request, int status, double seconds);   // for the metrics
+  void Observe(const HttpRequest& request, int status, double seconds);  // for the metrics
 
  private:
   absl::StatusOr<std::unique_ptr<HttpOperation>> Route(HttpRequest* request, HttpNotify notify);
-  absl::StatusOr<std::unique_ptr<HttpOperation>> Generate(const HttpRequest& request, bool chat, const std::string& tenant,
-                                                          HttpNotify notify);
+  absl::StatusOr<std::unique_ptr<HttpOperation>> Generate(const HttpRequest& request, bool chat,
+                                                          const std::string& tenant, HttpNotify notify);
   absl::StatusOr<HttpReply> Tokenize(const HttpRequest& request) const;
   absl::StatusOr<HttpReply> Detokenize(const HttpRequest& request) const;
   absl::StatusOr<HttpReply> Model(const std::string& name) const;

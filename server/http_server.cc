@@ -2,356 +2,33 @@
 
 #include <fmt/format.h>
 
-#include <atomic>
-#include <boost/asio.hpp>
-#include <boost/asio/ssl.hpp>
-#include <boost/beast/core/flat_buffer.hpp>
-#include <boost/beast/http/parser.hpp>
-#include <boost/beast/http/string_body.hpp>
 #include <chrono>
 #include <mutex>
-#include <optional>
 #include <thread>
-#include <unordered_set>
 
 #include "server/errors.h"
+#include "server/http_connection.h"
 
 namespace linspec {
 namespace {
 
-namespace net = boost::asio;
-namespace beast = boost::beast;
-namespace http = beast::http;
-using tcp = net::ip::tcp;
-using Socket = net::basic_stream_socket<tcp, net::strand<net::io_context::executor_type>>;
-using TlsStream = net::ssl::stream<Socket>;
-using Error = boost::system::error_code;
-using SteadyClock = std::chrono::steady_clock;
-
-constexpr size_t kMaxPipelinedBytes = 64 << 10;   // read ahead while an answer is in the making
-constexpr size_t kReadBytes = 8 << 10;
-
-std::chrono::nanoseconds Duration(double seconds) {
-  return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
-}
-
-std::string HeaderOf(const http::request<http::string_body>& message, http::field field) {
-  const auto value = message[field];
-  return {value.data(), value.size()};
-}
-
-class ConnectionBase {
- public:
-  virtual ~ConnectionBase() = default;
-  virtual void Shutdown(bool at_once) = 0;        // any thread
-};
-
-struct Shared {
-  HttpServerOptions options;
-  HttpHandler handler;
-  std::atomic<int> open = 0;
-  std::atomic<bool> stopping = false;
-  std::mutex mutex;                               // guards live
-  std::unordered_set<std::shared_ptr<ConnectionBase>> live;
-};
-
-// Reads always, unless enough is buffered: so a peer that closes is noticed while its answer is being made.
-template <class Stream>
-class Connection : public ConnectionBase, public std::enable_shared_from_this<Connection<Stream>> {
- public:
-  Connection(Stream stream, Shared* shared) : stream_(std::move(stream)), shared_(shared),
-      timer_(socket().get_executor()) { ++shared_->open; }
-  ~Connection() override { --shared_->open; }
-
-  void Run(bool over_limit) {
-    net::dispatch(socket().get_executor(), [self = this->shared_from_this(), over_limit] {
-      self->over_limit_ = over_limit;
-      self->WatchClock();
-      if constexpr (std::is_same_v<Stream, TlsStream>) {
-        self->SetDeadline(self->shared_->options.header_timeout_s);
-        self->stream_.async_handshake(net::ssl::stream_base::server,
-                                      [self](Error error) { error ? self->Close() : self->Begin(); });
-      } else {
-        self->Begin();
-      }
-    });
-  }
-
-  void Shutdown(bool at_once) override {
-    net::post(socket().get_executor(), [self = this->shared_from_this(), at_once] {
-      self->keep_alive_ = false;
-      if (at_once || (self->operation_ == nullptr && !self->writing_)) self->Close();
-    });
-  }
-
- private:
-  Socket& socket() {
-    if constexpr (std::is_same_v<Stream, TlsStream>) return stream_.next_layer();
-    else return stream_;
-  }
-
-  void Begin() {
-    if (over_limit_) return SendError(WithRetryAfter(absl::UnavailableError("too many open connections"), 1));
-    NextRequest();
-  }
-
-  void NextRequest() {
-    parser_.emplace();
-    parser_->eager(true);
-    parser_->header_limit(static_cast<uint32_t>(shared_->options.max_header_bytes));
-    parser_->body_limit(static_cast<uint64_t>(shared_->options.max_body_bytes));
-    continued_ = false;
-    receiving_ = true;
-    SetDeadline(buffer_.size() > 0 ? shared_->options.header_timeout_s : shared_->options.idle_timeout_s);
-    Parse();
-  }
-
-  void Parse() {
-    while (receiving_ && buffer_.size() > 0) {
-      Error error;
-      const size_t used = parser_->put(buffer_.data(), error);
-      buffer_.consume(used);
-      if (error == http::error::need_more) break;
-      if (error) return RejectParse(error);
-      if (parser_->is_done()) return Dispatch();
-      if (used == 0) break;
-    }
-    // The header limit is the parser's; what it has not consumed is an unfinished header.
-    if (static_cast<int64_t>(buffer_.size()) > shared_->options.max_header_bytes && !parser_->is_header_done()) {
-      return SendError(HttpError(431, fmt::format("headers are larger than {} bytes", shared_->options.max_header_bytes)));
-    }
-    if (parser_->is_header_done() && !continued_) {
-      continued_ = true;
-      const std::string expect = HeaderOf(parser_->get(), http::field::expect);
-      if (beast::iequals(expect, "100-continue")) return Continue();
-    }
-    Read();
-  }
-
-  void Continue() {
-    Write("HTTP/1.1 100 Continue\r\n\r\n", [this] {
-      SetDeadline(shared_->options.header_timeout_s);
-      Read();
-    });
-  }
-
-  void RejectParse(Error error) {
-    const HttpServerOptions& o = shared_->options;
-    if (error == http::error::body_limit) {
-      return SendError(HttpError(413, fmt::format("the body is larger than {} bytes (--max-body-bytes)", o.max_body_bytes)));
-    }
-    if (error == http::error::header_limit) {
-      return SendError(HttpError(431, fmt::format("headers are larger than {} bytes", o.max_header_bytes)));
-    }
-    SendError(HttpError(400, fmt::format("malformed HTTP request: {}", error.message())));
-  }
-
-  void Read() {
-    if (reading_ || closed_ || buffer_.size() > kMaxPipelinedBytes + static_cast<size_t>(shared_->options.max_header_bytes)) return;
-    reading_ = true;
-    stream_.async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t size) {
-      self->reading_ = false;
-      if (error) return self->Close();   // also a half-closed client: it is treated as gone
-      if (self->receiving_ && self->buffer_.size() == 0 && !self->parser_->got_some()) {
-        self->SetDeadline(self->shared_->options.header_timeout_s);
-      }
-      self->buffer_.commit(size);
-      if (self->receiving_) self->Parse();
-      else self->Read();
-    });
-  }
-
-  void Dispatch() {
-    receiving_ = false;
-    started_ = SteadyClock::now();
-    auto message = parser_->release();
-    http_1_0_ = message.version() < 11;
-    keep_alive_ = keep_alive_ && message.keep_alive() && !shared_->stopping;
-    const std::string target(message.target());
-    const size_t question = target.find('?');
-    request_ = {.method = std::string(message.method_string()), .path = target.substr(0, question),
-                .query = question == std::string::npos ? "" : target.substr(question + 1), .body = std::move(message.body()),
-                .authorization = HeaderOf(message, http::field::authorization),
-                .content_type = HeaderOf(message, http::field::content_type),
-                .content_encoding = HeaderOf(message, http::field::content_encoding),
-                .request_id = std::string(message["X-Request-Id"])};
-    if (!http_1_0_ && message.count(http::field::host) != 1) {
-      return SendError(HttpError(400, "HTTP/1.1 needs exactly one Host header"));
-    }
-    if (const std::string expect = HeaderOf(message, http::field::expect);
-        !expect.empty() && !beast::iequals(expect, "100-continue")) {
-      return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect.substr(0, 100))));
-    }
-    ClearDeadline();
-    auto notify = [weak = this->weak_from_this(), executor = socket().get_executor()] {
-      net::post(executor, [weak] {
-        if (auto self = weak.lock()) self->Advance();
-      });
-    };
-    HttpRequest request = request_;
-    request_.body.clear();
-    request_.body.shrink_to_fit();
-    operation_ = shared_->handler(std::move(request), std::move(notify));
-    Advance();
-  }
-
-  // Moves the answer on: head first, then whatever body is ready; one write at a time.
-  void Advance() {
-    if (operation_ == nullptr || writing_ || closed_) return;
-    if (!head_sent_) {
-      HttpReply reply;
-      if (!operation_->Poll(&reply)) return Read();   // notices a peer that leaves
-      head_sent_ = true;
-      status_ = reply.status;
-      streaming_ = reply.streaming;
-      if (!streaming_) return Write(Head(reply) + (request_.method == "HEAD" ? "" : reply.body), [this] { Finish(); });
-      Read();
-      return Write(Head(reply), [this] { Advance(); });
-    }
-    std::string body;
-    const auto progress = operation_->Next(&body);
-    if (progress == HttpOperation::Progress::kAbort) return Close();
-    const bool done = progress == HttpOperation::Progress::kDone;
-    if (body.empty() && !done) return;
-    std::string frame;
-    if (http_1_0_) {
-      frame = std::move(body);
-    } else {
-      if (!body.empty()) frame = fmt::format("{:x}\r\n", body.size()) + body + "\r\n";
-      if (done) frame += "0\r\n\r\n";
-    }
-    if (done) return Write(std::move(frame), [this] { Finish(); });
-    Write(std::move(frame), [this] { Advance(); });
-  }
-
-  std::string Head(const HttpReply& reply) {
-    if (streaming_ && http_1_0_) keep_alive_ = false;
-    std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\n", reply.status, HttpReason(reply.status));
-    if (reply.status != 204) head += fmt::format("Content-Type: {}\r\n", reply.content_type);
-    for (const auto& [name, value] : reply.headers) head += fmt::format("{}: {}\r\n", name, value);
-    if (!streaming_) head += fmt::format("Content-Length: {}\r\n", reply.body.size());
-    else if (!http_1_0_) head += "Transfer-Encoding: chunked\r\n";
-    if (!keep_alive_) head += "Connection: close\r\n";
-    else if (http_1_0_) head += "Connection: keep-alive\r\n";
-    return head + "\r\n";
-  }
-
-  // The request could not be understood, so where the next one begins is unknown: answer and close.
-  void SendError(const absl::Status& status) {
-    receiving_ = false;
-    keep_alive_ = false;
-    const HttpReply reply = shared_->options.error_reply(status);
-    status_ = reply.status;
-    if (started_ == SteadyClock::time_point()) started_ = SteadyClock::now();
-    Write(Head(reply) + reply.body, [this] { Finish(); });
-  }
-
-  template <class Then>
-  void Write(std::string data, Then then) {
-    if (closed_) return;
-    writing_ = true;
-    output_ = std::move(data);
-    SetDeadline(shared_->options.idle_timeout_s);
-    net::async_write(stream_, net::buffer(output_), [self = this->shared_from_this(), then](Error error, size_t) {
-      self->writing_ = false;
-      if (self->closed_) return;
-      if (error) return self->Close();
-      self->ClearDeadline();
-      then();
-    });
-  }
-
-  void Finish() {
-    operation_.reset();
-    const double seconds = std::chrono::duration<double>(SteadyClock::now() - started_).count();
-    shared_->options.observer(request_, status_, seconds);
-    head_sent_ = streaming_ = false;
-    request_ = {};
-    started_ = {};
-    if (keep_alive_) return NextRequest();
-    LingeringClose();
-  }
-
-  // A client that is still sending would get a reset, and lose our answer, if we just closed: let it read first.
-  void LingeringClose() {
-    Error ignored;
-    socket().shutdown(tcp::socket::shutdown_send, ignored);
-    buffer_.consume(buffer_.size());
-    SetDeadline(1.0);
-    Drain();
-  }
-
-  void Drain() {
-    if (reading_ || closed_) return;
-    reading_ = true;
-    socket().async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t) {
-      self->reading_ = false;
-      if (error) return self->Close();
-      self->Drain();
-    });
-  }
-
-  void Close() {
-    if (closed_) return;
-    closed_ = true;
-    operation_.reset();                  // cancels what runs
-    timer_.cancel();
-    Error ignored;
-    socket().close(ignored);
-    std::lock_guard lock(shared_->mutex);
-    shared_->live.erase(this->shared_from_this());
-  }
-
-  void SetDeadline(double seconds) {
-    deadline_ = SteadyClock::now() + Duration(seconds);
-    if (deadline_ < timer_at_) WatchClock();
-  }
-  void ClearDeadline() { deadline_ = SteadyClock::time_point::max(); }
-
-  // One timer that is rarely moved: it wakes at the latest known deadline and looks whether that still holds.
-  void WatchClock() {
-    timer_at_ = std::min(deadline_, SteadyClock::now() + std::chrono::seconds(30));
-    timer_.expires_at(timer_at_);
-    timer_.async_wait([weak = this->weak_from_this()](Error error) {
-      auto self = weak.lock();
-      if (error || !self || self->closed_) return;
-      if (SteadyClock::now() < self->deadline_) return self->WatchClock();
-      const bool unfinished = self->receiving_ && (self->buffer_.size() > 0 || self->parser_->got_some());
-      if (unfinished && !self->writing_) {
-        self->SendError(HttpError(408, "the request did not arrive in time"));
-        return self->WatchClock();
-      }
-      self->Close();
-    });
-  }
-
-  Stream stream_;
-  Shared* const shared_;
-  net::basic_waitable_timer<SteadyClock, net::wait_traits<SteadyClock>, Socket::executor_type> timer_;
-  SteadyClock::time_point deadline_ = SteadyClock::time_point::max(), timer_at_ = SteadyClock::time_point::max();
-  beast::flat_buffer buffer_;
-  std::optional<http::request_parser<http::string_body>> parser_;
-  std::unique_ptr<HttpOperation> operation_;
-  HttpRequest request_;
-  std::string output_;
-  SteadyClock::time_point started_;
-  int status_ = 0;
-  bool over_limit_ = false, receiving_ = false, continued_ = false, reading_ = false, writing_ = false;
-  bool head_sent_ = false, streaming_ = false, http_1_0_ = false, keep_alive_ = true, closed_ = false;
-};
+using namespace http_internal;  // NOLINT: the other half of this file
 
 absl::StatusOr<std::unique_ptr<net::ssl::context>> MakeTls(const HttpServerOptions& options) {
   auto context = std::make_unique<net::ssl::context>(net::ssl::context::tls_server);
   Error error;
   context->set_options(net::ssl::context::default_workarounds | net::ssl::context::no_tlsv1 |
-                       net::ssl::context::no_tlsv1_1 | net::ssl::context::single_dh_use, error);
+                           net::ssl::context::no_tlsv1_1 | net::ssl::context::single_dh_use,
+                       error);
   const auto bad = [&](const char* flag, const std::string& file) {
     return absl::InvalidArgumentError(fmt::format("--{}: '{}': {}", flag, file, error.message()));
   };
   if (context->use_certificate_chain_file(options.tls_cert, error); error) return bad("tls-cert", options.tls_cert);
-  if (context->use_private_key_file(options.tls_key, net::ssl::context::pem, error); error) return bad("tls-key", options.tls_key);
+  if (context->use_private_key_file(options.tls_key, net::ssl::context::pem, error); error)
+    return bad("tls-key", options.tls_key);
   if (!options.tls_client_ca.empty()) {
-    if (context->load_verify_file(options.tls_client_ca, error); error) return bad("tls-client-ca", options.tls_client_ca);
+    if (context->load_verify_file(options.tls_client_ca, error); error)
+      return bad("tls-client-ca", options.tls_client_ca);
     context->set_verify_mode(net::ssl::verify_peer | net::ssl::verify_fail_if_no_peer_cert, error);
   }
   return context;
@@ -387,8 +64,10 @@ struct HttpServer::Impl {
       }
       connection->Run(over_limit);
     };
-    if (tls) run(std::make_shared<Connection<TlsStream>>(TlsStream(std::move(socket), *tls), &shared));
-    else run(std::make_shared<Connection<Socket>>(std::move(socket), &shared));
+    if (tls)
+      run(std::make_shared<Connection<TlsStream>>(TlsStream(std::move(socket), *tls), &shared));
+    else
+      run(std::make_shared<Connection<Socket>>(std::move(socket), &shared));
   }
 
   void CloseAll(bool at_once) {
@@ -416,8 +95,10 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions 
   if (!error) impl->acceptor.bind(endpoint, error);
   if (!error) impl->acceptor.listen(4096, error);
   if (error) {
-    return absl::FailedPreconditionError(fmt::format("cannot listen on {}:{}: {}; choose another port with --http-port, or stop "
-                                                     "what uses it (ss -ltnp)", options.host, options.port, error.message()));
+    return absl::FailedPreconditionError(
+        fmt::format("cannot listen on {}:{}: {}; choose another port with --http-port, or stop "
+                    "what uses it (ss -ltnp)",
+                    options.host, options.port, error.message()));
   }
   impl->shared.handler = std::move(handler);
   const int num_threads = options.io_threads;
@@ -443,10 +124,12 @@ void HttpServer::Stop(double grace_s) {
   });
   impl_->CloseAll(false);
   const auto until = SteadyClock::now() + Duration(grace_s);
-  while (impl_->shared.open > 0 && SteadyClock::now() < until) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  while (impl_->shared.open > 0 && SteadyClock::now() < until)
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
   impl_->CloseAll(true);
   const auto closed_by = SteadyClock::now() + std::chrono::seconds(1);
-  while (impl_->shared.open > 0 && SteadyClock::now() < closed_by) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  while (impl_->shared.open > 0 && SteadyClock::now() < closed_by)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
   impl_->context.stop();
   for (std::thread& thread : impl_->threads) thread.join();
   impl_->threads.clear();

@@ -18,7 +18,7 @@
 namespace linspec {
 
 struct HttpRequest {
-  std::string method = {}, path = {}, query = {};   // path without query, as sent
+  std::string method = {}, path = {}, query = {};  // path without query, as sent
   std::string body = {};
   std::string authorization = {}, content_type = {}, content_encoding = {}, request_id = {};
 };
@@ -27,14 +27,14 @@ struct HttpReply {
   int status = 200;
   std::string content_type = "application/json";
   std::vector<std::pair<std::string, std::string>> headers = {};
-  std::string body = {};                  // when not streaming
-  bool streaming = false;                 // the body comes from HttpOperation::Next
+  std::string body = {};   // when not streaming
+  bool streaming = false;  // the body comes from HttpOperation::Next
 };
 
 // One request's answer in the making. Destroying it cancels what runs for it.
 class HttpOperation {
  public:
-  enum class Progress { kWait, kData, kDone, kAbort };   // kAbort: close the connection, the body cannot be finished
+  enum class Progress { kWait, kData, kDone, kAbort };  // kAbort: close the connection, the body cannot be finished
   virtual ~HttpOperation() = default;
   // True once the head (and, when not streaming, the body) is in *reply. Asked again after each notify.
   virtual bool Poll(HttpReply* reply) = 0;
@@ -42,29 +42,29 @@ class HttpOperation {
   virtual Progress Next(std::string* /*body*/) { return Progress::kDone; }
 };
 
-using HttpNotify = std::function<void()>;                // from any thread
+using HttpNotify = std::function<void()>;  // from any thread
 using HttpHandler = std::function<std::unique_ptr<HttpOperation>(HttpRequest, HttpNotify)>;
 
 struct HttpServerOptions {
   std::string host;
-  int port = 0;                           // 0: any free one
+  int port = 0;  // 0: any free one
   int io_threads = 2;
   int max_connections = 16384;
   int64_t max_body_bytes = 4 << 20;
   int64_t max_header_bytes = 16 << 10;
-  double header_timeout_s = 10;           // headers and body
-  double idle_timeout_s = 60;             // silence between requests; a stalled write
-  std::string tls_cert, tls_key, tls_client_ca;          // files; empty: plain
+  double header_timeout_s = 10;                  // headers and body
+  double idle_timeout_s = 60;                    // silence between requests; a stalled write
+  std::string tls_cert, tls_key, tls_client_ca;  // files; empty: plain
   // Answers a request that never reached the handler: parse errors, limits.
   std::function<HttpReply(const absl::Status&)> error_reply;
-  std::function<void(const HttpRequest&, int status, double seconds)> observer;   // after the last byte
+  std::function<void(const HttpRequest&, int status, double seconds)> observer;  // after the last byte
 };
 
 class HttpServer {
  public:
   // Binds and serves. Errors name address and port and say what to do; bad TLS files name the file.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(HttpServerOptions options, HttpHandler handler);
-  ~HttpServer();                          // Stop()
+  ~HttpServer();  // Stop()
 
   int port() const;
   int open_connections() const;

@@ -64,8 +64,8 @@ void FieldReader::Int(const char* name, int64_t min, int64_t max, int64_t* value
   const nlohmann::json* json = Find(name);
   if (json == nullptr) return;
   if (!json->is_number_integer()) return Fail(name, fmt::format("{} is not an integer", Shorten(*json)));
-  const bool too_large = json->is_number_unsigned() &&
-                         json->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+  const bool too_large =
+      json->is_number_unsigned() && json->get<uint64_t>() > static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
   const int64_t number = too_large ? 0 : json->get<int64_t>();
   if (too_large || number < min || number > max) {
     return Fail(name, fmt::format("{} is not in [{}, {}]", Shorten(*json), min, max));

@@ -21,7 +21,8 @@ std::string Shorten(const nlohmann::json& value);
 // Keeps the first error; after it every read is a no-op.
 class FieldReader {
  public:
-  explicit FieldReader(const nlohmann::json& object, std::string prefix = "") : object_(object), prefix_(std::move(prefix)) {}
+  explicit FieldReader(const nlohmann::json& object, std::string prefix = "")
+      : object_(object), prefix_(std::move(prefix)) {}
 
   // The field's value, null when absent or JSON null.
   const nlohmann::json* Find(const char* name);
@@ -39,7 +40,7 @@ class FieldReader {
 
   void Fail(const std::string& name, const std::string& message);
   bool ok() const { return status_.ok(); }
-  absl::Status Finish();                  // the first error, or the first field nobody read
+  absl::Status Finish();  // the first error, or the first field nobody read
 
  private:
   const nlohmann::json& object_;

@@ -12,7 +12,10 @@ int Utf8Length(std::string_view text) {
   const auto byte = [&](size_t i) { return static_cast<uint8_t>(text[i]); };
   const uint8_t lead = byte(0);
   if (lead < 0x80) return 1;
-  const int length = lead >= 0xC2 && lead < 0xE0 ? 2 : lead >= 0xE0 && lead < 0xF0 ? 3 : lead >= 0xF0 && lead < 0xF5 ? 4 : 0;
+  const int length = lead >= 0xC2 && lead < 0xE0   ? 2
+                     : lead >= 0xE0 && lead < 0xF0 ? 3
+                     : lead >= 0xF0 && lead < 0xF5 ? 4
+                                                   : 0;
   if (length == 0 || text.size() < static_cast<size_t>(length)) return 0;
   for (int i = 1; i < length; ++i) {
     if ((byte(i) & 0xC0) != 0x80) return 0;
@@ -54,14 +57,26 @@ void AppendJsonString(std::string_view text, std::string* out) {
     }
     ++i;
     switch (c) {
-      case '"': out->append("\\\""); break;
-      case '\\': out->append("\\\\"); break;
-      case '\n': out->append("\\n"); break;
-      case '\r': out->append("\\r"); break;
-      case '\t': out->append("\\t"); break;
+      case '"':
+        out->append("\\\"");
+        break;
+      case '\\':
+        out->append("\\\\");
+        break;
+      case '\n':
+        out->append("\\n");
+        break;
+      case '\r':
+        out->append("\\r");
+        break;
+      case '\t':
+        out->append("\\t");
+        break;
       default:
-        if (static_cast<uint8_t>(c) < 0x20 || c == 0x7F) fmt::format_to(std::back_inserter(*out), "\\u{:04x}", c);
-        else out->push_back(c);
+        if (static_cast<uint8_t>(c) < 0x20 || c == 0x7F)
+          fmt::format_to(std::back_inserter(*out), "\\u{:04x}", c);
+        else
+          out->push_back(c);
     }
   }
   out->push_back('"');

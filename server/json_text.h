@@ -11,6 +11,6 @@ void AppendJsonString(std::string_view text, std::string* out);
 // Length of the valid UTF-8 character at text[0], 0 if there is none.
 int Utf8Length(std::string_view text);
 bool IsUtf8(std::string_view text);
-std::string ToUtf8(std::string_view text);   // invalid bytes become U+FFFD
+std::string ToUtf8(std::string_view text);  // invalid bytes become U+FFFD
 
 }  // namespace linspec

@@ -23,12 +23,16 @@ using prometheus::Histogram;
 using Buckets = Histogram::BucketBoundaries;
 
 // vLLM's edges; kPerToken gains five below its 10 ms, where small models live.
-const Buckets kFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560};
-const Buckets kPerToken = {.001, .002, .003, .005, .0075, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80};
+const Buckets kFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5,  .75,
+                             1,    2.5,  5,   7.5, 10,  20,  40,  80, 160, 640, 2560};
+const Buckets kPerToken = {.001, .002, .003, .005, .0075, .01, .025, .05, .075, .1, .15, .2,
+                           .3,   .4,   .5,   .75,  1,     2.5, 5,    7.5, 10,   20, 40,  80};
 const Buckets kRequest = {.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680};
-const Buckets kQueue = {.001, .005, .01, .05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480};
+const Buckets kQueue = {.001, .005, .01, .05, .1, .3, .5, .8, 1,   1.5, 2,  2.5,
+                        5,    10,   15,  20,  30, 40, 50, 60, 120, 240, 480};
 const Buckets kStage = {.00001, .00003, .0001, .0003, .001, .002, .003, .005, .01, .02, .03, .05, .1, .3, 1, 3};
-const Buckets kTokens = {1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1e6};
+const Buckets kTokens = {1,    2,    5,     10,    20,    50,     100,    200,    500, 1000,
+                         2000, 5000, 10000, 20000, 50000, 100000, 200000, 500000, 1e6};
 const Buckets kHttp = {.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60};
 
 constexpr std::array kStages = {"queue", "prefill", "draft", "verify", "accept", "commit", "deliver"};
@@ -40,8 +44,12 @@ double Seconds(Clock::duration duration) { return std::chrono::duration<double>(
 struct Metrics::Impl {
   Impl(const std::string& model_name, bool alias) : labels{{"model_name", model_name}}, alias_vllm(alias) {
     for (size_t i = 0; i < kStages.size(); ++i) stage[i] = &stage_family.Add({{"stage", kStages[i]}}, kStage);
-    prometheus::BuildGauge().Name("linspec_build_info").Help("Constant 1; the version is a label").Register(registry)
-        .Add({{"version", kVersion}}).Set(1);
+    prometheus::BuildGauge()
+        .Name("linspec_build_info")
+        .Help("Constant 1; the version is a label")
+        .Register(registry)
+        .Add({{"version", kVersion}})
+        .Set(1);
   }
 
   Gauge& MakeGauge(const char* name, const char* help) {
@@ -66,8 +74,11 @@ struct Metrics::Impl {
   Gauge& waiting = MakeGauge("linspec_num_requests_waiting", "Requests in the queue");
   Gauge& waiting_tokens = MakeGauge("linspec_prompt_tokens_waiting", "Prompt tokens in the queue");
   Gauge& speculating = MakeGauge("linspec_speculation_on", "1 while the engine drafts");
-  Family<Gauge>& slots = prometheus::BuildGauge().Name("linspec_state_slots").Help("Recurrent-state slots")
-                             .Labels(labels).Register(registry);
+  Family<Gauge>& slots = prometheus::BuildGauge()
+                             .Name("linspec_state_slots")
+                             .Help("Recurrent-state slots")
+                             .Labels(labels)
+                             .Register(registry);
   Gauge& slots_free = slots.Add({{"state", "free"}});
   Gauge& slots_running = slots.Add({{"state", "running"}});
   Gauge& state_bytes = MakeGauge("linspec_state_bytes", "Memory of all state slots");
@@ -82,29 +93,33 @@ struct Metrics::Impl {
   Family<Counter>& drafts = CounterFamily("linspec_spec_decode_num_drafts_total", "Draft trees verified");
   Family<Counter>& draft_tokens = CounterFamily("linspec_spec_decode_num_draft_tokens_total", "Tokens drafted");
   Family<Counter>& accepted = CounterFamily("linspec_spec_decode_num_accepted_tokens_total", "Drafted tokens accepted");
-  Family<Counter>& accepted_at =
-      CounterFamily("linspec_spec_decode_num_accepted_tokens_per_pos_total", "Accepted tokens by depth in the tree, from 0");
-  Family<Counter>& drafted_at =
-      CounterFamily("linspec_spec_decode_num_draft_tokens_per_pos_total", "Drafted tokens by depth in the tree, from 0");
+  Family<Counter>& accepted_at = CounterFamily("linspec_spec_decode_num_accepted_tokens_per_pos_total",
+                                               "Accepted tokens by depth in the tree, from 0");
+  Family<Counter>& drafted_at = CounterFamily("linspec_spec_decode_num_draft_tokens_per_pos_total",
+                                              "Drafted tokens by depth in the tree, from 0");
   Counter& verify_rows = MakeCounter("linspec_verify_rows_total", "Rows verified, roots included");
 
-  Histogram& first_token = MakeHistogram("linspec_time_to_first_token_seconds", "From arrival to first output", kFirstToken);
+  Histogram& first_token =
+      MakeHistogram("linspec_time_to_first_token_seconds", "From arrival to first output", kFirstToken);
   Histogram& gap = MakeHistogram("linspec_inter_token_latency_seconds", "Between two outputs of a request", kPerToken);
   Histogram& per_token = MakeHistogram("linspec_request_time_per_output_token_seconds",
                                        "Decode time over output tokens after the first", kPerToken);
   Histogram& end_to_end = MakeHistogram("linspec_e2e_request_latency_seconds", "From arrival to the end", kRequest);
   Histogram& queue_time = MakeHistogram("linspec_request_queue_time_seconds", "From arrival to a slot", kQueue);
   Histogram& prefill_time = MakeHistogram("linspec_request_prefill_time_seconds", "From slot to first token", kRequest);
-  Histogram& decode_time = MakeHistogram("linspec_request_decode_time_seconds", "From first token to the end", kRequest);
+  Histogram& decode_time =
+      MakeHistogram("linspec_request_decode_time_seconds", "From first token to the end", kRequest);
   Histogram& request_prompt = MakeHistogram("linspec_request_prompt_tokens", "Prompt length", kTokens);
   Histogram& request_output = MakeHistogram("linspec_request_generation_tokens", "Output length", kTokens);
   Histogram& iteration_tokens = MakeHistogram("linspec_iteration_tokens_total", "Rows of one step", kTokens);
   Family<Histogram>& stage_family = HistogramFamily("linspec_step_stage_seconds", "Time of one engine step, by stage");
   std::array<Histogram*, kStages.size()> stage{};
-  Family<Histogram>& http_time = HistogramFamily("linspec_http_request_duration_seconds", "Until the last byte was written");
+  Family<Histogram>& http_time =
+      HistogramFamily("linspec_http_request_duration_seconds", "Until the last byte was written");
 };
 
-Metrics::Metrics(const std::string& model_name, bool alias_vllm) : impl_(std::make_unique<Impl>(model_name, alias_vllm)) {}
+Metrics::Metrics(const std::string& model_name, bool alias_vllm)
+    : impl_(std::make_unique<Impl>(model_name, alias_vllm)) {}
 Metrics::~Metrics() = default;
 
 void Metrics::OnStep(const StepStats& step) {
@@ -114,7 +129,8 @@ void Metrics::OnStep(const StepStats& step) {
   m.generation_tokens.Increment(step.num_output_tokens);
   m.verify_rows.Increment(step.num_verify_rows);
   m.iteration_tokens.Observe(step.num_prefill_tokens + step.num_verify_rows);
-  const double times[] = {step.queue_s, step.prefill_s, step.draft_s, step.verify_s, step.accept_s, step.commit_s, step.deliver_s};
+  const double times[] = {step.queue_s,  step.prefill_s, step.draft_s,  step.verify_s,
+                          step.accept_s, step.commit_s,  step.deliver_s};
   for (size_t i = 0; i < kStages.size(); ++i) m.stage[i]->Observe(times[i]);
   if (step.num_draft_tokens == 0) return;
   const std::string drafter(step.drafter);

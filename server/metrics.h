@@ -1,7 +1,9 @@
-// Prometheus metrics: linspec_* with the suffixes, labels and bucket edges that vLLM's users know. Label values come from
+// Prometheus metrics: linspec_* with the suffixes, labels and bucket edges that vLLM's users know. Label values come
+// from
 // fixed lists, never from what a client sends.
 //
-// Threads: every method from any thread. OnStep is called by the engine and only touches atomics and short mutexes that a
+// Threads: every method from any thread. OnStep is called by the engine and only touches atomics and short mutexes
+// that a
 // scrape holds for one metric at a time; Serialize never waits for the engine.
 #pragma once
 
@@ -27,7 +29,7 @@ class Metrics {
   void OnFirstToken(const StreamTimes& times);
   void OnGaps(const std::vector<float>& seconds);
   void OnFinished(FinishReason reason, const StreamUsage& usage, const StreamTimes& times);
-  void OnRejected(const std::string& reason);     // a word of the server's own
+  void OnRejected(const std::string& reason);  // a word of the server's own
   void OnHttp(const std::string& route, const std::string& method, int status, double seconds);
   std::string Serialize(const EngineStats& stats);
 

@@ -20,7 +20,7 @@ absl::Status InFile(const std::string& path, const absl::Status& status) {
   return absl::Status(status.code(), fmt::format("{}: {}", path, std::string(status.message())));
 }
 
-// chat_template.jinja, or the template inside tokenizer_config.json (a string, or named ones of which "default" counts).
+// chat_template.jinja, or the template inside tokenizer_config.json (a string, or the one named "default").
 absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string& folder) {
   const std::string own = folder + "/chat_template.jinja";
   const std::string config = folder + "/tokenizer_config.json";
@@ -64,7 +64,8 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions
   return std::shared_ptr<CpuOps>(*std::move(made));
 }
 
-LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, std::shared_ptr<CpuOps> ops) {
+LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options,
+                       std::shared_ptr<CpuOps> ops) {
   LoadOptions load;
   load.path = path;
   load.weight_dtype = options.weight_dtype;
@@ -76,7 +77,8 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
                                                    std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
   auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
+  auto drafter =
+      DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -105,7 +107,8 @@ absl::StatusOr<SpeculationMode> ParseSpeculation(const std::string& name) {
   if (name == "medusa") return SpeculationMode::kMedusa;
   if (name == "ngram") return SpeculationMode::kNgram;
   if (name == "auto") return SpeculationMode::kAuto;
-  return absl::InvalidArgumentError(fmt::format("--speculation: '{}' is not one of off, draft, medusa, ngram, auto", name));
+  return absl::InvalidArgumentError(
+      fmt::format("--speculation: '{}' is not one of off, draft, medusa, ngram, auto", name));
 }
 
 absl::StatusOr<std::string> FindBundledModel(const std::string& name) {
@@ -118,7 +121,8 @@ absl::StatusOr<std::string> FindBundledModel(const std::string& name) {
     if (fs::exists(path / "config.json", error)) return path.lexically_normal().string();
     looked += "\n  " + path.lexically_normal().string();
   }
-  return absl::NotFoundError(fmt::format("no bundled model '{}'; give one with --model FOLDER. Looked in:{}", name, looked));
+  return absl::NotFoundError(
+      fmt::format("no bundled model '{}'; give one with --model FOLDER. Looked in:{}", name, looked));
 }
 
 absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options) {
@@ -130,8 +134,10 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
     files.path = *std::move(bundled);
   }
   if (!fs::is_directory(files.path)) {
-    return absl::NotFoundError(fmt::format("--model: '{}' is not a folder; it should hold config.json, model.safetensors and "
-                                           "tokenizer.json", files.path));
+    return absl::NotFoundError(
+        fmt::format("--model: '{}' is not a folder; it should hold config.json, model.safetensors and "
+                    "tokenizer.json",
+                    files.path));
   }
   auto tokenizer = Tokenizer::FromFile(files.path + "/tokenizer.json");
   if (!tokenizer.ok()) return InFile(files.path + "/tokenizer.json", tokenizer.status());

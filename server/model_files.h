@@ -24,10 +24,10 @@ absl::StatusOr<std::string> FindBundledModel(const std::string& name);
 
 struct ModelFiles {
   std::string path;
-  std::shared_ptr<CpuOps> ops;                    // the model's, to share with its draft
+  std::shared_ptr<CpuOps> ops;  // the model's, to share with its draft
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
-  std::unique_ptr<ChatTemplate> chat_template;    // null: the folder has none
+  std::unique_ptr<ChatTemplate> chat_template;  // null: the folder has none
 };
 // Errors name the file.
 absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options);

@@ -34,7 +34,7 @@ class Waiter {
   }
 
  private:
-  std::mutex mutex_;                      // guards ready_
+  std::mutex mutex_;  // guards ready_
   std::condition_variable wake_;
   bool ready_ = false;
 };
@@ -59,7 +59,8 @@ absl::Status StreamToTerminal(RunningRequest* request) {
              first ? std::chrono::duration<double, std::milli>(*first - start).count() : 0.0, usage.completion_tokens,
              decode_s > 0 ? static_cast<double>(usage.completion_tokens - 1) / decode_s : 0.0);
   if (usage.verify_steps > 0) {
-    fmt::print(stderr, "; {} of {} drafted tokens accepted, {:.2f} tokens a step", usage.accepted_tokens, usage.draft_tokens,
+    fmt::print(stderr, "; {} of {} drafted tokens accepted, {:.2f} tokens a step", usage.accepted_tokens,
+               usage.draft_tokens,
                static_cast<double>(usage.completion_tokens) / static_cast<double>(usage.verify_steps));
   }
   fmt::print(stderr, "\n");
@@ -79,7 +80,8 @@ double LogProb(std::span<const float> logits, int32_t token) {
 }
 
 // Teacher-forced: a chunk is one chain of nodes, verified for its logits and then committed whole.
-absl::Status EvalWindow(Model* model, StatePool* pool, const Tokenizer& tokenizer, std::span<const int32_t> tokens, EvalSum* sum) {
+absl::Status EvalWindow(Model* model, StatePool* pool, const Tokenizer& tokenizer, std::span<const int32_t> tokens,
+                        EvalSum* sum) {
   StateSlot slot = pool->Acquire();
   const auto vocab = static_cast<size_t>(model->config().vocab_size);
   for (size_t begin = 0; begin + 1 < tokens.size(); begin += kMaxTreeNodes) {
@@ -162,15 +164,18 @@ absl::Status Eval(std::span<const std::string> args) {
   const auto start = Clock::now();
   for (size_t begin = 0; begin + 1 < total; begin += context) {
     const auto window = std::span<const int32_t>(*tokens).subspan(begin, std::min(context, total - begin));
-    if (absl::Status status = EvalWindow(files->model.get(), pool->get(), *files->tokenizer, window, &sum); !status.ok()) {
+    if (absl::Status status = EvalWindow(files->model.get(), pool->get(), *files->tokenizer, window, &sum);
+        !status.ok()) {
       return status;
     }
   }
   if (sum.tokens == 0) return absl::InvalidArgumentError(fmt::format("--text: '{}' has less than two tokens", path));
-  fmt::print("{{\"model\": \"{}\", \"context\": {}, \"tokens\": {}, \"bytes\": {}, \"perplexity\": {:.4f}, \"bits_per_byte\": {:.5f}, "
-             "\"tokens_per_s\": {:.1f}}}\n", files->path, context, sum.tokens, sum.bytes,
-             std::exp(sum.nats / static_cast<double>(sum.tokens)), sum.nats / std::log(2.0) / static_cast<double>(sum.bytes),
-             static_cast<double>(sum.tokens) / SecondsSince(start));
+  fmt::print(
+      "{{\"model\": \"{}\", \"context\": {}, \"tokens\": {}, \"bytes\": {}, \"perplexity\": {:.4f}, \"bits_per_byte\": "
+      "{:.5f}, "
+      "\"tokens_per_s\": {:.1f}}}\n",
+      files->path, context, sum.tokens, sum.bytes, std::exp(sum.nats / static_cast<double>(sum.tokens)),
+      sum.nats / std::log(2.0) / static_cast<double>(sum.bytes), static_cast<double>(sum.tokens) / SecondsSince(start));
   return absl::OkStatus();
 }
 

@@ -31,7 +31,8 @@ void AppendChatToken(int32_t id, float logprob, const TokenBytesFn& token_bytes,
   AppendNumber(logprob, out);
   const std::string bytes = token_bytes(id);
   std::string list;
-  for (const char c : bytes) fmt::format_to(std::back_inserter(list), "{}{}", list.empty() ? "" : ",", static_cast<uint8_t>(c));
+  for (const char c : bytes)
+    fmt::format_to(std::back_inserter(list), "{}{}", list.empty() ? "" : ",", static_cast<uint8_t>(c));
   *out += fmt::format(",\"bytes\":[{}]", list);
 }
 
@@ -73,10 +74,14 @@ void AppendCompletionLogprobs(const ChoiceText& choice, const TokenBytesFn& toke
     AppendJsonString(TokenText(token.sampled.token, token_bytes), &tokens);
     logprobs += comma;
     tops += comma;
-    if (has) AppendNumber(token.sampled.logprob, &logprobs);
-    else logprobs += "null";
-    if (has) AppendTopMap(token.sampled, token_bytes, &tops);
-    else tops += "null";
+    if (has)
+      AppendNumber(token.sampled.logprob, &logprobs);
+    else
+      logprobs += "null";
+    if (has)
+      AppendTopMap(token.sampled, token_bytes, &tops);
+    else
+      tops += "null";
     offsets += fmt::format("{}{}", comma, token.text_start);
   }
   *out += fmt::format("{{\"tokens\":[{}],\"token_logprobs\":[{}],\"top_logprobs\":", tokens, logprobs);
@@ -104,11 +109,16 @@ void AppendChoice(const ResponseHead& head, const ChoiceText& choice, bool chunk
     *out += chunk ? "}" : ",\"refusal\":null}";
   }
   *out += ",\"logprobs\":";
-  if (!choice.with_logprobs) *out += "null";
-  else if (head.chat) AppendChatLogprobs(choice, token_bytes, out);
-  else AppendCompletionLogprobs(choice, token_bytes, out);
-  if (choice.finish_reason == nullptr) *out += ",\"finish_reason\":null}";
-  else *out += fmt::format(",\"finish_reason\":\"{}\"}}", choice.finish_reason);
+  if (!choice.with_logprobs)
+    *out += "null";
+  else if (head.chat)
+    AppendChatLogprobs(choice, token_bytes, out);
+  else
+    AppendCompletionLogprobs(choice, token_bytes, out);
+  if (choice.finish_reason == nullptr)
+    *out += ",\"finish_reason\":null}";
+  else
+    *out += fmt::format(",\"finish_reason\":\"{}\"}}", choice.finish_reason);
 }
 
 }  // namespace
@@ -116,10 +126,11 @@ void AppendChoice(const ResponseHead& head, const ChoiceText& choice, bool chunk
 const char* OpenAiFinishReason(FinishReason reason) { return reason == FinishReason::kStop ? "stop" : "length"; }
 
 std::string UsageJson(const StreamUsage& usage) {
-  return fmt::format("{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\"completion_tokens_details\":"
-                     "{{\"accepted_prediction_tokens\":{},\"rejected_prediction_tokens\":{}}}}}",
-                     usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens,
-                     usage.accepted_tokens, usage.draft_tokens - usage.accepted_tokens);
+  return fmt::format(
+      "{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\"completion_tokens_details\":"
+      "{{\"accepted_prediction_tokens\":{},\"rejected_prediction_tokens\":{}}}}}",
+      usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens,
+      usage.accepted_tokens, usage.draft_tokens - usage.accepted_tokens);
 }
 
 std::string FullResponseJson(const ResponseHead& head, const std::vector<ChoiceText>& choices, const StreamUsage& usage,

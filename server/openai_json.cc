@@ -30,7 +30,8 @@ void ReadStop(FieldReader* fields, const OpenAiLimits& limits, SamplingParams* s
     const auto& text = item.get_ref<const std::string&>();
     if (text.empty()) return fields->Fail("stop", "a stop string is empty");
     if (text.size() > limits.max_stop_bytes) {
-      return fields->Fail("stop", fmt::format("a stop string has {} bytes; at most {}", text.size(), limits.max_stop_bytes));
+      return fields->Fail("stop",
+                          fmt::format("a stop string has {} bytes; at most {}", text.size(), limits.max_stop_bytes));
     }
     sampling->stop.push_back(text);
   }
@@ -40,7 +41,8 @@ void ReadLogitBias(FieldReader* fields, SamplingParams* sampling) {
   const Json* bias = fields->Find("logit_bias");
   if (bias == nullptr) return;
   if (!bias->is_object()) return fields->Fail("logit_bias", "is not an object of token id to bias");
-  if (bias->size() > kMaxBiases) return fields->Fail("logit_bias", fmt::format("{} entries; at most {}", bias->size(), kMaxBiases));
+  if (bias->size() > kMaxBiases)
+    return fields->Fail("logit_bias", fmt::format("{} entries; at most {}", bias->size(), kMaxBiases));
   for (const auto& [key, value] : bias->items()) {
     int32_t token = -1;
     const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token);
@@ -49,7 +51,8 @@ void ReadLogitBias(FieldReader* fields, SamplingParams* sampling) {
     }
     const double number = value.is_number() ? value.get<double>() : 1e9;
     if (!(number >= -100 && number <= 100)) {
-      return fields->Fail("logit_bias", fmt::format("{} for token {} is not a number in [-100, 100]", Shorten(value), token));
+      return fields->Fail("logit_bias",
+                          fmt::format("{} for token {} is not a number in [-100, 100]", Shorten(value), token));
     }
     sampling->logit_bias[token] = static_cast<float>(number);
   }
@@ -59,12 +62,18 @@ void ReadSpeculation(FieldReader* fields, SpeculationMode* mode) {
   std::string name;
   fields->String("speculation", kMaxName, &name);
   if (name.empty()) return;
-  if (name == "off") *mode = SpeculationMode::kOff;
-  else if (name == "draft") *mode = SpeculationMode::kDraft;
-  else if (name == "medusa") *mode = SpeculationMode::kMedusa;
-  else if (name == "ngram") *mode = SpeculationMode::kNgram;
-  else if (name == "auto") *mode = SpeculationMode::kAuto;
-  else fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
+  if (name == "off")
+    *mode = SpeculationMode::kOff;
+  else if (name == "draft")
+    *mode = SpeculationMode::kDraft;
+  else if (name == "medusa")
+    *mode = SpeculationMode::kMedusa;
+  else if (name == "ngram")
+    *mode = SpeculationMode::kNgram;
+  else if (name == "auto")
+    *mode = SpeculationMode::kAuto;
+  else
+    fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
 }
 
 void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* call) {
@@ -72,7 +81,7 @@ void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* c
   fields->Float("temperature", 0, 2, &s.temperature);
   fields->Float("top_p", 0, 1, &s.top_p, true);
   fields->Int32("top_k", -1, kMaxInt32, &s.top_k);
-  if (s.top_k < 0) s.top_k = 0;           // vLLM's spelling of "off"
+  if (s.top_k < 0) s.top_k = 0;  // vLLM's spelling of "off"
   fields->Float("min_p", 0, 1, &s.min_p);
   fields->Float("typical_p", 0, 1, &s.typical_p, true);
   fields->Float("repetition_penalty", 0, 100, &s.repetition_penalty, true);
@@ -86,7 +95,8 @@ void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* c
   fields->Int32("min_tokens", 0, limits.max_output_tokens, &s.min_tokens);
   fields->Bool("ignore_eos", &s.ignore_eos);
   fields->TokenIds("stop_token_ids", &s.stop_token_ids);
-  if (s.stop_token_ids.size() > 128) fields->Fail("stop_token_ids", fmt::format("{} ids; at most 128", s.stop_token_ids.size()));
+  if (s.stop_token_ids.size() > 128)
+    fields->Fail("stop_token_ids", fmt::format("{} ids; at most 128", s.stop_token_ids.size()));
   fields->Bool("include_stop_str_in_output", &s.include_stop_in_output);
   ReadStop(fields, limits, &s);
 }
@@ -120,7 +130,8 @@ void ReadCommon(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* cal
   if (format != nullptr && !(format->is_object() && format->size() == 1 && format->value("type", Json()) == "text")) {
     fields->Fail("response_format", fmt::format("{} is not supported; only {{\"type\": \"text\"}}", Shorten(*format)));
   }
-  fields->Ignore({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"});
+  fields->Ignore(
+      {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"});
   const SamplingParams& s = call->sampling;
   if (s.min_tokens > s.max_tokens) {
     fields->Fail("min_tokens", fmt::format("{} is more than max_tokens {}", s.min_tokens, s.max_tokens));
@@ -147,7 +158,8 @@ void ReadPrompts(FieldReader* fields, OpenAiCall* call) {
       if (!ReadTokenIds(item, &ids, &error)) return fields->Fail("prompt", error);
       call->prompts.emplace_back(std::move(ids));
     } else {
-      return fields->Fail("prompt", fmt::format("{}: a list holds strings, token ids, or lists of token ids", Shorten(item)));
+      return fields->Fail("prompt",
+                          fmt::format("{}: a list holds strings, token ids, or lists of token ids", Shorten(item)));
     }
   }
 }
@@ -156,9 +168,10 @@ bool ReadContent(const Json& content, std::string* text, std::string* error) {
   if (content.is_string()) return *text = content.get<std::string>(), true;
   if (!content.is_array()) return *error = "is not a string or a list of text parts", false;
   for (const Json& part : content) {
-    if (!part.is_object() || part.value("type", Json()) != "text" || !part.contains("text") || !part["text"].is_string() ||
-        part.size() != 2) {
-      return *error = fmt::format("{}: only {{\"type\": \"text\", \"text\": ...}} parts are supported", Shorten(part)), false;
+    if (!part.is_object() || part.value("type", Json()) != "text" || !part.contains("text") ||
+        !part["text"].is_string() || part.size() != 2) {
+      return *error = fmt::format("{}: only {{\"type\": \"text\", \"text\": ...}} parts are supported", Shorten(part)),
+             false;
     }
     *text += part["text"].get_ref<const std::string&>();
   }
@@ -169,7 +182,8 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
   const Json* list = fields->Find("messages");
   if (list == nullptr) return fields->Fail("messages", "is required");
   if (!list->is_array() || list->empty()) return fields->Fail("messages", "must be a list of at least one message");
-  if (list->size() > kMaxMessages) return fields->Fail("messages", fmt::format("{} messages; at most {}", list->size(), kMaxMessages));
+  if (list->size() > kMaxMessages)
+    return fields->Fail("messages", fmt::format("{} messages; at most {}", list->size(), kMaxMessages));
   for (size_t i = 0; i < list->size(); ++i) {
     const std::string where = fmt::format("messages[{}]", i);
     const Json& item = (*list)[i];
@@ -183,8 +197,10 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
     }
     std::string error;
     const Json* content = message.Find("content");
-    if (content == nullptr) message.Fail("content", "is required");
-    else if (!ReadContent(*content, &out.content, &error)) message.Fail("content", error);
+    if (content == nullptr)
+      message.Fail("content", "is required");
+    else if (!ReadContent(*content, &out.content, &error))
+      message.Fail("content", error);
     message.Ignore({"name", "refusal"});
     message.Unsupported({"tool_calls", "tool_call_id", "function_call", "audio"});
     if (absl::Status status = message.Finish(); !status.ok()) {
@@ -197,8 +213,8 @@ void CheckTotal(FieldReader* fields, const OpenAiLimits& limits, const OpenAiCal
   const int64_t total = static_cast<int64_t>(call.prompts.size()) * call.best_of;
   if (total > limits.max_n) {
     fields->Fail(call.prompts.size() > 1 ? "prompt" : "n",
-                 fmt::format("{} prompts times {} candidates are {} requests; at most {} (--max-n)", call.prompts.size(),
-                             call.best_of, total, limits.max_n));
+                 fmt::format("{} prompts times {} candidates are {} requests; at most {} (--max-n)",
+                             call.prompts.size(), call.best_of, total, limits.max_n));
   }
 }
 
@@ -248,11 +264,13 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const OpenAiLimits
   call.best_of = call.n;
   CheckTotal(&fields, limits, call);
   const Json* tools = fields.Find("tools");
-  if (tools != nullptr && !(tools->is_array() && tools->empty())) fields.Fail("tools", "is not supported by this server");
+  if (tools != nullptr && !(tools->is_array() && tools->empty()))
+    fields.Fail("tools", "is not supported by this server");
   const Json* choice = fields.Find("tool_choice");
   if (choice != nullptr && *choice != "none") fields.Fail("tool_choice", "is not supported by this server");
   const Json* modalities = fields.Find("modalities");
-  if (modalities != nullptr && *modalities != Json::array({"text"})) fields.Fail("modalities", "only [\"text\"] is supported");
+  if (modalities != nullptr && *modalities != Json::array({"text"}))
+    fields.Fail("modalities", "only [\"text\"] is supported");
   fields.Ignore({"parallel_tool_calls"});
   fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
                       "web_search_options", "chat_template", "chat_template_kwargs", "add_generation_prompt",

@@ -1,5 +1,6 @@
 // OpenAI's JSON to our request values and back. Pure functions: no I/O, no clock, no model. Strict: a field that is
-// unknown, of the wrong type or out of range is an error that names it (errors.h, FieldError); a known field that we do not
+// unknown, of the wrong type or out of range is an error that names it (errors.h, FieldError); a known field that we
+// do not
 // support and that would change the result is an error that says so.
 //
 // Threads: pure.
@@ -20,7 +21,7 @@ namespace linspec {
 struct OpenAiLimits {
   int max_n = 16;
   int max_output_tokens = 131072;
-  int default_chat_tokens = 1024;         // max_tokens of a chat that gives none
+  int default_chat_tokens = 1024;  // max_tokens of a chat that gives none
   int max_stop_strings = 16;
   size_t max_stop_bytes = 1024;
 };
@@ -29,10 +30,10 @@ struct OpenAiLimits {
 struct OpenAiCall {
   bool chat = false;
   std::string model;
-  std::vector<PromptInput> prompts;       // one for a chat
+  std::vector<PromptInput> prompts;  // one for a chat
   int n = 1, best_of = 1;
   bool echo = false, stream = false, include_usage = false;
-  bool no_new_tokens = false;             // max_tokens 0 with echo: only the prompt is wanted
+  bool no_new_tokens = false;  // max_tokens 0 with echo: only the prompt is wanted
   SamplingParams sampling;
   bool has_seed = false;
   SpeculationMode speculation = SpeculationMode::kDefault;
@@ -60,12 +61,12 @@ absl::StatusOr<DetokenizeCall> ParseDetokenize(const std::string& body);
 struct ChoiceText {
   int index = 0;
   std::string text;
-  std::vector<OutputToken> tokens;        // for logprobs
+  std::vector<OutputToken> tokens;  // for logprobs
   bool with_logprobs = false;
   int num_top = 0;
-  bool first_token_has_logprob = true;    // false: tokens[0] opens the prompt
-  const char* finish_reason = nullptr;    // null: not finished
-  bool role = false;                      // chat stream: the opening piece
+  bool first_token_has_logprob = true;  // false: tokens[0] opens the prompt
+  const char* finish_reason = nullptr;  // null: not finished
+  bool role = false;                    // chat stream: the opening piece
 };
 
 struct ResponseHead {

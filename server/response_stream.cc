@@ -47,7 +47,9 @@ std::shared_ptr<ResponseStream> ResponseStream::Create(const Tokenizer* tokenize
 }
 
 ResponseStream::ResponseStream(const Tokenizer* tokenizer, ResponseStreamOptions options)
-    : options_(std::move(options)), decoder_(tokenizer, options_.skip_special_tokens), matcher_(options_.stop),
+    : options_(std::move(options)),
+      decoder_(tokenizer, options_.skip_special_tokens),
+      matcher_(options_.stop),
       prompt_left_(options_.num_prompt_tokens) {
   // Output continues the prompt: a decoder that strips the first token's space must not strip it here.
   if (prompt_left_ == 0 && options_.last_prompt_token >= 0) {
@@ -81,7 +83,7 @@ bool ResponseStream::Push(RequestOutput&& output) {
     std::lock_guard lock(mutex_);
     // The final output is always taken: it is small and tells the consumer how its request ended.
     if (output.finish_reason == FinishReason::kNone && queued_bytes_ + bytes > options_.max_buffer_bytes) {
-      overflowed_ = true;                 // the engine will not call again, so this is the end
+      overflowed_ = true;  // the engine will not call again, so this is the end
       output.tokens.clear();
       output.finish_reason = FinishReason::kCancelled;
     }
@@ -176,7 +178,8 @@ void ResponseStream::AppendToken(SampledToken token, StreamDelta* delta) {
 // A token goes out once its text has begun to go out, so that logprobs never run ahead of what they describe.
 void ResponseStream::ReleaseTokens(StreamDelta* delta, bool all) {
   const size_t released = echo_bytes_ + matcher_.released();
-  while (!pending_.empty() && (all || pending_.front().text_start < released || pending_.front().text_end <= released)) {
+  while (!pending_.empty() &&
+         (all || pending_.front().text_start < released || pending_.front().text_end <= released)) {
     delta->tokens.push_back(std::move(pending_.front()));
     pending_.pop_front();
   }

@@ -26,10 +26,10 @@ class StopMatcher {
   explicit StopMatcher(std::vector<std::string> stops);
   // Appends text; returns what can no longer be part of a stop string. Once matched, nothing more comes.
   std::string Push(std::string_view text);
-  std::string Finish();                       // what was held back, when no stop came
+  std::string Finish();  // what was held back, when no stop came
   bool matched() const { return matched_ >= 0; }
   const std::string& matched_stop() const { return stops_[matched_]; }
-  size_t released() const { return released_; }   // bytes returned so far
+  size_t released() const { return released_; }  // bytes returned so far
 
  private:
   std::vector<std::string> stops_;
@@ -40,18 +40,18 @@ class StopMatcher {
 
 struct OutputToken {
   SampledToken sampled;
-  size_t text_start = 0, text_end = 0;        // in the output's text (echoed prompt included)
+  size_t text_start = 0, text_end = 0;  // in the output's text (echoed prompt included)
   bool from_prompt = false;
 };
 
 // What became ready since the last Take.
 struct StreamDelta {
   std::string text;
-  std::vector<OutputToken> tokens;            // those whose text begins inside the text released so far
-  FinishReason finish_reason = FinishReason::kNone;   // other than kNone: the last delta
-  std::string stop_string;                    // which stop string ended it
-  int32_t stop_token = -1;                    // which eos or stop token ended it
-  absl::Status status;                        // when kError
+  std::vector<OutputToken> tokens;                   // those whose text begins inside the text released so far
+  FinishReason finish_reason = FinishReason::kNone;  // other than kNone: the last delta
+  std::string stop_string;                           // which stop string ended it
+  int32_t stop_token = -1;                           // which eos or stop token ended it
+  absl::Status status;                               // when kError
   bool empty() const { return text.empty() && tokens.empty() && finish_reason == FinishReason::kNone; }
 };
 
@@ -63,16 +63,16 @@ struct StreamUsage {
 struct StreamTimes {
   RequestTimes engine;
   Clock::time_point last_output;
-  std::vector<float> gaps;                    // seconds between outputs, since the last TakeGaps
+  std::vector<float> gaps;  // seconds between outputs, since the last TakeGaps
 };
 
 struct ResponseStreamOptions {
   std::vector<std::string> stop = {};
   bool include_stop = false;
   bool skip_special_tokens = true;
-  bool detokenize = true;                     // false: token ids only, no text
-  int64_t num_prompt_tokens = 0;              // prompt tokens that the first output starts with (prompt logprobs)
-  int32_t last_prompt_token = -1;             // what the output continues
+  bool detokenize = true;          // false: token ids only, no text
+  int64_t num_prompt_tokens = 0;   // prompt tokens that the first output starts with (prompt logprobs)
+  int32_t last_prompt_token = -1;  // what the output continues
   int64_t max_buffer_bytes = 256 << 10;
 };
 
@@ -85,9 +85,9 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   // notify runs on the engine thread, at most once between two Takes; it must not block or call Take itself.
   void SetNotify(std::function<void()> notify);
 
-  StreamDelta Take();                         // may be empty
-  void Cancel();                              // the consumer is gone
-  bool finished() const { return finished_; } // a delta with a finish reason was taken
+  StreamDelta Take();                          // may be empty
+  void Cancel();                               // the consumer is gone
+  bool finished() const { return finished_; }  // a delta with a finish reason was taken
   bool overflowed() const { return overflowed_; }
   const StreamUsage& usage() const { return usage_; }
   const StreamTimes& times() const { return times_; }
@@ -107,7 +107,7 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
 
   const ResponseStreamOptions options_;
 
-  std::mutex mutex_;                          // guards the next four
+  std::mutex mutex_;  // guards the next four
   std::vector<Item> queue_;
   int64_t queued_bytes_ = 0;
   bool notified_ = false;
@@ -115,10 +115,10 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
 
   std::atomic<bool> cancelled_ = false, overflowed_ = false;
 
-  IncrementalDecoder decoder_;                // from here on: the consumer's
+  IncrementalDecoder decoder_;  // from here on: the consumer's
   StopMatcher matcher_;
   std::deque<OutputToken> pending_;
-  size_t decoded_bytes_ = 0;                  // text that came out of the decoder, after the echoed prompt
+  size_t decoded_bytes_ = 0;  // text that came out of the decoder, after the echoed prompt
   size_t echo_bytes_ = 0;
   int64_t prompt_left_ = 0;
   bool finished_ = false;

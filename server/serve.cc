@@ -63,8 +63,8 @@ absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config
 
 void PrintReady(const ServerConfig& config, Service* service, int http_port, int grpc_port) {
   const EngineStats stats = service->engine().stats();
-  fmt::print("model     {} ({})\n{}\n", service->model_name(), config.model.path.empty() ? "bundled" : config.model.path,
-             service->engine().Describe());
+  fmt::print("model     {} ({})\n{}\n", service->model_name(),
+             config.model.path.empty() ? "bundled" : config.model.path, service->engine().Describe());
   fmt::print("capacity  {} requests fit, {:.2f} MiB each at any context length\n", stats.slots_total,
              static_cast<double>(stats.bytes_per_slot) / (1 << 20));
   fmt::print("flags     (* differs from the default)\n{}\n", DescribeConfig(config));
@@ -74,8 +74,10 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
   if (grpc_port > 0) fmt::print("gRPC      {}:{}\n", config.network.host, grpc_port);
   if (http_port > 0) {
     const char* key = config.security.api_key_file.empty() ? "" : " -H 'Authorization: Bearer YOUR_KEY'";
-    fmt::print("\ncurl -N {}/v1/completions{} -H 'Content-Type: application/json' \\\n"
-               "  -d '{{\"prompt\": \"Once upon a time\", \"max_tokens\": 64, \"stream\": true}}'\n\n", base, key);
+    fmt::print(
+        "\ncurl -N {}/v1/completions{} -H 'Content-Type: application/json' \\\n"
+        "  -d '{{\"prompt\": \"Once upon a time\", \"max_tokens\": 64, \"stream\": true}}'\n\n",
+        base, key);
   }
   std::fflush(stdout);
 }
@@ -89,7 +91,7 @@ void DrainUntilDoneOrSignal(const sigset_t& signals, const ServerConfig& config,
     spdlog::warn("second signal: ending at once");
     std::_Exit(130);
   });
-  impatient.detach();                     // ends with the process
+  impatient.detach();  // ends with the process
   if (!service->engine().Drain(timeout)) spdlog::warn("drain timeout: the requests left were aborted");
 }
 

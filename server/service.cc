@@ -29,7 +29,8 @@ absl::Status NameField(const absl::Status& status) {
 }
 
 void ReplaceAll(const std::string& from, const std::string& to, std::string* text) {
-  for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size()) text->replace(at, from.size(), to);
+  for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size())
+    text->replace(at, from.size(), to);
 }
 
 }  // namespace
@@ -42,7 +43,7 @@ RunningRequest::~RunningRequest() {
   if (submitted_ && !reported_) {
     service_->metrics().OnFinished(FinishReason::kCancelled, stream_->usage(), stream_->times());
   }
-  if (submitted_) service_->engine().Cancel(id_);   // ids that ended are ignored
+  if (submitted_) service_->engine().Cancel(id_);  // ids that ended are ignored
   service_->Forget(id_, spec_);
 }
 
@@ -63,9 +64,11 @@ StreamDelta RunningRequest::Take() {
 }
 
 Service::Service(ServerConfig config, Parts parts, Metrics* metrics)
-    : config_(std::move(config)), parts_(std::move(parts)), metrics_(metrics),
-      started_at_(std::chrono::duration_cast<std::chrono::seconds>(
-          std::chrono::system_clock::now().time_since_epoch()).count()) {
+    : config_(std::move(config)),
+      parts_(std::move(parts)),
+      metrics_(metrics),
+      started_at_(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
+                      .count()) {
   for (int32_t id = 0; id < parts_.tokenizer->vocab_size(); ++id) {
     const std::string spelling = parts_.tokenizer->IsSpecial(id) ? parts_.tokenizer->IdToToken(id) : "";
     if (spelling.empty()) continue;
@@ -82,7 +85,8 @@ absl::Status Service::Overloaded(absl::Status status, const char* reason) {
   metrics_->OnRejected(reason);
   const EngineStats stats = parts_.engine->stats();
   double seconds = 1;  // time until what waits has left the queue, at the recent rate
-  if (stats.recent_requests_per_s > 0) seconds = static_cast<double>(stats.num_waiting + 1) / stats.recent_requests_per_s;
+  if (stats.recent_requests_per_s > 0)
+    seconds = static_cast<double>(stats.num_waiting + 1) / stats.recent_requests_per_s;
   return WithRetryAfter(std::move(status), static_cast<int>(std::clamp(std::ceil(seconds), 1.0, 60.0)));
 }
 
@@ -92,17 +96,22 @@ absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& ten
   const auto& limits = config_.engine;
   if (stats.num_waiting >= limits.max_queue_requests && stats.slots_free == 0) {
     return Overloaded(absl::ResourceExhaustedError(fmt::format("{} requests are waiting, the most this server queues "
-                                                               "(--max-queue-requests)", stats.num_waiting)), "queue_requests");
+                                                               "(--max-queue-requests)",
+                                                               stats.num_waiting)),
+                      "queue_requests");
   }
   if (stats.waiting_tokens >= limits.max_queue_tokens) {
-    return Overloaded(absl::ResourceExhaustedError(fmt::format("{} prompt tokens are waiting, the most this server queues "
-                                                               "(--max-queue-tokens)", stats.waiting_tokens)), "queue_tokens");
+    return Overloaded(
+        absl::ResourceExhaustedError(fmt::format("{} prompt tokens are waiting, the most this server queues "
+                                                 "(--max-queue-tokens)",
+                                                 stats.waiting_tokens)),
+        "queue_tokens");
   }
   // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than 64 on average.
   if (static_cast<int64_t>(prompt_bytes / 64) > limits.max_prompt_tokens) {
     metrics_->OnRejected("prompt_too_long");
-    return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be", prompt_bytes,
-                                            limits.max_prompt_tokens));
+    return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be",
+                                            prompt_bytes, limits.max_prompt_tokens));
   }
   if (limits.max_requests_per_key > 0 && !tenant.empty()) {
     std::lock_guard lock(mutex_);
@@ -127,7 +136,8 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
   if (!tokens.ok()) {
     return tokens.status().code() == absl::StatusCode::kInvalidArgument && ErrorField(tokens.status()).empty()
-               ? FieldError(field, std::string(tokens.status().message())) : tokens.status();
+               ? FieldError(field, std::string(tokens.status().message()))
+               : tokens.status();
   }
   if (tokens->empty()) return FieldError(field, "is empty: there is nothing to continue");
   const int64_t limit = config_.engine.max_prompt_tokens;
@@ -136,7 +146,8 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   }
   const int64_t vocab = parts_.engine->model_config().vocab_size;
   for (const int32_t token : *tokens) {
-    if (token < 0 || token >= vocab) return FieldError(field, fmt::format("token id {} is not in [0, {})", token, vocab));
+    if (token < 0 || token >= vocab)
+      return FieldError(field, fmt::format("token id {} is not in [0, {})", token, vocab));
   }
   return tokens;
 }
@@ -149,9 +160,8 @@ std::string Service::QuoteSpecialTokens(std::string text) const {
       quoted += text[i++];
       continue;
     }
-    const auto hit = std::ranges::find_if(special_spellings_, [&](const std::string& special) {
-      return text.compare(i, special.size(), special) == 0;
-    });
+    const auto hit = std::ranges::find_if(
+        special_spellings_, [&](const std::string& special) { return text.compare(i, special.size(), special) == 0; });
     if (hit == special_spellings_.end()) {
       quoted += text[i++];
     } else {
@@ -173,12 +183,14 @@ absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatM
   const ModelConfig& model = parts_.engine->model_config();
   const auto spelling = [&](int32_t id) { return id < 0 ? std::string() : parts_.tokenizer->IdToToken(id); };
   const int32_t eos = model.eos_token_ids.empty() ? -1 : model.eos_token_ids.front();
-  const nlohmann::json context = {{"messages", std::move(list)}, {"add_generation_prompt", true},
-                                  {"bos_token", spelling(model.bos_token_id)}, {"eos_token", spelling(eos)}};
+  const nlohmann::json context = {{"messages", std::move(list)},
+                                  {"add_generation_prompt", true},
+                                  {"bos_token", spelling(model.bos_token_id)},
+                                  {"eos_token", spelling(eos)}};
   auto rendered = parts_.chat_template->Render(context.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   if (!rendered.ok()) return rendered.status();
   std::vector<int32_t> tokens;
-  bool from_client = false;   // even pieces are the template's, odd ones are quoted special tokens
+  bool from_client = false;  // even pieces are the template's, odd ones are quoted special tokens
   for (size_t begin = 0; begin <= rendered->size(); from_client = !from_client) {
     const size_t end = std::min(rendered->find(kQuote, begin), rendered->size());
     if (end > begin) {
@@ -198,12 +210,20 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                                                 spec.sampling.max_tokens, config_.engine.max_output_tokens));
   }
   const uint64_t id = next_id_++;
-  auto stream = ResponseStream::Create(parts_.tokenizer.get(),
-      {.stop = spec.sampling.stop, .include_stop = spec.sampling.include_stop_in_output, .detokenize = spec.detokenize,
-       .num_prompt_tokens = spec.prompt_logprobs ? static_cast<int64_t>(prompt.size()) : 0,
-       .last_prompt_token = prompt.back(), .max_buffer_bytes = config_.network.stream_buffer_bytes});
-  Request request{.id = id, .prompt_tokens = std::move(prompt), .sampling = spec.sampling, .speculation = spec.speculation,
-                  .deadline = spec.deadline, .prompt_logprobs = spec.prompt_logprobs, .sink = stream->MakeSink()};
+  auto stream = ResponseStream::Create(
+      parts_.tokenizer.get(), {.stop = spec.sampling.stop,
+                               .include_stop = spec.sampling.include_stop_in_output,
+                               .detokenize = spec.detokenize,
+                               .num_prompt_tokens = spec.prompt_logprobs ? static_cast<int64_t>(prompt.size()) : 0,
+                               .last_prompt_token = prompt.back(),
+                               .max_buffer_bytes = config_.network.stream_buffer_bytes});
+  Request request{.id = id,
+                  .prompt_tokens = std::move(prompt),
+                  .sampling = spec.sampling,
+                  .speculation = spec.speculation,
+                  .deadline = spec.deadline,
+                  .prompt_logprobs = spec.prompt_logprobs,
+                  .sink = stream->MakeSink()};
   {
     std::lock_guard lock(mutex_);
     if (!spec.name.empty() && !names_.try_emplace(spec.name, Named{id, spec.tenant}).second) {
@@ -211,7 +231,8 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
     }
     // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
     const int open = live_per_tenant_[spec.tenant]++;
-    request.priority = std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
+    request.priority =
+        std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
   }
   // From here on the destructor gives back name and count.
   auto running = std::make_unique<RunningRequest>(this, id, std::move(stream), std::move(spec));

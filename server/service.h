@@ -37,8 +37,8 @@ struct GenerateSpec {
   bool prompt_logprobs = false;
   bool detokenize = true;
   std::optional<Clock::time_point> deadline = {};
-  std::string tenant = {};          // which API key asks; "" without keys
-  std::string name = {};            // the client's request id, for Abort; "" for none
+  std::string tenant = {};  // which API key asks; "" without keys
+  std::string name = {};    // the client's request id, for Abort; "" for none
 };
 
 class Service;
@@ -51,7 +51,7 @@ class RunningRequest {
   RunningRequest(const RunningRequest&) = delete;
 
   void SetNotify(std::function<void()> notify) { stream_->SetNotify(std::move(notify)); }
-  StreamDelta Take();               // and reports to the metrics
+  StreamDelta Take();  // and reports to the metrics
   bool finished() const { return stream_->finished(); }
   bool overflowed() const { return stream_->overflowed(); }
   const StreamUsage& usage() const { return stream_->usage(); }
@@ -71,12 +71,12 @@ class Service {
   struct Parts {
     std::unique_ptr<Engine> engine;
     std::unique_ptr<Tokenizer> tokenizer;
-    std::unique_ptr<ChatTemplate> chat_template;    // null: the model has none
+    std::unique_ptr<ChatTemplate> chat_template;  // null: the model has none
     std::vector<std::string> drafters;
     std::string model_name;
   };
   Service(ServerConfig config, Parts parts, Metrics* metrics);
-  ~Service();                       // all RunningRequests must be gone
+  ~Service();  // all RunningRequests must be gone
 
   // Overload and drain, from counters alone: asked before a prompt is tokenized. prompt_bytes bounds its tokens.
   absl::Status CheckAdmission(size_t prompt_bytes, const std::string& tenant);
@@ -85,8 +85,8 @@ class Service {
   absl::StatusOr<std::unique_ptr<RunningRequest>> Start(std::vector<int32_t> prompt, GenerateSpec spec);
   absl::Status Abort(const std::string& name, const std::string& tenant);
 
-  absl::Status CheckModelName(const std::string& name) const;   // "" is fine
-  void StopAdmitting();             // readiness off
+  absl::Status CheckModelName(const std::string& name) const;  // "" is fine
+  void StopAdmitting();                                        // readiness off
   bool draining() const { return draining_; }
   std::string MetricsText();
 
@@ -96,7 +96,7 @@ class Service {
   Metrics& metrics() { return *metrics_; }
   const std::string& model_name() const { return parts_.model_name; }
   const std::vector<std::string>& drafters() const { return parts_.drafters; }
-  int64_t started_at() const { return started_at_; }            // seconds since 1970
+  int64_t started_at() const { return started_at_; }  // seconds since 1970
 
  private:
   friend class RunningRequest;
@@ -109,12 +109,12 @@ class Service {
   Parts parts_;
   Metrics* const metrics_;
   const int64_t started_at_;
-  std::vector<std::string> special_spellings_;    // longest first
-  std::array<bool, 256> starts_special_{};        // by first byte
+  std::vector<std::string> special_spellings_;  // longest first
+  std::array<bool, 256> starts_special_{};      // by first byte
   std::atomic<uint64_t> next_id_ = 1;
   std::atomic<bool> draining_ = false;
 
-  std::mutex mutex_;                // guards both maps
+  std::mutex mutex_;  // guards both maps
   struct Named {
     uint64_t id;
     std::string tenant;

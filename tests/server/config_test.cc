@@ -23,7 +23,8 @@ std::string WriteFile(const std::string& name, const std::string& text) {
 }
 
 TEST(Config, BothSpellings) {
-  const auto config = Parse({"--http-port", "80", "--speculation=off", "--drain-timeout", "1.5", "--public-metrics=false"});
+  const auto config =
+      Parse({"--http-port", "80", "--speculation=off", "--drain-timeout", "1.5", "--public-metrics=false"});
   ASSERT_TRUE(config.ok()) << config.status();
   EXPECT_EQ(config->network.http_port, 80);
   EXPECT_EQ(config->engine.speculation, "off");
@@ -64,7 +65,8 @@ TEST(Config, FileErrorsNameTheFile) {
 
 TEST(Config, HelpAndPrintListEveryFlag) {
   const std::string help = ServerHelp(), print = DescribeConfig(ServerConfig());
-  for (const char* flag : {"--model", "--max-queue-tokens", "--stream-buffer-bytes", "--api-key-file", "--metrics-alias"}) {
+  for (const char* flag :
+       {"--model", "--max-queue-tokens", "--stream-buffer-bytes", "--api-key-file", "--metrics-alias"}) {
     EXPECT_THAT(help, HasSubstr(flag));
     EXPECT_THAT(print, HasSubstr(flag));
   }
@@ -75,13 +77,15 @@ TEST(Config, HelpAndPrintListEveryFlag) {
 
 TEST(Auth, KeysAndPublicRoutes) {
   // sha256("two")
-  const std::string file = WriteFile("keys", "one\nsha256:3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3\n");
+  const std::string file =
+      WriteFile("keys", "one\nsha256:3fc4ccfe745870e2c0d99f71f30ff0656c8dedd41cc1d7d3d376b0dbe685e2f3\n");
   auto auth = Authenticator::Create(file, false);
   ASSERT_TRUE(auth.ok()) << auth.status();
   EXPECT_TRUE((*auth)->Check("Bearer one").ok());
   EXPECT_TRUE((*auth)->Check("Bearer two").ok());
   EXPECT_NE(*(*auth)->Check("Bearer one"), *(*auth)->Check("Bearer two"));
-  for (const char* wrong : {"", "one", "Bearer", "Bearer ", "Bearer One", "Bearer on", "Bearer one ", "bearer one", "Basic one"}) {
+  for (const char* wrong :
+       {"", "one", "Bearer", "Bearer ", "Bearer One", "Bearer on", "Bearer one ", "bearer one", "Basic one"}) {
     EXPECT_EQ((*auth)->Check(wrong).status().code(), absl::StatusCode::kUnauthenticated) << wrong;
   }
   EXPECT_TRUE((*auth)->IsPublicRoute("/health"));

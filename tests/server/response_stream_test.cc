@@ -10,7 +10,9 @@ namespace {
 class PieceTokenizer : public Tokenizer {
  public:
   explicit PieceTokenizer(std::vector<std::string> pieces) : pieces_(std::move(pieces)) {}
-  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view, EncodeOptions) const override { return std::vector<int32_t>{}; }
+  absl::StatusOr<std::vector<int32_t>> Encode(std::string_view, EncodeOptions) const override {
+    return std::vector<int32_t>{};
+  }
   absl::StatusOr<std::string> Decode(std::span<const int32_t> ids, bool) const override {
     std::string text;
     for (const int32_t id : ids) text += pieces_[id];
@@ -51,7 +53,8 @@ Result Play(const std::vector<std::string>& pieces, ResponseStreamOptions option
   OutputSink sink = stream->MakeSink();
   Result result;
   for (size_t i = 0; i <= pieces.size() && !stream->finished(); ++i) {
-    result.accepted = i < pieces.size() ? sink(Output({static_cast<int32_t>(i)})) : sink(Output({}, FinishReason::kLength));
+    result.accepted =
+        i < pieces.size() ? sink(Output({static_cast<int32_t>(i)})) : sink(Output({}, FinishReason::kLength));
     StreamDelta delta = stream->Take();
     result.text += delta.text;
     for (const OutputToken& token : delta.tokens) result.tokens.push_back(token.sampled.token);
@@ -73,7 +76,7 @@ TEST(StopMatcher, HoldsBackOnlyWhatCouldBecomeAStop) {
 TEST(StopMatcher, ReleasesAFalseStart) {
   StopMatcher matcher({"aab"});
   EXPECT_EQ(matcher.Push("aa"), "");
-  EXPECT_EQ(matcher.Push("a"), "a");   // "aa" may still open a stop
+  EXPECT_EQ(matcher.Push("a"), "a");  // "aa" may still open a stop
   EXPECT_EQ(matcher.Push("c"), "aac");
   EXPECT_EQ(matcher.Push("a"), "");
   EXPECT_EQ(matcher.Finish(), "a");
@@ -92,7 +95,8 @@ TEST(StopMatcher, AgreesWithSearchForEverySplit) {
       for (size_t second = first; second <= text.size(); ++second) {
         StopMatcher matcher({stop});
         std::string out;
-        for (const std::string& piece : {text.substr(0, first), text.substr(first, second - first), text.substr(second)}) {
+        for (const std::string& piece :
+             {text.substr(0, first), text.substr(first, second - first), text.substr(second)}) {
           out += matcher.Push(piece);
         }
         out += matcher.Finish();
@@ -125,7 +129,7 @@ TEST(ResponseStream, CharactersAreNeverSplit) {
   sink(Output({2}));
   EXPECT_EQ(stream->Take().text, "");
   sink(Output({3}, FinishReason::kLength));
-  EXPECT_EQ(stream->Take().text, "\xEF\xBF\xBDz");   // the broken character, then what follows
+  EXPECT_EQ(stream->Take().text, "\xEF\xBF\xBDz");  // the broken character, then what follows
 }
 
 TEST(ResponseStream, StopStringOfSplitCharacter) {
@@ -139,7 +143,7 @@ TEST(ResponseStream, NotifiesOncePerTake) {
   int notified = 0;
   sink(Output({0}));
   stream->SetNotify([&] { ++notified; });
-  EXPECT_EQ(notified, 1);   // for what was there before
+  EXPECT_EQ(notified, 1);  // for what was there before
   sink(Output({1}));
   EXPECT_EQ(notified, 1);
   EXPECT_EQ(stream->Take().text, "ab");
