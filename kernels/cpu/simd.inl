@@ -4,7 +4,19 @@
 //
 // Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
 // ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, RoundToInt8, ScaleByExponent, LoadWeights<T>, and for
-// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles.
+// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles,
+// kFoldRows rows of S.
+
+// body(0) .. body(kCount - 1), written out. A tile stays in registers only if its indices are constants before the
+// compiler splits arrays into scalars; loops that it unrolls later (-O3, #pragma unroll) leave the accumulators on the
+// stack, 10 times slower. For the same reason the tile functions are [[gnu::flatten]]: every lambda is inlined early.
+template <int kCount, int kIndex = 0, typename Body>
+inline void Unroll(const Body& body) {
+  if constexpr (kIndex < kCount) {
+    body(kIndex);
+    Unroll<kCount, kIndex + 1>(body);
+  }
+}
 
 float DotProduct(const float* a, const float* b, int64_t n) {
   V sum = Zero();
@@ -37,27 +49,34 @@ void StoreOut(float* out, V value, int64_t lanes, bool accumulate) {
   }
 }
 
-template <typename T, int kRows, int kBlocks>
-void FloatTile(const PackedMatrix& w, const float* x, float* y, int64_t m, int64_t block, bool accumulate) {
-  V acc[kRows][kBlocks];
-  for (auto& row : acc) {
-    for (V& a : row) a = Zero();
+// Out of line, so that its branches do not cost the tile loops registers.
+[[gnu::noinline]] void StoreTile(const float* tile, int rows, int blocks, float* y, int64_t stride, int64_t lanes,
+                                 bool accumulate) {
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < blocks; ++b, tile += kLanes) {
+      StoreOut(y + r * stride + b * kLanes, Load(tile), lanes - b * kLanes, accumulate);
+    }
   }
+}
+
+template <typename T, int kRows, int kBlocks>
+[[gnu::flatten]] void FloatTile(const PackedMatrix& w, const float* x, float* y, int64_t m, int64_t block,
+                                bool accumulate) {
+  V acc[kRows][kBlocks];
+  Unroll<kRows>([&](int r) { Unroll<kBlocks>([&](int b) { acc[r][b] = Zero(); }); });
   const T* data = static_cast<const T*>(w.data) + block * w.cols * kLanes;
   for (int64_t k = 0; k < w.cols; ++k) {
     V weights[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) weights[b] = LoadWeights(data + (b * w.cols + k) * kLanes);
-    for (int r = 0; r < kRows; ++r) {
+    Unroll<kBlocks>([&](int b) { weights[b] = LoadWeights(data + (b * w.cols + k) * kLanes); });
+    Unroll<kRows>([&](int r) {
       const V value = Set1(x[(m + r) * w.cols + k]);
-      for (int b = 0; b < kBlocks; ++b) acc[r][b] = Fma(value, weights[b], acc[r][b]);
-    }
+      Unroll<kBlocks>([&](int b) { acc[r][b] = Fma(value, weights[b], acc[r][b]); });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const int64_t n = (block + b) * kLanes;
-      StoreOut(y + (m + r) * w.rows + n, acc[r][b], w.rows - n, accumulate);
-    }
-  }
+  alignas(64) float tile[kRows][kBlocks][kLanes];
+  Unroll<kRows>([&](int r) { Unroll<kBlocks>([&](int b) { Store(tile[r][b], acc[r][b]); }); });
+  const int64_t n = block * kLanes;
+  StoreTile(tile[0][0], kRows, kBlocks, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
 }
 
 template <typename T, int kBlocks>
@@ -78,28 +97,30 @@ void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_ro
 }
 
 template <int kRows, int kBlocks>
-void IntTile(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block, bool accumulate) {
+[[gnu::flatten]] void IntTile(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block,
+                              bool accumulate) {
   I acc[kRows][kBlocks];
-  for (auto& row : acc) {
-    for (int b = 0; b < kBlocks; ++b) row[b] = InitAcc(w.row_sums + (block + b) * kLanes);
-  }
+  Unroll<kRows>([&](int r) {
+    Unroll<kBlocks>([&](int b) { acc[r][b] = InitAcc(w.row_sums + (block + b) * kLanes); });
+  });
   const int8_t* data = static_cast<const int8_t*>(w.data) + block * x.stride * kLanes;
   const int64_t block_bytes = x.stride * kLanes;
   for (int64_t k = 0; k < x.stride; k += 4) {
     IntWeights weights[kBlocks];
-    for (int b = 0; b < kBlocks; ++b) weights[b] = LoadIntWeights(data + b * block_bytes + k * kLanes);
-    for (int r = 0; r < kRows; ++r) {
+    Unroll<kBlocks>([&](int b) { weights[b] = LoadIntWeights(data + b * block_bytes + k * kLanes); });
+    Unroll<kRows>([&](int r) {
       const IntInput value = BroadcastInput(x, (m + r) * x.stride + k);
-      for (int b = 0; b < kBlocks; ++b) acc[r][b] = DotStep(acc[r][b], value, weights[b]);
-    }
+      Unroll<kBlocks>([&](int b) { acc[r][b] = DotStep(acc[r][b], value, weights[b]); });
+    });
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int b = 0; b < kBlocks; ++b) {
-      const int64_t n = (block + b) * kLanes;
-      const V value = Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n));
-      StoreOut(y + (m + r) * w.rows + n, value, w.rows - n, accumulate);
-    }
-  }
+  const int64_t n = block * kLanes;
+  alignas(64) float tile[kRows][kBlocks][kLanes];
+  Unroll<kRows>([&](int r) {
+    Unroll<kBlocks>([&](int b) {
+      Store(tile[r][b], Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n + b * kLanes)));
+    });
+  });
+  StoreTile(tile[0][0], kRows, kBlocks, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
 }
 
 template <int kBlocks>
@@ -191,22 +212,23 @@ float WindowWeight(const AttentionRow& row, int j) {
 
 // Channels in tiles of kTile vectors that stay in registers over the whole window and all of S.
 template <int kTile>
-void WindowTile(const AttentionRow& row, const float* weights, int64_t channel) {
+[[gnu::flatten]] void WindowTile(const AttentionRow& row, const float* weights, int64_t channel) {
   V acc[kTile];
-  for (V& a : acc) a = Zero();
+  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
   for (int j = 0; j < row.window; ++j) {
     const V weight = Set1(weights[j]);
-    for (int t = 0; t < kTile; ++t) acc[t] = Fma(weight, Load(row.v[j] + channel + t * kLanes), acc[t]);
+    const float* v = row.v[j] + channel;
+    Unroll<kTile>([&](int t) { acc[t] = Fma(weight, Load(v + t * kLanes), acc[t]); });
   }
-  for (int t = 0; t < kTile; ++t) Store(row.out + channel + t * kLanes, acc[t]);
+  Unroll<kTile>([&](int t) { Store(row.out + channel + t * kLanes, acc[t]); });
   if (row.s == nullptr) return;
-  for (V& a : acc) a = Zero();
+  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
   for (int i = 0; i < row.head_dim; ++i) {
     const V q = Set1(row.q[i]);
     const float* s = row.s + int64_t{i} * row.head_dim + channel;
-    for (int t = 0; t < kTile; ++t) acc[t] = Fma(q, Load(s + t * kLanes), acc[t]);
+    Unroll<kTile>([&](int t) { acc[t] = Fma(q, Load(s + t * kLanes), acc[t]); });
   }
-  for (int t = 0; t < kTile; ++t) Store(row.scratch + channel + t * kLanes, acc[t]);
+  Unroll<kTile>([&](int t) { Store(row.scratch + channel + t * kLanes, acc[t]); });
 }
 
 void WindowRest(const AttentionRow& row, const float* weights, int64_t channel) {  // fewer than 16 channels
@@ -240,15 +262,26 @@ void ComputeAttentionRow(const AttentionRow& row) {
   });
 }
 
+// s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
+template <int kRows>
+[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
+                               int head_dim, int i) {
+  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
+    float* target = s + int64_t{i} * head_dim + c;
+    V sums[kRows];
+    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
+    for (int j = 0; j < num_tokens; ++j) {
+      const V value = LoadLanes(v[j] + c, lanes);
+      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
+    }
+    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
+  });
+}
+
 void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
-  for (int i = 0; i < head_dim; ++i) {
-    ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
-      float* target = s + int64_t{i} * head_dim + c;
-      V sum = Mul(LoadLanes(target, lanes), Set1(decay));
-      for (int j = 0; j < num_tokens; ++j) sum = Fma(Set1(k[j][i]), LoadLanes(v[j] + c, lanes), sum);
-      StoreLanes(target, sum, lanes);
-    });
-  }
+  int i = 0;
+  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
+  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
 }
 
 constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,
