@@ -1,5 +1,7 @@
 #include "kernels/thread_pool.h"
 
+#include <algorithm>
+
 #include "kernels/check.h"
 
 #if defined(__x86_64__)
@@ -9,20 +11,24 @@
 namespace linspec {
 namespace {
 
-void Pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
+// About 10 us of spinning, the usual gap between two ops of a step. Then the processor is offered to others: when two
+// threads share one, the thread that spins keeps the other from the very work it waits for.
+constexpr int kSpins = 500;
+constexpr int kYields = 100;
+constexpr int kPiecesPerThread = 4;  // a thread that lags by half its share costs an eighth of it
 
-// Long enough to bridge the gap between two ops of a step, short enough that an idle server costs nothing.
-constexpr int kSpins = 4000;
+void Relax(int spin) {
+#if defined(__x86_64__)
+  if (spin < kSpins) return _mm_pause();
+#endif
+  std::this_thread::yield();
+}
 
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads) {
   LINSPEC_CHECK(num_threads >= 1);
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { Work(i); });
+  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { Work(); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -32,38 +38,44 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
-std::pair<int64_t, int64_t> ThreadPool::Range(int index) const {
-  const int64_t threads = num_threads();
-  return {count_ * index / threads, count_ * (index + 1) / threads};
-}
-
-void ThreadPool::Run(int64_t count, Function function, void* context) {
+void ThreadPool::Run(int64_t count, int64_t grain, Function function, void* context) {
   if (count <= 0) return;
-  if (workers_.empty() || count == 1) return function(context, 0, count);
+  if (workers_.empty() || count <= grain) return function(context, 0, count);
   function_ = function;
   context_ = context;
   count_ = count;
-  running_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  epoch_.fetch_add(1, std::memory_order_release);
+  grain_ = grain;
+  num_grains_ = (count + grain - 1) / grain;
+  num_pieces_ = static_cast<int>(std::min<int64_t>(num_grains_, int64_t{num_threads()} * kPiecesPerThread));
+  unfinished_.store(num_pieces_, std::memory_order_relaxed);
+  const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
+  tickets_.store(uint64_t{epoch} << 32 | static_cast<uint32_t>(num_pieces_), std::memory_order_release);
+  epoch_.store(epoch, std::memory_order_release);
   epoch_.notify_all();
-  const auto [begin, end] = Range(0);
-  if (begin < end) function(context, begin, end);
-  for (int spin = 0; running_.load(std::memory_order_acquire) != 0; ++spin) {
-    if (spin < kSpins) {
-      Pause();
-    } else {
-      std::this_thread::yield();
-    }
+  RunPieces(epoch);
+  for (int spin = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spin) Relax(spin);
+}
+
+void ThreadPool::RunPieces(uint32_t epoch) {
+  uint64_t ticket = tickets_.load(std::memory_order_acquire);
+  while (ticket >> 32 == epoch && static_cast<uint32_t>(ticket) != 0) {
+    if (!tickets_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+    const int64_t piece = num_pieces_ - static_cast<int64_t>(static_cast<uint32_t>(ticket));
+    const int64_t begin = num_grains_ * piece / num_pieces_ * grain_;
+    const int64_t end = num_grains_ * (piece + 1) / num_pieces_ * grain_;
+    function_(context_, begin, std::min(end, count_));
+    unfinished_.fetch_sub(1, std::memory_order_acq_rel);
+    ticket = tickets_.load(std::memory_order_acquire);
   }
 }
 
-void ThreadPool::Work(int index) {
+void ThreadPool::Work() {
   uint32_t seen = 0;
   for (;;) {
     uint32_t epoch = epoch_.load(std::memory_order_acquire);
     for (int spin = 0; epoch == seen; ++spin) {
-      if (spin < kSpins) {
-        Pause();
+      if (spin < kSpins + kYields) {
+        Relax(spin);
       } else {
         epoch_.wait(seen, std::memory_order_acquire);
       }
@@ -71,9 +83,7 @@ void ThreadPool::Work(int index) {
     }
     seen = epoch;
     if (stop_.load(std::memory_order_relaxed)) return;
-    const auto [begin, end] = Range(index);
-    if (begin < end) function_(context_, begin, end);
-    running_.fetch_sub(1, std::memory_order_release);
+    RunPieces(epoch);
   }
 }
 

@@ -1,14 +1,16 @@
 // A fixed set of workers that run one parallel loop at a time; the caller works along.
 //
-// Loops are microseconds apart while a model runs, so workers spin a little before they sleep. Work is split into static
-// contiguous ranges: what an index computes never depends on the number of threads.
+// Loops are microseconds apart while a model runs, so workers spin a little, then yield, before they sleep. A loop is cut
+// into a few contiguous pieces that threads claim as they come: a worker that the system has not scheduled costs nothing,
+// the caller does its share. Which thread runs an index is therefore not fixed; what the index computes must not depend
+// on it.
 // Threads: ParallelFor is called by one thread at a time and returns when all indices are done; the body must not throw.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <thread>
-#include <utility>
+#include <type_traits>
 #include <vector>
 
 namespace linspec {
@@ -22,26 +24,40 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // body(begin, end) for a partition of [0, count).
+  // body(begin, end) for a partition of [0, count) whose inner borders are multiples of `grain`.
+  template <typename Body>
+  void ParallelFor(int64_t count, int64_t grain, Body&& body) {
+    Run(
+        count, grain,
+        [](void* context, int64_t begin, int64_t end) {
+          (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
+        },
+        &body);
+  }
   template <typename Body>
   void ParallelFor(int64_t count, Body&& body) {
-    Run(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end); },
-        &body);
+    ParallelFor(count, 1, body);
   }
 
  private:
   using Function = void (*)(void* context, int64_t begin, int64_t end);
-  void Run(int64_t count, Function function, void* context);
-  void Work(int index);
-  std::pair<int64_t, int64_t> Range(int index) const;
+  void Run(int64_t count, int64_t grain, Function function, void* context);
+  void Work();
+  // Claims and runs pieces of loop `epoch` until none is left.
+  void RunPieces(uint32_t epoch);
 
-  // Written by the caller before the epoch is raised, read by workers after they saw it.
+  // Written by the caller before the loop's first ticket. A claimed piece keeps the loop open, so whoever holds one may
+  // read them.
   Function function_ = nullptr;
   void* context_ = nullptr;
-  int64_t count_ = 0;
+  int64_t num_grains_ = 0, grain_ = 1, count_ = 0;
+  int num_pieces_ = 0;
 
-  alignas(64) std::atomic<uint32_t> epoch_{0};
-  alignas(64) std::atomic<int> running_{0};
+  // Loop number in the high half, pieces not yet claimed in the low half: a late worker cannot take a piece of a loop
+  // that it has not seen.
+  alignas(64) std::atomic<uint64_t> tickets_{0};
+  alignas(64) std::atomic<int> unfinished_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};  // of the newest loop; workers sleep on it
   std::atomic<bool> stop_{false};
   std::vector<std::thread> workers_;
 };

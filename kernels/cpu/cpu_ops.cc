@@ -74,6 +74,9 @@ float SourceElement(const void* source, DType dtype, int64_t index) {
   }
 }
 
+// Pieces of a matmul are whole register tiles of the widest table.
+constexpr int64_t kBlockGrain = 4;
+
 int64_t PaddedRows(int64_t rows) { return (rows + kLanes - 1) / kLanes * kLanes; }
 int64_t PaddedCols(int64_t cols) { return (cols + 3) / 4 * 4; }
 
@@ -158,13 +161,15 @@ void CpuOpsImpl::Matmul(const MatmulParams& p) {
   const int64_t blocks = PaddedRows(w.rows) / kLanes;
   if (weight.dtype() == DType::kI8) {
     const QuantizedRows x = Quantize(p.x, p.num_rows, w.cols);
-    pool_.ParallelFor(blocks, [&](int64_t begin, int64_t end) {
+    pool_.ParallelFor(blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
       table_.matmul_i8(w, x, p.y, p.num_rows, begin, end, p.accumulate);
     });
     return;
   }
   const auto matmul = weight.dtype() == DType::kF32 ? table_.matmul_f32 : table_.matmul_bf16;
-  pool_.ParallelFor(blocks, [&](int64_t begin, int64_t end) { matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate); });
+  pool_.ParallelFor(blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
+    matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate);
+  });
 }
 
 QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {

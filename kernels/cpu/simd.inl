@@ -4,7 +4,8 @@
 //
 // Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
 // ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, RoundToInt8, ScaleByExponent, LoadWeights<T>, and for
-// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles.
+// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles,
+// kFoldRows rows of S.
 
 // body(0) .. body(kCount - 1), written out. A tile stays in registers only if its indices are constants before the
 // compiler splits arrays into scalars; loops that it unrolls later (-O3, #pragma unroll) leave the accumulators on the
@@ -48,6 +49,16 @@ void StoreOut(float* out, V value, int64_t lanes, bool accumulate) {
   }
 }
 
+// Out of line, so that its branches do not cost the tile loops registers.
+[[gnu::noinline]] void StoreTile(const float* tile, int rows, int blocks, float* y, int64_t stride, int64_t lanes,
+                                 bool accumulate) {
+  for (int r = 0; r < rows; ++r) {
+    for (int b = 0; b < blocks; ++b, tile += kLanes) {
+      StoreOut(y + r * stride + b * kLanes, Load(tile), lanes - b * kLanes, accumulate);
+    }
+  }
+}
+
 template <typename T, int kRows, int kBlocks>
 [[gnu::flatten]] void FloatTile(const PackedMatrix& w, const float* x, float* y, int64_t m, int64_t block,
                                 bool accumulate) {
@@ -62,12 +73,10 @@ template <typename T, int kRows, int kBlocks>
       Unroll<kBlocks>([&](int b) { acc[r][b] = Fma(value, weights[b], acc[r][b]); });
     });
   }
-  Unroll<kRows>([&](int r) {
-    Unroll<kBlocks>([&](int b) {
-      const int64_t n = (block + b) * kLanes;
-      StoreOut(y + (m + r) * w.rows + n, acc[r][b], w.rows - n, accumulate);
-    });
-  });
+  alignas(64) float tile[kRows][kBlocks][kLanes];
+  Unroll<kRows>([&](int r) { Unroll<kBlocks>([&](int b) { Store(tile[r][b], acc[r][b]); }); });
+  const int64_t n = block * kLanes;
+  StoreTile(tile[0][0], kRows, kBlocks, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
 }
 
 template <typename T, int kBlocks>
@@ -104,13 +113,14 @@ template <int kRows, int kBlocks>
       Unroll<kBlocks>([&](int b) { acc[r][b] = DotStep(acc[r][b], value, weights[b]); });
     });
   }
+  const int64_t n = block * kLanes;
+  alignas(64) float tile[kRows][kBlocks][kLanes];
   Unroll<kRows>([&](int r) {
     Unroll<kBlocks>([&](int b) {
-      const int64_t n = (block + b) * kLanes;
-      const V value = Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n));
-      StoreOut(y + (m + r) * w.rows + n, value, w.rows - n, accumulate);
+      Store(tile[r][b], Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n + b * kLanes)));
     });
   });
+  StoreTile(tile[0][0], kRows, kBlocks, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
 }
 
 template <int kBlocks>
@@ -252,23 +262,26 @@ void ComputeAttentionRow(const AttentionRow& row) {
   });
 }
 
-// Eight rows of S (head_dim is a multiple of 8) share each load of v and hide the latency of the additions.
-constexpr int kFoldRows = 8;
+// s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
+template <int kRows>
+[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
+                               int head_dim, int i) {
+  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
+    float* target = s + int64_t{i} * head_dim + c;
+    V sums[kRows];
+    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
+    for (int j = 0; j < num_tokens; ++j) {
+      const V value = LoadLanes(v[j] + c, lanes);
+      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
+    }
+    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
+  });
+}
 
-[[gnu::flatten]] void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
-                           int head_dim) {
-  for (int i = 0; i < head_dim; i += kFoldRows) {
-    ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
-      float* target = s + int64_t{i} * head_dim + c;
-      V sums[kFoldRows];
-      Unroll<kFoldRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
-      for (int j = 0; j < num_tokens; ++j) {
-        const V value = LoadLanes(v[j] + c, lanes);
-        Unroll<kFoldRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
-      }
-      Unroll<kFoldRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
-    });
-  }
+void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
+  int i = 0;
+  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
+  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
 }
 
 constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,

@@ -19,6 +19,7 @@ struct IntWeights {
 using IntInput = __m256i;
 constexpr int kFloatRows = 2, kFloatBlocks = 2;
 constexpr int kIntRows = 2, kIntBlocks = 2;
+constexpr int kFoldRows = 4;
 
 V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 V Set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
