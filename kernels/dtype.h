@@ -8,10 +8,10 @@ namespace linspec {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kI8, kI32, kI64 };
 
-size_t DTypeSize(DType dtype);            // bytes per element
-const char* DTypeName(DType dtype);       // safetensors' spelling: "F32", "BF16", ...
-float HalfToFloat(uint16_t bits);         // IEEE binary16
+size_t DTypeSize(DType dtype);       // bytes per element
+const char* DTypeName(DType dtype);  // safetensors' spelling: "F32", "BF16", ...
+float HalfToFloat(uint16_t bits);    // IEEE binary16
 float BFloat16ToFloat(uint16_t bits);
-uint16_t FloatToBFloat16(float value);    // round to nearest even
+uint16_t FloatToBFloat16(float value);  // round to nearest even
 
 }  // namespace linspec

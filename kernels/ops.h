@@ -31,40 +31,40 @@ class PackedWeight {
   virtual ~PackedWeight() = default;
   virtual int64_t rows() const = 0;
   virtual int64_t cols() const = 0;
-  virtual DType dtype() const = 0;     // kF32, kBF16 or kI8 (symmetric, one fp32 scale per row)
-  virtual int64_t bytes() const = 0;   // what one matmul streams from memory
+  virtual DType dtype() const = 0;    // kF32, kBF16 or kI8 (symmetric, one fp32 scale per row)
+  virtual int64_t bytes() const = 0;  // what one matmul streams from memory
 };
 
 // y[m, n] = sum_k x[m, k] w[n, k]  (+ y[m, n] if accumulate). For kI8 weights x is quantised per row to 8 bits
 // (symmetric), the dot is exact in int32, so every Isa gives the same bits.
 struct MatmulParams {
-  const float* x;             // [num_rows, K]
-  const PackedWeight* w;      // [N, K]
-  float* y;                   // [num_rows, N]
+  const float* x;         // [num_rows, K]
+  const PackedWeight* w;  // [N, K]
+  float* y;               // [num_rows, N]
   int64_t num_rows;
   bool accumulate = false;
 };
 
 struct RmsNormParams {
-  const float* x;             // [num_rows, dim]
-  const float* weight;        // [dim]
-  float* out;                 // [num_rows, dim]
+  const float* x;       // [num_rows, dim]
+  const float* weight;  // [dim]
+  float* out;           // [num_rows, dim]
   int64_t num_rows;
   int64_t dim;
   float eps;
 };
 
-struct SiluMulParams {        // out = silu(gate) * up
-  const float* gate_up;       // [num_rows, 2 * dim]: gate then up
-  float* out;                 // [num_rows, dim]
+struct SiluMulParams {   // out = silu(gate) * up
+  const float* gate_up;  // [num_rows, 2 * dim]: gate then up
+  float* out;            // [num_rows, dim]
   int64_t num_rows;
   int64_t dim;
 };
 
 // In place on q and k of a fused qkv row: RoPE (rotate halves, fp32 angles from position), then x / sqrt(sum x^2 + eps).
 struct RopeNormalizeParams {
-  float* qkv;                 // [num_rows, (H + 2 Hkv) * d]: q heads, k heads, v heads
-  const int64_t* positions;   // [num_rows]
+  float* qkv;                // [num_rows, (H + 2 Hkv) * d]: q heads, k heads, v heads
+  const int64_t* positions;  // [num_rows]
   int64_t num_rows;
   int num_heads, num_kv_heads, head_dim;
   float rope_theta;
@@ -76,31 +76,31 @@ enum class GlobalBranch : uint8_t { kNone, kScaled, kRmsNorm };
 // Constants of one attention layer.
 struct AttentionLayer {
   int num_heads, num_kv_heads, head_dim;
-  int group_size;             // G
-  int conv_kernel;            // taps; 0: no convolution
-  bool local;                 // relu^2 branch present
+  int group_size;   // G
+  int conv_kernel;  // taps; 0: no convolution
+  bool local;       // relu^2 branch present
   GlobalBranch global;
-  float global_factor;        // kScaled: a
-  const float* global_gain;   // [H]             kRmsNorm
+  float global_factor;       // kScaled: a
+  const float* global_gain;  // [H]             kRmsNorm
   float global_norm_eps;
-  const float* decay;         // [Hkv] or null (no decay)
-  const float* conv_taps;     // [H, conv_kernel], tap l multiplies v_{t-l}
+  const float* decay;      // [Hkv] or null (no decay)
+  const float* conv_taps;  // [H, conv_kernel], tap l multiplies v_{t-l}
 };
 
 // One request's state in one layer. Ring slot of position t is t mod G. S holds the completed groups.
 struct LayerState {
-  float* s;                   // [Hkv, d_k, d_v]
-  float* ring_k;              // [Hkv, G, d]  normalised keys
-  float* ring_v;              // [Hkv, G, d]
+  float* s;       // [Hkv, d_k, d_v]
+  float* ring_k;  // [Hkv, G, d]  normalised keys
+  float* ring_v;  // [Hkv, G, d]
 };
 
 // A request's rows in a verify call: a tree whose parents come before their children.
 struct WindowRequest {
-  LayerState state;           // read only here
-  int64_t length;             // tokens committed; root position
-  int64_t row_begin;          // first row in qkv
-  int num_rows;               // tree nodes, <= 64 (any number when parents is null)
-  const int32_t* parents;     // [num_rows] index inside the request, -1 for the root; null: a chain
+  LayerState state;        // read only here
+  int64_t length;          // tokens committed; root position
+  int64_t row_begin;       // first row in qkv
+  int num_rows;            // tree nodes, <= 64 (any number when parents is null)
+  const int32_t* parents;  // [num_rows] index inside the request, -1 for the root; null: a chain
 };
 
 // out = local + global + conv for every row, by the window product over [ring + ancestors]. Reads state, never writes.
@@ -108,8 +108,8 @@ struct WindowRequest {
 // so its bits equal those of decoding token by token.
 struct VerifyAttentionParams {
   const AttentionLayer* layer;
-  const float* qkv;           // [num_rows, (H + 2 Hkv) * d] after RopeNormalize
-  float* out;                 // [num_rows, H * d]
+  const float* qkv;  // [num_rows, (H + 2 Hkv) * d] after RopeNormalize
+  float* out;        // [num_rows, H * d]
   std::span<const WindowRequest> requests;
 };
 
@@ -117,13 +117,13 @@ struct VerifyAttentionParams {
 // S <- decay S + K^T V over the G slots, ascending position.
 struct CommitRequest {
   LayerState state;
-  int64_t length;             // before the call
-  int64_t row_begin;          // first row of the request in qkv
+  int64_t length;     // before the call
+  int64_t row_begin;  // first row of the request in qkv
   std::span<const int32_t> path;
 };
 struct CommitAttentionParams {
   const AttentionLayer* layer;
-  const float* qkv;           // as given to verify
+  const float* qkv;  // as given to verify
   std::span<const CommitRequest> requests;
 };
 
@@ -140,7 +140,7 @@ class CpuOps {
  public:
   struct Options {
     Isa isa = DetectIsa();
-    int num_threads = 0;      // 0: one per hardware thread; results do not depend on it
+    int num_threads = 0;  // 0: one per hardware thread; results do not depend on it
   };
   // INVALID_ARGUMENT if this machine cannot run options.isa or num_threads < 0.
   static absl::StatusOr<std::unique_ptr<CpuOps>> Create(Options options);

@@ -14,7 +14,7 @@ struct Symbol {
 
 struct Candidate {
   int32_t rank;
-  int left;            // index of the left symbol
+  int left;  // index of the left symbol
   int32_t left_id, right_id, merged;
   bool operator<(const Candidate& other) const {  // priority_queue: the largest comes first
     return rank != other.rank ? rank > other.rank : left > other.left;

@@ -29,8 +29,8 @@ class Bpe {
   int32_t unk_id = -1;
   bool fuse_unk = false;
   bool byte_fallback = false;
-  bool ignore_merges = false;                  // a pre-token that is a whole token is taken as it is
-  int32_t byte_ids[256];                       // byte_fallback: id of <0xNN>, -1 if absent
+  bool ignore_merges = false;  // a pre-token that is a whole token is taken as it is
+  int32_t byte_ids[256];       // byte_fallback: id of <0xNN>, -1 if absent
 
   static uint64_t PairKey(int32_t left, int32_t right) {
     return static_cast<uint64_t>(static_cast<uint32_t>(left)) << 32 | static_cast<uint32_t>(right);

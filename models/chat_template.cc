@@ -1,14 +1,14 @@
 #include "models/chat_template.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <ctime>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "models/jinja_ast.h"
 #include "models/jinja_builtins.h"
@@ -20,8 +20,8 @@ namespace jinja {
 namespace {
 
 constexpr size_t kMaxOutputBytes = 64 << 20;
-constexpr int64_t kMaxSteps = 4'000'000;    // nodes and expressions evaluated in one rendering
-constexpr int kMaxCallDepth = 64;           // of macros
+constexpr int64_t kMaxSteps = 4'000'000;  // nodes and expressions evaluated in one rendering
+constexpr int kMaxCallDepth = 64;         // of macros
 
 enum class Flow : uint8_t { kNormal, kBreak, kContinue };
 
@@ -320,7 +320,9 @@ class Renderer {
 
   static Value Arithmetic(const std::string& op, const Value& a, const Value& b, int line) {
     const bool whole = a.kind() != Kind::kFloat && b.kind() != Kind::kFloat;
-    const auto integer = [](const Value& v) { return static_cast<uint64_t>(v.integer()); };  // wraps instead of overflowing
+    const auto integer = [](const Value& v) {
+      return static_cast<uint64_t>(v.integer());
+    };  // wraps instead of overflowing
     if (op == "+") return whole ? Value(static_cast<int64_t>(integer(a) + integer(b))) : Value(a.number() + b.number());
     if (op == "-") return whole ? Value(static_cast<int64_t>(integer(a) - integer(b))) : Value(a.number() - b.number());
     if (op == "*") return whole ? Value(static_cast<int64_t>(integer(a) * integer(b))) : Value(a.number() * b.number());

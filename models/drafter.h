@@ -17,18 +17,18 @@ namespace linspec {
 
 // View of one decoding sequence. tokens = prompt and output, the pending token last (it is not in the target's state).
 struct DraftContext {
-  uint64_t sequence_id;                 // stable for the sequence's life
+  uint64_t sequence_id;  // stable for the sequence's life
   std::span<const int32_t> tokens;
   int64_t num_prompt_tokens;
-  const SamplingParams* sampling;       // drafts are drawn with the target's noise (position-keyed Gumbel)
-  std::span<const float> hidden;        // [D] target's hidden state at the last committed token; empty if unknown
-  int max_nodes;                        // root included; 1 means "do not draft"
+  const SamplingParams* sampling;  // drafts are drawn with the target's noise (position-keyed Gumbel)
+  std::span<const float> hidden;   // [D] target's hidden state at the last committed token; empty if unknown
+  int max_nodes;                   // root included; 1 means "do not draft"
 };
 
 class Drafter {
  public:
   virtual ~Drafter() = default;
-  virtual std::string_view name() const = 0;      // "draft", "medusa", "ngram"
+  virtual std::string_view name() const = 0;  // "draft", "medusa", "ngram"
   // One tree per context, root = its pending token; a one-node tree is "no draft".
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it

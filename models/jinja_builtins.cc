@@ -1,11 +1,11 @@
 #include "models/jinja_builtins.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <unordered_map>
-
-#include <fmt/format.h>
 
 #include "models/utf8.h"
 
@@ -110,28 +110,43 @@ List Values(const Value& dict) {
 Value StringMethod(const std::string& text, const std::string& name) {
   using Method = Value (*)(const std::string&, const Arguments&);
   static const std::unordered_map<std::string, Method> kMethods = {
-      {"strip", [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), true, true); }},
-      {"lstrip", [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), true, false); }},
-      {"rstrip", [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), false, true); }},
+      {"strip",
+       [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), true, true); }},
+      {"lstrip",
+       [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), true, false); }},
+      {"rstrip",
+       [](const std::string& s, const Arguments& a) -> Value { return Strip(s, a.Get(0, "chars"), false, true); }},
       {"upper", [](const std::string& s, const Arguments&) -> Value { return Upper(s); }},
       {"lower", [](const std::string& s, const Arguments&) -> Value { return Lower(s); }},
       {"title", [](const std::string& s, const Arguments&) -> Value { return Title(s); }},
       {"capitalize", [](const std::string& s, const Arguments&) -> Value { return Capitalize(s); }},
-      {"startswith", [](const std::string& s, const Arguments& a) -> Value { return StartsOrEndsWith(s, a.Get(0, "prefix"), true); }},
-      {"endswith", [](const std::string& s, const Arguments& a) -> Value { return StartsOrEndsWith(s, a.Get(0, "suffix"), false); }},
-      {"split", [](const std::string& s, const Arguments& a) -> Value { return Split(s, a.Get(0, "sep"), LimitOf(a.Get(1, "maxsplit"))); }},
-      {"splitlines", [](const std::string& s, const Arguments&) -> Value {
+      {"startswith",
+       [](const std::string& s, const Arguments& a) -> Value { return StartsOrEndsWith(s, a.Get(0, "prefix"), true); }},
+      {"endswith",
+       [](const std::string& s, const Arguments& a) -> Value {
+         return StartsOrEndsWith(s, a.Get(0, "suffix"), false);
+       }},
+      {"split",
+       [](const std::string& s, const Arguments& a) -> Value {
+         return Split(s, a.Get(0, "sep"), LimitOf(a.Get(1, "maxsplit")));
+       }},
+      {"splitlines",
+       [](const std::string& s, const Arguments&) -> Value {
          if (s.empty()) return List{};
          return Split(s.ends_with('\n') ? s.substr(0, s.size() - 1) : s, Value("\n"), -1);
        }},
-      {"replace", [](const std::string& s, const Arguments& a) -> Value {
-         return Replace(s, Text(a.Get(0, "old"), "replace"), Text(a.Get(1, "new"), "replace"), LimitOf(a.Get(2, "count")));
+      {"replace",
+       [](const std::string& s, const Arguments& a) -> Value {
+         return Replace(s, Text(a.Get(0, "old"), "replace"), Text(a.Get(1, "new"), "replace"),
+                        LimitOf(a.Get(2, "count")));
        }},
-      {"find", [](const std::string& s, const Arguments& a) -> Value {
+      {"find",
+       [](const std::string& s, const Arguments& a) -> Value {
          const size_t at = s.find(Text(a.Get(0, "sub"), "find"));
          return at == std::string::npos ? int64_t{-1} : static_cast<int64_t>(at);
        }},
-      {"isdigit", [](const std::string& s, const Arguments&) -> Value {
+      {"isdigit",
+       [](const std::string& s, const Arguments&) -> Value {
          return !s.empty() && s.find_first_not_of("0123456789") == std::string::npos;
        }},
   };
@@ -237,7 +252,9 @@ int64_t Length(const Value& value) {
 
 std::string Indent(const Arguments& a) {
   const Value width = a.Get(1, "width");
-  const std::string pad = width.is_string() ? width.string() : std::string(width.is_number() ? std::clamp<int64_t>(width.integer(), 0, 1000) : 4, ' ');
+  const std::string pad = width.is_string()
+                              ? width.string()
+                              : std::string(width.is_number() ? std::clamp<int64_t>(width.integer(), 0, 1000) : 4, ' ');
   const bool first = a.Get(2, "first").Truthy();
   std::string out = first ? pad : "";
   for (const char c : ToText(a.positional[0])) {
@@ -268,36 +285,55 @@ const std::unordered_map<std::string, Filter>& Filters() {
       {"capitalize", [](Arguments& a) -> Value { return Capitalize(ToText(a.positional[0])); }},
       {"string", [](Arguments& a) -> Value { return ToText(a.positional[0]); }},
       {"safe", [](Arguments& a) -> Value { return Value::Markup(ToText(a.positional[0])); }},
-      {"escape", [](Arguments& a) -> Value {
+      {"escape",
+       [](Arguments& a) -> Value {
          return a.positional[0].is_markup() ? a.positional[0] : Value::Markup(EscapeHtml(ToText(a.positional[0])));
        }},
-      {"tojson", [](Arguments& a) -> Value {
+      {"tojson",
+       [](Arguments& a) -> Value {
          const Value indent = a.Get(1, "indent");
-         return ToJson(a.positional[0], indent.is_number() ? static_cast<int>(std::clamp<int64_t>(indent.integer(), 0, 16)) : -1);
+         return ToJson(a.positional[0],
+                       indent.is_number() ? static_cast<int>(std::clamp<int64_t>(indent.integer(), 0, 16)) : -1);
        }},
       {"length", [](Arguments& a) -> Value { return Length(a.positional[0]); }},
       {"count", [](Arguments& a) -> Value { return Length(a.positional[0]); }},
       {"join", [](Arguments& a) -> Value { return Join(a); }},
-      {"replace", [](Arguments& a) -> Value {
-         return Replace(ToText(a.positional[0]), ToText(a.Get(1, "old")), ToText(a.Get(2, "new")), LimitOf(a.Get(3, "count")));
+      {"replace",
+       [](Arguments& a) -> Value {
+         return Replace(ToText(a.positional[0]), ToText(a.Get(1, "old")), ToText(a.Get(2, "new")),
+                        LimitOf(a.Get(3, "count")));
        }},
-      {"default", [](Arguments& a) -> Value {
-         const bool missing = a.positional[0].is_undefined() || (a.Get(2, "boolean").Truthy() && !a.positional[0].Truthy());
+      {"default",
+       [](Arguments& a) -> Value {
+         const bool missing =
+             a.positional[0].is_undefined() || (a.Get(2, "boolean").Truthy() && !a.positional[0].Truthy());
          const Value fallback = a.Get(1, "default_value");
          return !missing ? a.positional[0] : fallback.is_undefined() ? Value("") : fallback;
        }},
-      {"first", [](Arguments& a) -> Value { const List l = Iterate(a.positional[0]); return l.empty() ? Value() : l.front(); }},
-      {"last", [](Arguments& a) -> Value { const List l = Iterate(a.positional[0]); return l.empty() ? Value() : l.back(); }},
+      {"first",
+       [](Arguments& a) -> Value {
+         const List l = Iterate(a.positional[0]);
+         return l.empty() ? Value() : l.front();
+       }},
+      {"last",
+       [](Arguments& a) -> Value {
+         const List l = Iterate(a.positional[0]);
+         return l.empty() ? Value() : l.back();
+       }},
       {"list", [](Arguments& a) -> Value { return Iterate(a.positional[0]); }},
-      {"items", [](Arguments& a) -> Value {
+      {"items",
+       [](Arguments& a) -> Value {
          if (a.positional[0].is_undefined()) return List{};
          if (!a.positional[0].is_dict()) Fail("items needs a mapping");
          return Items(a.positional[0]);
        }},
-      {"dictsort", [](Arguments& a) -> Value {
+      {"dictsort",
+       [](Arguments& a) -> Value {
          if (!a.positional[0].is_dict()) Fail("dictsort needs a mapping");
          List out = Items(a.positional[0]);
-         std::stable_sort(out.begin(), out.end(), [](const Value& x, const Value& y) { return Lower(x.list()[0].string()) < Lower(y.list()[0].string()); });
+         std::stable_sort(out.begin(), out.end(), [](const Value& x, const Value& y) {
+           return Lower(x.list()[0].string()) < Lower(y.list()[0].string());
+         });
          return out;
        }},
       {"map", [](Arguments& a) -> Value { return MapList(a); }},
@@ -306,7 +342,8 @@ const std::unordered_map<std::string, Filter>& Filters() {
       {"selectattr", [](Arguments& a) -> Value { return Select(a, true, true); }},
       {"rejectattr", [](Arguments& a) -> Value { return Select(a, true, false); }},
       {"sort", [](Arguments& a) -> Value { return Sorted(a); }},
-      {"reverse", [](Arguments& a) -> Value {
+      {"reverse",
+       [](Arguments& a) -> Value {
          List out = Iterate(a.positional[0]);
          std::reverse(out.begin(), out.end());
          if (!a.positional[0].is_string()) return out;
@@ -314,24 +351,30 @@ const std::unordered_map<std::string, Filter>& Filters() {
          for (const Value& c : out) text += c.string();
          return text;
        }},
-      {"unique", [](Arguments& a) -> Value {
+      {"unique",
+       [](Arguments& a) -> Value {
          List out;
          for (const Value& item : Iterate(a.positional[0])) {
-           if (std::none_of(out.begin(), out.end(), [&](const Value& o) { return Equal(o, item); })) out.push_back(item);
+           if (std::none_of(out.begin(), out.end(), [&](const Value& o) { return Equal(o, item); }))
+             out.push_back(item);
          }
          return out;
        }},
       {"int", [](Arguments& a) -> Value { return ToInt(a.positional[0], a.Get(1, "default")); }},
-      {"float", [](Arguments& a) -> Value {
+      {"float",
+       [](Arguments& a) -> Value {
          const Value& v = a.positional[0];
          return v.is_number() ? v.number() : v.is_string() ? std::strtod(v.string().c_str(), nullptr) : 0.0;
        }},
-      {"abs", [](Arguments& a) -> Value {
+      {"abs",
+       [](Arguments& a) -> Value {
          const Value& v = a.positional[0];
          if (!v.is_number()) Fail("abs needs a number");
-         return v.kind() == Kind::kFloat ? Value(std::fabs(v.number())) : Value(v.integer() < 0 ? -v.integer() : v.integer());
+         return v.kind() == Kind::kFloat ? Value(std::fabs(v.number()))
+                                         : Value(v.integer() < 0 ? -v.integer() : v.integer());
        }},
-      {"round", [](Arguments& a) -> Value {
+      {"round",
+       [](Arguments& a) -> Value {
          if (!a.positional[0].is_number()) Fail("round needs a number");
          const double scale = std::pow(10.0, a.Get(1, "precision").is_number() ? a.Get(1, "precision").number() : 0.0);
          return std::nearbyint(a.positional[0].number() * scale) / scale;
@@ -358,7 +401,8 @@ bool ApplyTest(const std::string& name, const Arguments& a) {
   if (name == "none") return kind == Kind::kNone;
   if (name == "string") return kind == Kind::kString;
   if (name == "mapping") return kind == Kind::kDict;
-  if (name == "sequence" || name == "iterable") return kind == Kind::kList || kind == Kind::kDict || kind == Kind::kString;
+  if (name == "sequence" || name == "iterable")
+    return kind == Kind::kList || kind == Kind::kDict || kind == Kind::kString;
   if (name == "number") return value.is_number();
   if (name == "integer") return kind == Kind::kInt;
   if (name == "float") return kind == Kind::kFloat;
@@ -447,7 +491,8 @@ Value MakeRange(const Arguments& a) {
 bool Contains(const Value& container, const Value& item) {
   if (container.is_string()) return item.is_string() && container.string().find(item.string()) != std::string::npos;
   if (container.is_dict()) return item.is_string() && container.Find(item.string()) != nullptr;
-  if (!container.is_list()) Fail(fmt::format("'in' needs a list, mapping or string, got {}", KindName(container.kind())));
+  if (!container.is_list())
+    Fail(fmt::format("'in' needs a list, mapping or string, got {}", KindName(container.kind())));
   return std::any_of(container.list().begin(), container.list().end(), [&](const Value& v) { return Equal(v, item); });
 }
 

@@ -1,9 +1,9 @@
 #include "models/jinja_lexer.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <cctype>
-
-#include <fmt/format.h>
 
 #include "models/jinja_value.h"
 
@@ -58,7 +58,8 @@ class PartSplitter {
  private:
   size_t FindOpen(size_t from) const {
     for (size_t at = source_.find('{', from); at != std::string_view::npos; at = source_.find('{', at + 1)) {
-      if (at + 1 < source_.size() && (source_[at + 1] == '{' || source_[at + 1] == '%' || source_[at + 1] == '#')) return at;
+      if (at + 1 < source_.size() && (source_[at + 1] == '{' || source_[at + 1] == '%' || source_[at + 1] == '#'))
+        return at;
     }
     return std::string_view::npos;
   }
@@ -80,7 +81,8 @@ class PartSplitter {
       } else if (source_[open + 1] != '{' && mark != '+') {  // lstrip_blocks: spaces from the line's start to the tag
         size_t end = text.size();
         while (end > 0 && (text[end - 1] == ' ' || text[end - 1] == '\t')) --end;
-        const bool at_line_start = end > 0 ? text[end - 1] == '\n' : (open - text.size() == 0 || source_[open - text.size() - 1] == '\n');
+        const bool at_line_start =
+            end > 0 ? text[end - 1] == '\n' : (open - text.size() == 0 || source_[open - text.size() - 1] == '\n');
         if (at_line_start) text = text.substr(0, end);
       }
     }
@@ -92,7 +94,8 @@ class PartSplitter {
     const std::string_view close = type == '{' ? "}}" : type == '%' ? "%}" : "#}";
     const int line = LineAt(open);
     const size_t end = type == '#' ? source_.find(close, open + 2) : FindTagEnd(source_, open + 2, close);
-    if (end == std::string_view::npos) Fail(fmt::format("line {}: '{}' is never closed", line, source_.substr(open, 2)));
+    if (end == std::string_view::npos)
+      Fail(fmt::format("line {}: '{}' is never closed", line, source_.substr(open, 2)));
     std::string_view content = source_.substr(open + 2, end - open - 2);
     if (content.starts_with('-') || content.starts_with('+')) content.remove_prefix(1);
     strip_next_ = content.ends_with('-');

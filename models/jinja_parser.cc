@@ -1,8 +1,8 @@
 // Recursive descent over the words of each part. Depth is bounded, so hostile templates cannot exhaust the stack.
+#include <fmt/format.h>
+
 #include <cstdlib>
 #include <set>
-
-#include <fmt/format.h>
 
 #include "models/jinja_ast.h"
 #include "models/jinja_lexer.h"
@@ -326,7 +326,9 @@ class TemplateParser {
   }
 
  private:
-  static std::string FirstWord(const std::string& content) { return content.substr(0, content.find_first_of(" \t\n\r(")); }
+  static std::string FirstWord(const std::string& content) {
+    return content.substr(0, content.find_first_of(" \t\n\r("));
+  }
   std::string Keyword() const { return FirstWord(parts_[at_].content); }
 
   // Nodes up to (not including) a statement whose keyword is in `ends`.

@@ -1,8 +1,8 @@
 #include "models/jinja_value.h"
 
-#include <cmath>
-
 #include <fmt/format.h>
+
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 namespace linspec::jinja {
@@ -156,7 +156,8 @@ std::string Json(const Value& value, int indent, int depth) {
     case Kind::kList: {
       if (value.list().empty()) return "[]";
       std::string out;
-      for (const Value& item : value.list()) out += (out.empty() ? "" : comma) + newline + Json(item, indent, depth + 1);
+      for (const Value& item : value.list())
+        out += (out.empty() ? "" : comma) + newline + Json(item, indent, depth + 1);
       return "[" + out + closing + "]";
     }
     case Kind::kDict: {
@@ -236,7 +237,8 @@ int Compare(const Value& a, const Value& b) {
 }
 
 const char* KindName(Kind kind) {
-  static constexpr const char* kNames[] = {"undefined", "none", "bool", "int", "float", "string", "list", "dict", "function"};
+  static constexpr const char* kNames[] = {"undefined", "none", "bool", "int",     "float",
+                                           "string",    "list", "dict", "function"};
   return kNames[static_cast<int>(kind)];
 }
 

@@ -4,12 +4,11 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
-
-#include <nlohmann/json_fwd.hpp>
 
 #include "absl/status/status.h"
 
@@ -34,14 +33,15 @@ class Value {
  public:
   Value() = default;
   static Value None() { return Value(Kind::kNone); }
-  Value(bool value) : kind_(Kind::kBool), int_(value) {}                    // NOLINT: values convert like JSON's
-  Value(int64_t value) : kind_(Kind::kInt), int_(value) {}                  // NOLINT
-  Value(int value) : Value(static_cast<int64_t>(value)) {}                  // NOLINT
-  Value(double value) : kind_(Kind::kFloat), float_(value) {}               // NOLINT
-  Value(std::string value) : kind_(Kind::kString), string_(std::make_shared<const std::string>(std::move(value))) {}  // NOLINT
-  Value(const char* value) : Value(std::string(value)) {}                   // NOLINT
-  Value(List value) : kind_(Kind::kList), list_(std::make_shared<List>(std::move(value))) {}  // NOLINT
-  Value(Dict value) : kind_(Kind::kDict), dict_(std::make_shared<Dict>(std::move(value))) {}  // NOLINT
+  Value(bool value) : kind_(Kind::kBool), int_(value) {}       // NOLINT: values convert like JSON's
+  Value(int64_t value) : kind_(Kind::kInt), int_(value) {}     // NOLINT
+  Value(int value) : Value(static_cast<int64_t>(value)) {}     // NOLINT
+  Value(double value) : kind_(Kind::kFloat), float_(value) {}  // NOLINT
+  Value(std::string value)
+      : kind_(Kind::kString), string_(std::make_shared<const std::string>(std::move(value))) {}               // NOLINT
+  Value(const char* value) : Value(std::string(value)) {}                                                     // NOLINT
+  Value(List value) : kind_(Kind::kList), list_(std::make_shared<List>(std::move(value))) {}                  // NOLINT
+  Value(Dict value) : kind_(Kind::kDict), dict_(std::make_shared<Dict>(std::move(value))) {}                  // NOLINT
   Value(Function value) : kind_(Kind::kFunction), function_(std::make_shared<Function>(std::move(value))) {}  // NOLINT
 
   // A string marked safe: joining it with an unmarked one escapes that one for HTML, as Python's Markup does.
@@ -91,7 +91,7 @@ struct Arguments {
 
 Value FromJson(const nlohmann::ordered_json& json);
 std::string EscapeHtml(std::string_view text);
-std::string ToText(const Value& value);    // what {{ value }} prints: Python's str()
+std::string ToText(const Value& value);              // what {{ value }} prints: Python's str()
 std::string ToJson(const Value& value, int indent);  // Python's json.dumps(ensure_ascii=False); indent < 0: one line
 bool Equal(const Value& a, const Value& b);
 int Compare(const Value& a, const Value& b);  // numbers or strings; Fail otherwise

@@ -32,11 +32,11 @@ class NgramDrafter : public Drafter {
   static constexpr int64_t kTableSize = 1 << 14;
   static constexpr int64_t kMaxBacklog = 2 * kTableSize;  // older tokens of a long prompt would be displaced anyway
   struct Entry {
-    uint32_t tag = 0;                       // the hash bits that do not choose the entry
-    int32_t latest = -1, previous = -1;     // index of the token after the n-gram
+    uint32_t tag = 0;                    // the hash bits that do not choose the entry
+    int32_t latest = -1, previous = -1;  // index of the token after the n-gram
   };
   struct Index {
-    int64_t num_indexed = 0;                // tokens that were looked at
+    int64_t num_indexed = 0;  // tokens that were looked at
     std::array<std::vector<Entry>, kNumLengths> tables;
   };
 

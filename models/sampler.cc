@@ -21,9 +21,7 @@ struct Scored {
 };
 
 // The order of every choice in this file: higher score first, the lower id among equals.
-bool Better(const Scored& a, const Scored& b) {
-  return a.score > b.score || (a.score == b.score && a.token < b.token);
-}
+bool Better(const Scored& a, const Scored& b) { return a.score > b.score || (a.score == b.score && a.token < b.token); }
 
 // The k best of what is offered, best first. NaN is never better than anything, so it is dropped.
 class Best {

@@ -33,9 +33,9 @@ struct TokenLogprob {
 
 struct SampledToken {
   int32_t token = 0;
-  float logprob = 0.0f;                     // log softmax of the logits after bias, penalties and bans, before
-                                            // temperature and truncation; filled when params.logprobs >= 0
-  std::vector<TokenLogprob> top_logprobs;   // params.logprobs best, descending
+  float logprob = 0.0f;                    // log softmax of the logits after bias, penalties and bans, before
+                                           // temperature and truncation; filled when params.logprobs >= 0
+  std::vector<TokenLogprob> top_logprobs;  // params.logprobs best, descending
 };
 
 // Occurrence counts that penalties need, kept along a sequence; a verify walk pushes and pops tree tokens on top.
@@ -43,9 +43,9 @@ class PenaltyHistory {
  public:
   explicit PenaltyHistory(std::span<const int32_t> prompt);
   void Push(int32_t token);
-  void Pop(int32_t token);                  // undoes the latest Push of token
+  void Pop(int32_t token);  // undoes the latest Push of token
   int OutputCount(int32_t token) const;
-  bool Seen(int32_t token) const;           // prompt or output
+  bool Seen(int32_t token) const;  // prompt or output
   const std::unordered_map<int32_t, int>& output_counts() const { return output_counts_; }
   const std::unordered_map<int32_t, int>& prompt_counts() const { return prompt_counts_; }
 
@@ -56,8 +56,8 @@ class PenaltyHistory {
 struct SamplingContext {
   const SamplingParams* params;
   const PenaltyHistory* history;
-  std::span<const int32_t> banned;          // e.g. eos while output < min_tokens
-  int64_t position;                         // absolute position of the token being chosen
+  std::span<const int32_t> banned;  // e.g. eos while output < min_tokens
+  int64_t position;                 // absolute position of the token being chosen
 };
 
 // Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans, temperature, then

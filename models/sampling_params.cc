@@ -30,8 +30,8 @@ absl::Status CheckLogitBias(const SamplingParams& params, int64_t vocab_size) {
     if (token < 0 || token >= vocab_size) {
       return Invalid("logit_bias", fmt::format("token {}", token), fmt::format("in [0, {}]", vocab_size - 1));
     }
-    if (absl::Status s = CheckRange(fmt::format("logit_bias[{}]", token), bias, bias >= -100 && bias <= 100,
-                                    "in [-100, 100]");
+    if (absl::Status s =
+            CheckRange(fmt::format("logit_bias[{}]", token), bias, bias >= -100 && bias <= 100, "in [-100, 100]");
         !s.ok()) {
       return s;
     }

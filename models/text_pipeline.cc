@@ -1,16 +1,15 @@
 #include "models/text_pipeline.h"
 
 #define PCRE2_CODE_UNIT_WIDTH 8
+#include <fmt/format.h>
 #include <pcre2.h>
 #include <utf8proc.h>
 
 #include <array>
 #include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <unordered_map>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "models/utf8.h"
 
@@ -86,10 +85,12 @@ class Pattern {
       const int result = pcre2_match(code_.get(), reinterpret_cast<PCRE2_SPTR>(text.data()), text.size(), at,
                                      PCRE2_NO_UTF_CHECK, data.get(), context.get());
       if (result == PCRE2_ERROR_NOMATCH) break;
-      if (result < 0) return absl::InvalidArgumentError(fmt::format("the text exceeds the pattern's match limits ({})", result));
+      if (result < 0)
+        return absl::InvalidArgumentError(fmt::format("the text exceeds the pattern's match limits ({})", result));
       const PCRE2_SIZE* span = pcre2_get_ovector_pointer(data.get());
       if (span[1] > span[0]) matches.emplace_back(span[0], span[1]);
-      at = span[1] > span[0] ? span[1] : span[1] + (span[1] < text.size() ? DecodeUtf8(text.substr(span[1])).length : 1);
+      at =
+          span[1] > span[0] ? span[1] : span[1] + (span[1] < text.size() ? DecodeUtf8(text.substr(span[1])).length : 1);
     }
     return matches;
   }
@@ -100,8 +101,8 @@ class Pattern {
   std::unique_ptr<pcre2_code, decltype(&pcre2_code_free)> code_{nullptr, pcre2_code_free};
 };
 
-absl::StatusOr<std::vector<std::string>> SplitPiece(const Pattern& pattern, const std::string& piece, const std::string& behavior,
-                                                    bool invert) {
+absl::StatusOr<std::vector<std::string>> SplitPiece(const Pattern& pattern, const std::string& piece,
+                                                    const std::string& behavior, bool invert) {
   auto matches = pattern.FindAll(piece);
   if (!matches.ok()) return matches.status();
   std::vector<std::pair<std::string, bool>> parts;  // text, is a delimiter
@@ -199,8 +200,9 @@ absl::StatusOr<PreTokenizer> MetaspaceStep(const json& spec) {
 
 std::string NormalizeUnicode(const std::string& text, int options) {
   utf8proc_uint8_t* result = nullptr;
-  const auto length = utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
-                                   &result, static_cast<utf8proc_option_t>(options));
+  const auto length =
+      utf8proc_map(reinterpret_cast<const utf8proc_uint8_t*>(text.data()), static_cast<utf8proc_ssize_t>(text.size()),
+                   &result, static_cast<utf8proc_option_t>(options));
   if (length < 0) return text;  // only invalid UTF-8 fails, and callers pass valid text
   std::string out(reinterpret_cast<char*>(result), static_cast<size_t>(length));
   std::free(result);
@@ -239,7 +241,8 @@ absl::StatusOr<Normalizer> BuildNormalizer(const json& spec) {
   }
   if (type == "Lowercase") return Normalizer([](std::string text) { return Lowercase(text); });
   if (type == "Prepend") {
-    return Normalizer([prefix = StringField(spec, "prepend")](std::string text) { return text.empty() ? text : prefix + text; });
+    return Normalizer(
+        [prefix = StringField(spec, "prepend")](std::string text) { return text.empty() ? text : prefix + text; });
   }
   if (type == "Strip") {
     const bool left = BoolField(spec, "strip_left", true), right = BoolField(spec, "strip_right", true);
@@ -286,7 +289,8 @@ absl::StatusOr<PreTokenizer> BuildPreTokenizer(const json& spec) {
     return SplitBy(*pattern, StringField(spec, "behavior", "Isolated"), BoolField(spec, "invert", false));
   }
   static const std::unordered_map<std::string, std::pair<const char*, const char*>> kPatterns = {
-      {"Whitespace", {R"(\w+|[^\w\s]+)", "keep"}}, {"WhitespaceSplit", {R"(\s+)", "Removed"}},
+      {"Whitespace", {R"(\w+|[^\w\s]+)", "keep"}},
+      {"WhitespaceSplit", {R"(\s+)", "Removed"}},
       {"Punctuation", {R"([\p{P}\x21-\x2F\x3A-\x40\x5B-\x60\x7B-\x7E])", "Isolated"}}};
   if (const auto it = kPatterns.find(type); it != kPatterns.end()) {
     auto pattern = Pattern::Compile(it->second.first, false);

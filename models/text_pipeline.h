@@ -5,13 +5,13 @@
 
 #include <functional>
 #include <memory>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include <nlohmann/json_fwd.hpp>
 
 namespace linspec {
 
@@ -26,9 +26,9 @@ absl::StatusOr<PreTokenizer> BuildPreTokenizer(const nlohmann::json& spec);
 // What decoding a token means. Byte-level tokens map to raw bytes; metaspace and byte-fallback tokens likewise.
 struct DecoderSpec {
   bool byte_level = false;
-  bool byte_fallback = false;           // <0xNN> is the byte NN
+  bool byte_fallback = false;                                     // <0xNN> is the byte NN
   std::vector<std::pair<std::string, std::string>> replacements;  // e.g. U+2581 -> space
-  int strip_leading_spaces = 0;         // of the whole text
+  int strip_leading_spaces = 0;                                   // of the whole text
 };
 absl::StatusOr<DecoderSpec> BuildDecoder(const nlohmann::json& spec);
 

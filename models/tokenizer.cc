@@ -1,17 +1,17 @@
 #include "models/tokenizer.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <array>
 #include <fstream>
 #include <functional>
 #include <iterator>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <sstream>
 #include <unordered_map>
 #include <utility>
-
-#include <fmt/format.h>
-#include <nlohmann/json.hpp>
 
 #include "models/bpe.h"
 #include "models/json_check.h"
@@ -70,13 +70,14 @@ class BpeTokenizer : public Tokenizer {
   DecoderSpec decoder_;
   std::vector<std::string> tokens_, bytes_;  // by id; "" for a gap
   std::vector<bool> special_, added_flag_;
-  std::vector<AddedToken> added_;            // longest first
+  std::vector<AddedToken> added_;  // longest first
   std::array<bool, 256> added_first_byte_{};
-  std::vector<int32_t> prefix_, suffix_;     // what the post-processor adds around one text
+  std::vector<int32_t> prefix_, suffix_;  // what the post-processor adds around one text
 };
 
 absl::Status BpeTokenizer::AddId(int64_t id, const std::string& token, const std::string& what) {
-  if (id < 0 || id >= kMaxVocabulary) return Bad(fmt::format("{} '{}' has id {}, outside 0..{}", what, token, id, kMaxVocabulary - 1));
+  if (id < 0 || id >= kMaxVocabulary)
+    return Bad(fmt::format("{} '{}' has id {}, outside 0..{}", what, token, id, kMaxVocabulary - 1));
   if (id >= vocab_size()) {
     tokens_.resize(id + 1);
     special_.resize(id + 1, false);
@@ -133,7 +134,8 @@ absl::Status BpeTokenizer::LoadMerges(const json& merges) {
       left = entry[0].get<std::string>();
       right = entry[1].get<std::string>();
     }
-    const auto l = bpe_.vocabulary.find(left), r = bpe_.vocabulary.find(right), merged = bpe_.vocabulary.find(left + right);
+    const auto l = bpe_.vocabulary.find(left), r = bpe_.vocabulary.find(right),
+               merged = bpe_.vocabulary.find(left + right);
     if (left.empty() || right.empty() || l == bpe_.vocabulary.end() || r == bpe_.vocabulary.end() ||
         merged == bpe_.vocabulary.end()) {
       return Bad(fmt::format("merge {} does not join two tokens of the vocabulary into a third", rank));
@@ -151,8 +153,12 @@ absl::Status BpeTokenizer::LoadAddedTokens(const json& added) {
         !entry["content"].is_string()) {
       return Bad("an added token lacks an integer id or a string content");
     }
-    AddedToken token{-1, entry["content"].get<std::string>(), entry.value("special", false), entry.value("lstrip", false),
-                     entry.value("rstrip", false), entry.value("single_word", false)};
+    AddedToken token{-1,
+                     entry["content"].get<std::string>(),
+                     entry.value("special", false),
+                     entry.value("lstrip", false),
+                     entry.value("rstrip", false),
+                     entry.value("single_word", false)};
     if (token.content.empty()) return Bad("an added token is empty");
     const int64_t id = entry["id"].get<int64_t>();
     if (absl::Status status = AddId(id, token.content, "added token"); !status.ok()) return status;
@@ -202,12 +208,14 @@ void BpeTokenizer::ComputeBytes() {
     if (!added_flag_[id]) {
       if (decoder_.byte_level) text = ByteLevelDecode(text);
       for (const auto& [from, to] : decoder_.replacements) {
-        for (size_t at = from.empty() ? std::string::npos : text.find(from); at != std::string::npos; at = text.find(from, at + to.size())) {
+        for (size_t at = from.empty() ? std::string::npos : text.find(from); at != std::string::npos;
+             at = text.find(from, at + to.size())) {
           text.replace(at, from.size(), to);
         }
       }
       unsigned value = 0;
-      if (decoder_.byte_fallback && text.size() == 6 && std::sscanf(text.c_str(), "<0x%2X>", &value) == 1 && text.back() == '>') {
+      if (decoder_.byte_fallback && text.size() == 6 && std::sscanf(text.c_str(), "<0x%2X>", &value) == 1 &&
+          text.back() == '>') {
         text = std::string(1, static_cast<char>(value));
       }
     }
@@ -251,7 +259,8 @@ std::vector<Segment> BpeTokenizer::SplitAddedTokens(std::string_view text, bool 
       for (const AddedToken& token : added_) {
         if ((token.special && !parse_special) || !text.substr(at).starts_with(token.content)) continue;
         const size_t end = at + token.content.size();
-        if (token.single_word && ((at > 0 && IsWordByte(text[at - 1])) || (end < text.size() && IsWordByte(text[end])))) continue;
+        if (token.single_word && ((at > 0 && IsWordByte(text[at - 1])) || (end < text.size() && IsWordByte(text[end]))))
+          continue;
         found = &token;
         break;
       }
@@ -336,7 +345,9 @@ absl::StatusOr<std::unique_ptr<Tokenizer>> Tokenizer::FromFile(const std::string
 }
 
 IncrementalDecoder::IncrementalDecoder(const Tokenizer* tokenizer, bool skip_special_tokens)
-    : tokenizer_(tokenizer), skip_special_tokens_(skip_special_tokens), spaces_to_strip_(tokenizer->leading_spaces_to_strip()) {}
+    : tokenizer_(tokenizer),
+      skip_special_tokens_(skip_special_tokens),
+      spaces_to_strip_(tokenizer->leading_spaces_to_strip()) {}
 
 std::string IncrementalDecoder::Push(int32_t id) {
   if (!(skip_special_tokens_ && tokenizer_->IsSpecial(id))) pending_ += tokenizer_->TokenBytes(id);

@@ -13,7 +13,7 @@ struct Utf8Char {
   bool truncated;  // the text ends inside a character that may still become valid
 };
 
-Utf8Char DecodeUtf8(std::string_view text);   // text must not be empty
+Utf8Char DecodeUtf8(std::string_view text);  // text must not be empty
 void AppendUtf8(int32_t code, std::string* out);
 // Invalid sequences become U+FFFD, one per maximal invalid part (as Rust's and Python's lossy decoders do).
 std::string ToValidUtf8(std::string_view text);

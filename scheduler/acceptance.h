@@ -14,16 +14,16 @@ namespace linspec {
 
 struct WalkInput {
   const SamplingParams* params;
-  PenaltyHistory* history;                  // every chosen token is pushed
+  PenaltyHistory* history;  // every chosen token is pushed
   std::span<const int32_t> eos_token_ids;
-  int64_t position;                         // of the first token to choose: one past the root's
-  int64_t num_output_tokens;                // before this walk
+  int64_t position;           // of the first token to choose: one past the root's
+  int64_t num_output_tokens;  // before this walk
 };
 
 struct Walk {
-  bool ok = true;                           // false: logits that nothing can be chosen from
-  std::vector<int32_t> path;                // accepted nodes, the root first
-  std::vector<SampledToken> tokens;         // chosen, in order; one per path node, less a final stop token
+  bool ok = true;                                    // false: logits that nothing can be chosen from
+  std::vector<int32_t> path;                         // accepted nodes, the root first
+  std::vector<SampledToken> tokens;                  // chosen, in order; one per path node, less a final stop token
   FinishReason finish_reason = FinishReason::kNone;  // kStop, kLength or kNone
   int32_t stop_token = -1;
 };

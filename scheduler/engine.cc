@@ -154,8 +154,8 @@ class Engine::Impl {
     for (int64_t i = 0; i < prompt_tokens; ++i) {
       const int32_t token = request.prompt_tokens[i];
       if (token < 0 || token >= vocab_size) {
-        return absl::InvalidArgumentError(fmt::format("prompt token {} = {} is outside the vocabulary of {}", i, token,
-                                                      vocab_size));
+        return absl::InvalidArgumentError(
+            fmt::format("prompt token {} = {} is outside the vocabulary of {}", i, token, vocab_size));
       }
     }
     if (absl::Status status = request.sampling.Validate(vocab_size); !status.ok()) return status;
@@ -183,14 +183,14 @@ class Engine::Impl {
 
   const EngineOptions options_;
   const std::function<void(const StepStats&)> observer_;
-  const std::unique_ptr<Model> model_;      // this and the next: engine thread, but for what is constant
+  const std::unique_ptr<Model> model_;  // this and the next: engine thread, but for what is constant
   const std::unique_ptr<StatePool> pool_;
   Speculator speculator_;
-  RequestQueue queue_;                      // locks itself
-  EngineCore core_;                         // engine thread
+  RequestQueue queue_;  // locks itself
+  EngineCore core_;     // engine thread
   std::thread thread_;
 
-  mutable std::mutex stats_mutex_;          // guards what follows
+  mutable std::mutex stats_mutex_;  // guards what follows
   EngineStats snapshot_;
   std::deque<Clock::time_point> finish_times_;
 };
@@ -205,8 +205,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
   auto pool = StatePool::Create(model->config(), options.max_requests);
   if (!pool.ok()) return pool.status();
-  auto impl = std::make_unique<Impl>(std::move(model), *std::move(pool), std::move(drafters), options,
-                                     std::move(observer));
+  auto impl =
+      std::make_unique<Impl>(std::move(model), *std::move(pool), std::move(drafters), options, std::move(observer));
   if (absl::Status status = impl->Prepare(); !status.ok()) return status;
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));
 }

@@ -24,36 +24,36 @@
 namespace linspec {
 
 struct EngineOptions {
-  int max_requests = 64;              // state slots: how many requests run at once
-  int max_queue_requests = 1024;      // waiting beyond that: RESOURCE_EXHAUSTED at Submit
-  int64_t max_queue_tokens = 4 << 20; // prompt tokens waiting
-  int max_step_tokens = 512;          // token budget of one step: prefill chunk tokens + verify rows
+  int max_requests = 64;               // state slots: how many requests run at once
+  int max_queue_requests = 1024;       // waiting beyond that: RESOURCE_EXHAUSTED at Submit
+  int64_t max_queue_tokens = 4 << 20;  // prompt tokens waiting
+  int max_step_tokens = 512;           // token budget of one step: prefill chunk tokens + verify rows
   int max_prompt_tokens = 1 << 20;
   int max_output_tokens = 1 << 20;
   SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
-  int max_draft_nodes = 8;            // tree nodes per request and step, root included
-  int spec_max_batch = 0;             // 0: decided from measured step costs; n: no drafting above n decoding requests
-  bool calibrate = true;              // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
-                                      // it costs, kAuto with the first drafter (deterministic, for tests and figures)
+  int max_draft_nodes = 8;                               // tree nodes per request and step, root included
+  int spec_max_batch = 0;  // 0: decided from measured step costs; n: no drafting above n decoding requests
+  bool calibrate = true;   // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
+                           // it costs, kAuto with the first drafter (deterministic, for tests and figures)
 };
 
 // One step, for the metrics. Plain values; called on the engine thread after delivery.
 struct StepStats {
   double queue_s = 0, prefill_s = 0, draft_s = 0, verify_s = 0, accept_s = 0, commit_s = 0, deliver_s = 0;
   int num_running = 0, num_waiting = 0, num_prefill_tokens = 0, num_decode_requests = 0, num_verify_rows = 0;
-  int num_drafts = 0;                 // requests that brought a tree of more than one node
+  int num_drafts = 0;  // requests that brought a tree of more than one node
   int num_draft_tokens = 0, num_accepted_tokens = 0, num_output_tokens = 0;
   std::array<int, 16> accepted_per_depth{};  // [depth - 1] drafts accepted at least that deep
   std::array<int, 16> drafted_per_depth{};   // [depth - 1] drafts at least that deep
-  std::string_view drafter;           // "" when nothing was drafted, "mixed" when requests used different ones
-  int num_drafter_errors = 0;         // proposals that failed or were malformed, and so not used
+  std::string_view drafter;                  // "" when nothing was drafted, "mixed" when requests used different ones
+  int num_drafter_errors = 0;                // proposals that failed or were malformed, and so not used
 };
 
-struct EngineStats {                  // a consistent snapshot
+struct EngineStats {  // a consistent snapshot
   int64_t slots_total = 0, slots_free = 0, num_running = 0, num_waiting = 0, waiting_tokens = 0;
   int64_t bytes_per_slot = 0, requests_finished = 0, output_tokens = 0, steps = 0;
   bool speculation_on = false;
-  double recent_requests_per_s = 0;   // drain rate, for Retry-After
+  double recent_requests_per_s = 0;  // drain rate, for Retry-After
   int64_t drafter_errors = 0;
 };
 
@@ -65,17 +65,17 @@ class Engine {
                                                         std::vector<std::unique_ptr<Drafter>> drafters,
                                                         EngineOptions options,
                                                         std::function<void(const StepStats&)> observer);
-  ~Engine();                          // stops the thread; live requests end with kCancelled
+  ~Engine();  // stops the thread; live requests end with kCancelled
 
-  void Start();                       // launches the engine thread (tests may call Step() themselves instead)
-  bool Step();                        // one turn; false when there was nothing to do. Engine thread only.
+  void Start();  // launches the engine thread (tests may call Step() themselves instead)
+  bool Step();   // one turn; false when there was nothing to do. Engine thread only.
 
   // Errors: INVALID_ARGUMENT (bad sampling, empty or too long prompt, token out of range, id in use, no sink, a
   // speculation mode whose drafter is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining). On OK the
   // sink hears of this request until an output with a finish reason, or until it returns false: then never again.
   absl::Status Submit(Request request);
-  void Cancel(uint64_t request_id);   // idempotent; unknown ids are ignored
-  void StopAdmitting();               // Submit answers UNAVAILABLE from now on
+  void Cancel(uint64_t request_id);  // idempotent; unknown ids are ignored
+  void StopAdmitting();              // Submit answers UNAVAILABLE from now on
   // Waits until all requests ended, at most `timeout`; then aborts what is left with kCancelled. True if none was left.
   // Without Start the calling thread turns the crank itself.
   bool Drain(std::chrono::milliseconds timeout);
@@ -83,7 +83,7 @@ class Engine {
   EngineStats stats() const;
   const ModelConfig& model_config() const;
   const EngineOptions& options() const;
-  std::string Describe() const;       // model, pool and capacity, for the start-up print
+  std::string Describe() const;  // model, pool and capacity, for the start-up print
 
  private:
   class Impl;

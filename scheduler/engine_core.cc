@@ -130,8 +130,8 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   const Clock::time_point verified = Clock::now();
   absl::Status status = result.status();
   if (status.ok() && std::ssize(result->logits) != batch.num_rows() * model_->config().vocab_size) {
-    status = absl::InternalError(fmt::format("the model returned {} logits for {} rows", result->logits.size(),
-                                             batch.num_rows()));
+    status = absl::InternalError(
+        fmt::format("the model returned {} logits for {} rows", result->logits.size(), batch.num_rows()));
   }
   Clock::time_point accepted = verified;
   if (status.ok()) {
@@ -161,8 +161,8 @@ std::vector<std::vector<int32_t>> EngineCore::Accept(const StepPlan& plan, std::
     const int64_t num_rows = trees[i].num_nodes();
     const auto logits = result.logits.subspan(row * vocab_size, num_rows * vocab_size);
     const bool has_hidden = std::ssize(result.hidden) >= (row + num_rows) * hidden_size;
-    const auto hidden = has_hidden ? result.hidden.subspan(row * hidden_size, num_rows * hidden_size)
-                                   : std::span<const float>();
+    const auto hidden =
+        has_hidden ? result.hidden.subspan(row * hidden_size, num_rows * hidden_size) : std::span<const float>();
     AcceptOne(static_cast<int>(i), trees[i], logits, hidden, &paths[i], stats);
     row += num_rows;
   }

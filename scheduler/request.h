@@ -30,14 +30,14 @@ struct RequestTimes {
 // One step's news for one request. Called on the engine thread: the sink must not block.
 struct RequestOutput {
   uint64_t request_id = 0;
-  std::vector<SampledToken> tokens;         // new ones, possibly several in a step
+  std::vector<SampledToken> tokens;                  // new ones, possibly several in a step
   FinishReason finish_reason = FinishReason::kNone;  // other than kNone: the last output of the request
-  absl::Status status;                      // why, when kError
-  int32_t stop_token = -1;                  // the eos / stop token that ended it (not in tokens), -1: none
+  absl::Status status;                               // why, when kError
+  int32_t stop_token = -1;                           // the eos / stop token that ended it (not in tokens), -1: none
   int64_t num_prompt_tokens = 0;
-  int64_t num_output_tokens = 0;            // so far
-  int64_t num_draft_tokens = 0;             // proposed so far (roots not counted)
-  int64_t num_accepted_tokens = 0;          // of those, accepted so far
+  int64_t num_output_tokens = 0;    // so far
+  int64_t num_draft_tokens = 0;     // proposed so far (roots not counted)
+  int64_t num_accepted_tokens = 0;  // of those, accepted so far
   int64_t num_verify_steps = 0;
   RequestTimes times;
 };
@@ -47,14 +47,14 @@ struct RequestOutput {
 using OutputSink = std::function<bool(RequestOutput&&)>;
 
 struct Request {
-  uint64_t id = 0;                          // unique among live requests; the server counts up
-  std::vector<int32_t> prompt_tokens;       // at least one
+  uint64_t id = 0;                     // unique among live requests; the server counts up
+  std::vector<int32_t> prompt_tokens;  // at least one
   SamplingParams sampling;
   SpeculationMode speculation = SpeculationMode::kDefault;
-  int32_t priority = 0;                     // lower runs first, as vLLM
+  int32_t priority = 0;  // lower runs first, as vLLM
   std::optional<Clock::time_point> deadline;
-  bool prompt_logprobs = false;             // deliver prompt logprobs (echo); tokens of the first output then start with
-                                            // the prompt, whose first token has the logprob NaN: nothing predicts it
+  bool prompt_logprobs = false;  // deliver prompt logprobs (echo); tokens of the first output then start with
+                                 // the prompt, whose first token has the logprob NaN: nothing predicts it
   OutputSink sink;
 };
 

@@ -116,9 +116,7 @@ RequestQueue::News RequestQueue::Take(int num_slots, Clock::time_point now) {
 bool RequestQueue::WaitForWork() {
   std::unique_lock lock(mutex_);
   // Deadlines need no timer: the engine sleeps only while every slot is free, and then nothing waits.
-  const auto has_work = [&] {
-    return stopped_ || abort_ || !waiting_.empty() || !cancelled_.empty();
-  };
+  const auto has_work = [&] { return stopped_ || abort_ || !waiting_.empty() || !cancelled_.empty(); };
   work_.wait(lock, has_work);
   return !stopped_;
 }

@@ -19,8 +19,7 @@ StepPlan Scheduler::Plan(std::span<const SequenceView> sequences) const {
     if (sequences[i].prefill_left == 0) continue;
     int64_t tokens = std::min(sequences[i].prefill_left, left);
     if (sequences[i].score_prompt) tokens = std::min<int64_t>(tokens, kMaxTreeNodes);
-    (sequences[i].score_prompt ? plan.score : plan.prefill)
-        .push_back({static_cast<int>(i), static_cast<int>(tokens)});
+    (sequences[i].score_prompt ? plan.score : plan.prefill).push_back({static_cast<int>(i), static_cast<int>(tokens)});
     left -= tokens;
     used += tokens;
   }

@@ -18,15 +18,15 @@ struct SequenceView {
 };
 
 struct PromptChunk {
-  int sequence;               // index into the views
+  int sequence;  // index into the views
   int num_tokens;
 };
 
 struct StepPlan {
   std::vector<PromptChunk> prefill;
-  std::vector<PromptChunk> score;     // at most kMaxTreeNodes tokens each
-  std::vector<int> decode;            // indices into the views
-  int draft_rows = 0;                 // verify rows that drafts may add
+  std::vector<PromptChunk> score;  // at most kMaxTreeNodes tokens each
+  std::vector<int> decode;         // indices into the views
+  int draft_rows = 0;              // verify rows that drafts may add
   bool empty() const { return prefill.empty() && score.empty() && decode.empty(); }
 };
 

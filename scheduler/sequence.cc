@@ -16,10 +16,7 @@ std::span<const int32_t> PenalizedPrompt(const Request& request) {
 }  // namespace
 
 Sequence::Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::time_point now)
-    : id_(id),
-      request_(std::move(queued.request)),
-      slot_(std::move(slot)),
-      history_(PenalizedPrompt(request_)) {
+    : id_(id), request_(std::move(queued.request)), slot_(std::move(slot)), history_(PenalizedPrompt(request_)) {
   tokens_ = std::exchange(request_.prompt_tokens, {});
   output_.request_id = request_.id;
   output_.num_prompt_tokens = static_cast<int64_t>(tokens_.size());

@@ -23,7 +23,7 @@ class Sequence {
   // An invalid slot is for requests that end before they run.
   Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::time_point now);
 
-  uint64_t id() const { return id_; }       // never used twice, unlike request ids
+  uint64_t id() const { return id_; }  // never used twice, unlike request ids
   const Request& request() const { return request_; }
   const SamplingParams& sampling() const { return request_.sampling; }
   int32_t slot() const { return slot_.id(); }
@@ -56,11 +56,11 @@ class Sequence {
   uint64_t id_;
   Request request_;
   StateSlot slot_;
-  std::vector<int32_t> tokens_;             // prompt and output, the pending token last
+  std::vector<int32_t> tokens_;  // prompt and output, the pending token last
   int64_t num_committed_ = 0;
   PenaltyHistory history_;
   int64_t num_delivered_ = 0;
-  RequestOutput output_;                    // running totals, and the news of this step
+  RequestOutput output_;  // running totals, and the news of this step
 };
 
 }  // namespace linspec

@@ -7,18 +7,18 @@
 namespace linspec {
 namespace {
 
-constexpr double kStepSmoothing = 0.05;     // weight of a new verify time
+constexpr double kStepSmoothing = 0.05;  // weight of a new verify time
 constexpr double kDraftSmoothing = 0.1;
 constexpr double kShapeSmoothing = 0.05;
 constexpr double kGlobalDecay = 0.99, kSequenceDecay = 0.95;
-constexpr double kPriorAcceptance = 0.6;    // before anything is known: optimistic enough to find out
-constexpr double kPriorStrength = 4;        // observations that a prior is worth
-constexpr double kMinGain = 1.02;           // speculate only for more than the noise of the estimates
-constexpr double kProbeShare = 0.01;        // of the time, for trying what is not in use
-constexpr double kMaxCredit = 0.25;         // seconds
+constexpr double kPriorAcceptance = 0.6;  // before anything is known: optimistic enough to find out
+constexpr double kPriorStrength = 4;      // observations that a prior is worth
+constexpr double kMinGain = 1.02;         // speculate only for more than the noise of the estimates
+constexpr double kProbeShare = 0.01;      // of the time, for trying what is not in use
+constexpr double kMaxCredit = 0.25;       // seconds
 constexpr int kProbeNodes = 4;
-constexpr int64_t kCatchUpHorizon = 64;     // output tokens over which a drafter's catch-up has to pay off
-constexpr int64_t kLongCatchUp = 16;        // tokens per context; less is part of every draft
+constexpr int64_t kCatchUpHorizon = 64;  // output tokens over which a drafter's catch-up has to pay off
+constexpr int64_t kLongCatchUp = 16;     // tokens per context; less is part of every draft
 
 void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
 
@@ -43,7 +43,7 @@ double StepCosts::RowCost(double rows) const {
     if (rows <= 2 * begin || b == known_ - 1) return low + (high - low) * std::max(rows - begin, 0.0) / begin;
     low = high;
   }
-  return low * std::max(rows, 1.0);         // one sample: assume the worst
+  return low * std::max(rows, 1.0);  // one sample: assume the worst
 }
 
 double StepCosts::Estimate(double rows, int requests) const { return RowCost(rows) + per_request_ * (requests - 1); }
@@ -51,7 +51,7 @@ double StepCosts::Estimate(double rows, int requests) const { return RowCost(row
 void StepCosts::Observe(int rows, int requests, double seconds) {
   const int bucket = CeilLog2(rows);
   if (known_ == 0 || bucket >= kBuckets) return;
-  for (; known_ <= bucket; ++known_) {      // the estimate up to here becomes the sample it will be corrected from
+  for (; known_ <= bucket; ++known_) {  // the estimate up to here becomes the sample it will be corrected from
     seconds_[known_] = RowCost(std::ldexp(1.0, known_));
   }
   const double expected = Estimate(rows, requests);
@@ -76,7 +76,7 @@ void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, doub
 
 double DraftCosts::PerLevel(int contexts) const {
   const int bucket = std::min(CeilLog2(contexts), kBuckets - 1);
-  for (int b = bucket; b >= 0; --b) {       // fewer contexts measured: assume proportional, the worst
+  for (int b = bucket; b >= 0; --b) {  // fewer contexts measured: assume proportional, the worst
     if (per_level_[b] > 0) return std::ldexp(per_level_[b], bucket - b);
   }
   for (int b = bucket + 1; b < kBuckets; ++b) {

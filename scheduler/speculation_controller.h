@@ -23,17 +23,17 @@ inline constexpr int kAnyDrafter = -1;
 // Seconds of one verify step, sampled at powers of two of its rows.
 class StepCosts {
  public:
-  void Calibrate(int rows, double seconds);       // one request
+  void Calibrate(int rows, double seconds);  // one request
   void CalibratePerRequest(double seconds) { per_request_ = seconds; }
   void Observe(int rows, int requests, double seconds);
   double Estimate(double rows, int requests) const;  // 0 while nothing is known
   bool known() const { return known_ > 0; }
 
  private:
-  static constexpr int kBuckets = 11;             // 1 .. 1024 rows
+  static constexpr int kBuckets = 11;  // 1 .. 1024 rows
   double RowCost(double rows) const;
   std::array<double, kBuckets> seconds_{};
-  int known_ = 0;                                 // buckets [0, known_) are filled
+  int known_ = 0;  // buckets [0, known_) are filled
   double per_request_ = 0;
 };
 
@@ -46,21 +46,21 @@ class DraftCosts {
 
  private:
   static constexpr int kBuckets = 11;
-  std::array<double, kBuckets> per_level_{};      // [log2 contexts], 0: unknown
+  std::array<double, kBuckets> per_level_{};  // [log2 contexts], 0: unknown
   double per_token_ = 0;
 };
 
 struct SpeculationRequest {
   uint64_t sequence_id = 0;
-  int max_nodes = 1;                              // root included
-  int drafter = kAnyDrafter;                      // or the only one it may use
-  std::vector<int64_t> catch_up_tokens;           // [num_drafters] tokens of the sequence the drafter has not seen
-  int64_t tokens_left = 0;                        // output tokens it may still produce
+  int max_nodes = 1;                     // root included
+  int drafter = kAnyDrafter;             // or the only one it may use
+  std::vector<int64_t> catch_up_tokens;  // [num_drafters] tokens of the sequence the drafter has not seen
+  int64_t tokens_left = 0;               // output tokens it may still produce
 };
 
 struct SpeculationChoice {
   int drafter = 0;
-  int nodes = 1;                                  // 1: do not draft
+  int nodes = 1;  // 1: do not draft
 };
 
 class SpeculationController {
@@ -91,19 +91,19 @@ class SpeculationController {
     double Mean(double prior, double strength) const { return (hits + prior * strength) / (tries + strength); }
   };
   struct Record {
-    Rate drafted;                                 // asked -> got more than the root
-    std::array<Rate, kMaxTrackedDepth> depth;     // [d] reached depth d -> depth d + 1 accepted
+    Rate drafted;                              // asked -> got more than the root
+    std::array<Rate, kMaxTrackedDepth> depth;  // [d] reached depth d -> depth d + 1 accepted
   };
   struct DrafterState {
     DraftCosts costs;
     Record record;
     double depth_per_node = 1, nodes_per_node = 1;  // of trees, per node asked for beyond the root
   };
-  struct NodeStep {                               // one node more for one request
+  struct NodeStep {  // one node more for one request
     int request;
-    double tokens;                                // expected to come of it
+    double tokens;  // expected to come of it
   };
-  struct DraftLoad {                              // what one drafter is asked for in one step
+  struct DraftLoad {  // what one drafter is asked for in one step
     int contexts = 0;
     double levels = 0, catch_up_s = 0;
   };
@@ -120,7 +120,7 @@ class SpeculationController {
 
   StepCosts step_costs_;
   std::vector<DrafterState> drafters_;
-  std::vector<double> credit_;                    // [drafter] seconds it may spend on being tried
+  std::vector<double> credit_;  // [drafter] seconds it may spend on being tried
   int probe_turn_ = 0;
   std::unordered_map<uint64_t, std::vector<Record>> sequences_;
 };

@@ -11,10 +11,14 @@ namespace {
 
 std::string_view DrafterName(SpeculationMode mode) {
   switch (mode) {
-    case SpeculationMode::kDraft: return "draft";
-    case SpeculationMode::kMedusa: return "medusa";
-    case SpeculationMode::kNgram: return "ngram";
-    default: return "";
+    case SpeculationMode::kDraft:
+      return "draft";
+    case SpeculationMode::kMedusa:
+      return "medusa";
+    case SpeculationMode::kNgram:
+      return "ngram";
+    default:
+      return "";
   }
 }
 
@@ -32,8 +36,7 @@ bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int6
 
 }  // namespace
 
-Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options,
-                       int64_t vocab_size)
+Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options, int64_t vocab_size)
     : drafters_(std::move(drafters)),
       options_(options),
       vocab_size_(vocab_size),
@@ -54,8 +57,7 @@ absl::Status Speculator::CheckMode(SpeculationMode mode) const {
       fmt::format("speculation = {} is not available; available: {}", DrafterName(mode), available));
 }
 
-std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, int max_draft_rows,
-                                           StepStats* stats) {
+std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, int max_draft_rows, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   if (drafters_.empty() || sequences.empty()) return trees;
@@ -147,8 +149,12 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
   const SpeculationChoice& choice = choices_[index];
   const int depth = Depth(tree);
   const int accepted = static_cast<int>(walk.path.size()) - 1;
-  controller_.Observe({.sequence_id = sequence.id(), .drafter = choice.drafter, .asked = choice.nodes,
-                       .nodes = tree.num_nodes(), .depth = depth, .accepted = accepted,
+  controller_.Observe({.sequence_id = sequence.id(),
+                       .drafter = choice.drafter,
+                       .asked = choice.nodes,
+                       .nodes = tree.num_nodes(),
+                       .depth = depth,
+                       .accepted = accepted,
                        .rejected = walk.finish_reason == FinishReason::kNone});
   if (tree.num_nodes() <= 1) return;
   const std::string_view name = drafters_[choice.drafter]->name();

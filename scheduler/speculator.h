@@ -43,14 +43,14 @@ class Speculator {
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
   void ProposeWith(int drafter, std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                    std::vector<DraftTree>* trees, StepStats* stats);
-  int FindDrafter(SpeculationMode mode) const;    // -1: not loaded
+  int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   void CalibrateDrafter(int drafter, int max_contexts);
 
   std::vector<std::unique_ptr<Drafter>> drafters_;
   const EngineOptions options_;
   const int64_t vocab_size_;
   SpeculationController controller_;
-  std::vector<SpeculationChoice> choices_;        // of the step under way
+  std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
 };
 

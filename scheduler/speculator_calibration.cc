@@ -8,8 +8,8 @@ namespace linspec {
 namespace {
 
 constexpr int kRepetitions = 3;
-constexpr double kBudgetSeconds = 0.5;      // of the whole calibration; what is left out is extrapolated
-constexpr int kProbeRequests = 4;           // to tell the cost of a request from that of a row
+constexpr double kBudgetSeconds = 0.5;              // of the whole calibration; what is left out is extrapolated
+constexpr int kProbeRequests = 4;                   // to tell the cost of a request from that of a row
 constexpr uint64_t kScratchId = uint64_t{1} << 63;  // sequence ids count up from 1 and never get there
 constexpr int kContext = 80;
 constexpr int kScratchNodes = 5;
@@ -87,8 +87,12 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts) {
       std::vector<DraftContext> contexts;
       const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
       for (int i = 0; i < count; ++i) {
-        contexts.push_back({.sequence_id = kScratchId + i, .tokens = tokens, .num_prompt_tokens = kContext,
-                            .sampling = &greedy, .hidden = {}, .max_nodes = kScratchNodes});
+        contexts.push_back({.sequence_id = kScratchId + i,
+                            .tokens = tokens,
+                            .num_prompt_tokens = kContext,
+                            .sampling = &greedy,
+                            .hidden = {},
+                            .max_nodes = kScratchNodes});
       }
       const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);
       const Clock::time_point proposed = Clock::now();

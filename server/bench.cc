@@ -77,14 +77,14 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
     slots.push_back((*pool)->Acquire());
     const PrefillChunk chunks[] = {{slots.back().id(), prompt}};
     if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
-    const int skipped = (context - computed) / group * group;   // whole groups keep the phase
+    const int skipped = (context - computed) / group * group;  // whole groups keep the phase
     (*pool)->set_length(slots.back().id(), computed + skipped);
   }
   const auto vocab = static_cast<size_t>(model_->config().vocab_size);
   const std::vector<std::vector<int32_t>> paths(batch_size, {0});
   std::vector<int32_t> next(batch_size, 1);
   double total = 0;
-  int steps = -3;                         // warm-up
+  int steps = -3;  // warm-up
   while (steps < 8 || total < seconds_) {
     const auto start = Clock::now();
     VerifyBatch batch;
@@ -106,7 +106,7 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   auto pool = StatePool::Create(model_->config(), 1);
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
-  constexpr size_t kChunk = 512;          // the engine's default step budget
+  constexpr size_t kChunk = 512;  // the engine's default step budget
   double best = 0, total = 0;
   for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
@@ -158,12 +158,15 @@ absl::Status Bench(std::span<const std::string> args) {
   if (!config.ok()) return config.status();
   auto model = BenchModel(shape, config->model);
   if (!model.ok()) return model.status();
-  const int threads = config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
+  const int threads =
+      config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
   const double bandwidth = MeasureReadBandwidth(threads, 512e6);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
-  fmt::print("{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-             "\"state_bytes_per_request\": {:.0f},\n\"decode\": [", (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
+  fmt::print(
+      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
+      "\"state_bytes_per_request\": {:.0f},\n\"decode\": [",
+      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
   Bencher bencher(model->get(), seconds);
   const char* comma = "\n";
   for (const int batch : batches) {
@@ -173,9 +176,10 @@ absl::Status Bench(std::span<const std::string> args) {
       auto step = bencher.DecodeStep(batch, context);
       if (!step.ok()) return step.status();
       const double floor_s = step_bytes / step_bandwidth;
-      fmt::print("{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-                 "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}", comma, batch, context, batch / *step, *step * 1e3,
-                 step_bandwidth / 1e9, floor_s * 1e3, floor_s / *step);
+      fmt::print(
+          "{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
+          "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}",
+          comma, batch, context, batch / *step, *step * 1e3, step_bandwidth / 1e9, floor_s * 1e3, floor_s / *step);
       std::fflush(stdout);
       comma = ",\n";
     }

@@ -139,8 +139,8 @@ void VerifyChain(KvHead& head, int num_rows, float* out) {
 
 }  // namespace
 
-void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv, float* out,
-                  int kv_head) {
+void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
+                  float* out, int kv_head) {
   KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
   float* request_out = out + request.row_begin * layer.num_heads * layer.head_dim;
   if (request.parents == nullptr) {

@@ -6,8 +6,8 @@
 
 namespace linspec::cpu {
 
-void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv, float* out,
-                  int kv_head);
+void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
+                  float* out, int kv_head);
 void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const CommitRequest& request, const float* qkv,
                   int kv_head);
 void PrefillKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,

@@ -42,8 +42,8 @@ absl::StatusOr<std::unique_ptr<CpuOps>> CpuOps::Create(Options options) {
     return absl::InvalidArgumentError(fmt::format("threads must be between 0 and 1024, got {}", options.num_threads));
   }
   if (static_cast<int>(options.isa) > static_cast<int>(DetectIsa())) {
-    return absl::InvalidArgumentError(
-        fmt::format("this machine cannot run {} code; the best it runs is {}", IsaName(options.isa), IsaName(DetectIsa())));
+    return absl::InvalidArgumentError(fmt::format("this machine cannot run {} code; the best it runs is {}",
+                                                  IsaName(options.isa), IsaName(DetectIsa())));
   }
   int threads = options.num_threads;
   if (threads == 0) threads = std::max(1u, std::thread::hardware_concurrency());
@@ -117,7 +117,8 @@ void CpuWeight::FillInt8Row(const void* source, DType source_dtype, const float*
     scale = row_scales[n];
   } else {
     float max_abs = 0;
-    for (int64_t k = 0; k < cols_; ++k) max_abs = std::max(max_abs, std::fabs(SourceElement(source, source_dtype, n * cols_ + k)));
+    for (int64_t k = 0; k < cols_; ++k)
+      max_abs = std::max(max_abs, std::fabs(SourceElement(source, source_dtype, n * cols_ + k)));
     scale = max_abs / 127.0f;
   }
   scales_[n] = scale;
@@ -146,8 +147,8 @@ int64_t CpuWeight::bytes() const {
 
 CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads) : isa_(isa), table_(TableFor(isa)), pool_(num_threads) {}
 
-std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales, int64_t rows,
-                                               int64_t cols, DType target) {
+std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales,
+                                               int64_t rows, int64_t cols, DType target) {
   LINSPEC_CHECK(rows > 0 && cols > 0 && (source_dtype != DType::kI8 || row_scales != nullptr));
   LINSPEC_CHECK(target == DType::kF32 || target == DType::kBF16 || target == DType::kI8);
   auto weight = std::make_unique<CpuWeight>(rows, cols, target);
@@ -167,9 +168,8 @@ void CpuOpsImpl::Matmul(const MatmulParams& p) {
     return;
   }
   const auto matmul = weight.dtype() == DType::kF32 ? table_.matmul_f32 : table_.matmul_bf16;
-  pool_.ParallelFor(blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
-    matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate);
-  });
+  pool_.ParallelFor(blocks, kBlockGrain,
+                    [&](int64_t begin, int64_t end) { matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate); });
 }
 
 QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {
@@ -187,7 +187,8 @@ QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t col
 }
 
 void CpuOpsImpl::RmsNorm(const RmsNormParams& p) {
-  ForRows(p.num_rows, p.dim, [&](int64_t m) { table_.rms_norm(p.x + m * p.dim, p.weight, p.out + m * p.dim, p.dim, p.eps); });
+  ForRows(p.num_rows, p.dim,
+          [&](int64_t m) { table_.rms_norm(p.x + m * p.dim, p.weight, p.out + m * p.dim, p.dim, p.eps); });
 }
 
 void CpuOpsImpl::SiluMul(const SiluMulParams& p) {
@@ -203,8 +204,8 @@ void CpuOpsImpl::RopeNormalize(const RopeNormalizeParams& p) {
   const int64_t stride = int64_t{p.num_heads + 2 * p.num_kv_heads} * p.head_dim;
   ForRows(p.num_rows, stride * 2, [&](int64_t m) {
     for (int h = 0; h < p.num_heads + p.num_kv_heads; ++h) {
-      table_.rope_normalize(p.qkv + m * stride + int64_t{h} * p.head_dim, &rope_.cosines[m * half], &rope_.sines[m * half],
-                            p.head_dim, p.qk_norm_eps);
+      table_.rope_normalize(p.qkv + m * stride + int64_t{h} * p.head_dim, &rope_.cosines[m * half],
+                            &rope_.sines[m * half], p.head_dim, p.qk_norm_eps);
     }
   });
 }

@@ -8,53 +8,54 @@
 
 namespace linspec::cpu {
 
-inline constexpr int kLanes = 16;      // outputs per packed block, and lanes of a reduction
+inline constexpr int kLanes = 16;            // outputs per packed block, and lanes of a reduction
 inline constexpr int kMaxWindow = 256 + 32;  // largest group plus the longest convolution
 
 // Weights of 16 output rows, interleaved so that one pass over k feeds 16 outputs:
 //   f32, bf16: [block][k][16]          i8: [block][k / 4][16][4], k padded with zeros to a multiple of 4
 struct PackedMatrix {
   const void* data;
-  const float* scales;                 // i8: [rows padded to 16]
-  const int32_t* row_sums;             // i8: [rows padded to 16] sum of the row's weights
+  const float* scales;      // i8: [rows padded to 16]
+  const int32_t* row_sums;  // i8: [rows padded to 16] sum of the row's weights
   int64_t rows, cols;
 };
 
 // x quantised per row for i8 weights: values in [-127, 127], cols padded with zeros to a multiple of 4.
 struct QuantizedRows {
-  const int8_t* values;                // [num_rows, stride]
-  const uint8_t* biased;               // [num_rows, stride] value + 128: VNNI multiplies unsigned by signed
-  const float* scales;                 // [num_rows]
+  const int8_t* values;   // [num_rows, stride]
+  const uint8_t* biased;  // [num_rows, stride] value + 128: VNNI multiplies unsigned by signed
+  const float* scales;    // [num_rows]
   int64_t stride;
 };
 
 // One query row of attention: window tokens in ascending position.
 struct AttentionRow {
-  const float* q;                      // [d]
-  float* out;                          // [d]
-  const float* const* k;               // [window] keys of the local group; entries before local_begin are unused
-  const float* const* v;               // [window]
-  int window;                          // tokens seen, this one last
-  int local_begin;                     // first token of the query's own group (window: no local branch)
-  const float* taps;                   // [num_taps] tap l weighs the token l before this one; null: none
+  const float* q;         // [d]
+  float* out;             // [d]
+  const float* const* k;  // [window] keys of the local group; entries before local_begin are unused
+  const float* const* v;  // [window]
+  int window;             // tokens seen, this one last
+  int local_begin;        // first token of the query's own group (window: no local branch)
+  const float* taps;      // [num_taps] tap l weighs the token l before this one; null: none
   int num_taps;
-  const float* s;                      // [d, d] folded state; null: no global branch
-  float global_scale;                  // factor (scaled) or gain (rms norm)
+  const float* s;      // [d, d] folded state; null: no global branch
+  float global_scale;  // factor (scaled) or gain (rms norm)
   bool rms_norm;
   float eps;
   int head_dim;
-  float* scratch;                      // [d]
+  float* scratch;  // [d]
 };
 
 struct IsaTable {
   // y[m, n] for rows [m_begin, m_end) and blocks [block_begin, block_end) of 16 outputs.
-  void (*matmul_f32)(const PackedMatrix&, const float* x, float* y, int64_t num_rows, int64_t block_begin, int64_t block_end,
-                     bool accumulate);
+  void (*matmul_f32)(const PackedMatrix&, const float* x, float* y, int64_t num_rows, int64_t block_begin,
+                     int64_t block_end, bool accumulate);
   void (*matmul_bf16)(const PackedMatrix&, const float* x, float* y, int64_t num_rows, int64_t block_begin,
                       int64_t block_end, bool accumulate);
   void (*matmul_i8)(const PackedMatrix&, const QuantizedRows&, float* y, int64_t num_rows, int64_t block_begin,
                     int64_t block_end, bool accumulate);
-  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale);
+  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased,
+                       float* scale);
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t dim, float eps);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t dim);
   void (*rope_normalize)(float* x, const float* cosines, const float* sines, int head_dim, float eps);

@@ -53,8 +53,8 @@ float Load(const uint16_t* data, int64_t index) {
 }
 
 template <typename T>
-void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin, int64_t block_end,
-                 bool accumulate) {
+void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin,
+                 int64_t block_end, bool accumulate) {
   const T* data = static_cast<const T*>(w.data);
   for (int64_t m = 0; m < num_rows; ++m) {
     for (int64_t n = block_begin * kLanes; n < std::min(block_end * kLanes, w.rows); ++n) {
@@ -156,8 +156,9 @@ void Fold(float* s, float decay, const float* const* k, const float* const* v, i
 }  // namespace
 
 const IsaTable& ScalarTable() {
-  static constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,     QuantizeRow,        RmsNorm,
-                                      SiluMul,            RopeNormalize,         ComputeAttentionRow, Fold};
+  static constexpr IsaTable kTable = {
+      MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8, QuantizeRow, RmsNorm, SiluMul,
+      RopeNormalize,      ComputeAttentionRow,   Fold};
   return kTable;
 }
 

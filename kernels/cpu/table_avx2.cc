@@ -88,7 +88,8 @@ V LoadWeights(const uint16_t* p) {
 
 I InitAcc(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 IntWeights LoadIntWeights(const int8_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
 }
 IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
   int32_t four;

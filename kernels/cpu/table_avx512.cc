@@ -39,7 +39,8 @@ float ReduceAdd(V v) {
 float ReduceMax(V v) { return _mm512_reduce_max_ps(v); }
 
 V ScaleByExponent(V y, V shifted) {
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
 void RoundToInt8(V v, int8_t* out) {
@@ -54,7 +55,9 @@ V LoadWeights(const uint16_t* p) {
 }
 
 // The inputs carry +128, so the sum starts at -128 times the row's weights.
-I InitAcc(const int32_t* row_sums) { return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(row_sums), 7)); }
+I InitAcc(const int32_t* row_sums) {
+  return _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(_mm512_loadu_si512(row_sums), 7));
+}
 IntWeights LoadIntWeights(const int8_t* p) { return _mm512_loadu_si512(p); }
 IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
   int32_t four;

@@ -34,9 +34,17 @@ struct Fixture {
     for (int h = 0; h < shape.heads; ++h) gain.push_back(normal(generator));
     for (int h = 0; h < shape.kv_heads; ++h) decay.push_back(uniform(generator));
     for (int i = 0; i < shape.heads * shape.conv; ++i) taps.push_back(normal(generator));
-    layer = {.num_heads = shape.heads, .num_kv_heads = shape.kv_heads, .head_dim = shape.d, .group_size = shape.group,
-             .conv_kernel = shape.conv, .local = shape.local, .global = shape.global, .global_factor = 0.37f,
-             .global_gain = gain.data(), .global_norm_eps = 1e-6f, .decay = shape.decay ? decay.data() : nullptr,
+    layer = {.num_heads = shape.heads,
+             .num_kv_heads = shape.kv_heads,
+             .head_dim = shape.d,
+             .group_size = shape.group,
+             .conv_kernel = shape.conv,
+             .local = shape.local,
+             .global = shape.global,
+             .global_factor = 0.37f,
+             .global_gain = gain.data(),
+             .global_norm_eps = 1e-6f,
+             .decay = shape.decay ? decay.data() : nullptr,
              .conv_taps = taps.data()};
   }
 
@@ -83,7 +91,9 @@ std::vector<int> Iota(int begin, int end) {
 std::vector<double> Definition(const Fixture& f, int t, int head) {
   const int d = f.shape.d, kv = head / (f.shape.heads / f.shape.kv_heads), group = t / f.shape.group;
   const auto q = [&](int row, int i) { return static_cast<double>(f.qkv[row * f.stride + head * d + i]); };
-  const auto k = [&](int row, int i) { return static_cast<double>(f.qkv[row * f.stride + (f.shape.heads + kv) * d + i]); };
+  const auto k = [&](int row, int i) {
+    return static_cast<double>(f.qkv[row * f.stride + (f.shape.heads + kv) * d + i]);
+  };
   const auto v = [&](int row, int i) {
     return static_cast<double>(f.qkv[row * f.stride + (f.shape.heads + f.shape.kv_heads + kv) * d + i]);
   };
@@ -128,7 +138,8 @@ class AttentionTest : public testing::TestWithParam<std::tuple<Isa, int>> {
 };
 
 INSTANTIATE_TEST_SUITE_P(All, AttentionTest,
-                         testing::Combine(testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512), testing::Range(0, 5)),
+                         testing::Combine(testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512),
+                                          testing::Range(0, 5)),
                          [](const auto& info) {
                            return fmt::format("{}_shape{}", IsaName(std::get<0>(info.param)), std::get<1>(info.param));
                          });

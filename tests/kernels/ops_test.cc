@@ -39,7 +39,8 @@ void ExpectSameBits(const std::vector<float>& a, const std::vector<float>& b, co
 class IsaTest : public testing::TestWithParam<Isa> {
  protected:
   void SetUp() override {
-    if (static_cast<int>(GetParam()) > static_cast<int>(DetectIsa())) GTEST_SKIP() << "this machine lacks the instructions";
+    if (static_cast<int>(GetParam()) > static_cast<int>(DetectIsa()))
+      GTEST_SKIP() << "this machine lacks the instructions";
     ops_ = MakeOps(GetParam());
     scalar_ = MakeOps(Isa::kScalar);
   }
@@ -49,8 +50,8 @@ class IsaTest : public testing::TestWithParam<Isa> {
 INSTANTIATE_TEST_SUITE_P(All, IsaTest, testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512),
                          [](const auto& info) { return std::string(IsaName(info.param)); });
 
-std::vector<float> RunMatmul(CpuOps& ops, const std::vector<float>& w, const std::vector<float>& x, int64_t rows, int64_t cols,
-                             int64_t m, DType dtype, const std::vector<float>* initial = nullptr) {
+std::vector<float> RunMatmul(CpuOps& ops, const std::vector<float>& w, const std::vector<float>& x, int64_t rows,
+                             int64_t cols, int64_t m, DType dtype, const std::vector<float>* initial = nullptr) {
   const auto weight = ops.Pack(w.data(), DType::kF32, nullptr, rows, cols, dtype);
   std::vector<float> y(m * rows, NAN);
   if (initial != nullptr) y = *initial;
@@ -174,7 +175,8 @@ TEST_P(IsaTest, RopeNormalizeIsExactFarOut) {
         rotated[i + d / 2] = in[i + d / 2] * std::cos(angle) + in[i] * std::sin(angle);
       }
       for (const double x : rotated) squares += x * x;
-      for (int i = 0; i < d; ++i) EXPECT_NEAR(qkv[r * stride + h * d + i], rotated[i] / std::sqrt(squares + 1e-6), 2e-6);
+      for (int i = 0; i < d; ++i)
+        EXPECT_NEAR(qkv[r * stride + h * d + i], rotated[i] / std::sqrt(squares + 1e-6), 2e-6);
     }
     for (int i = (heads + kv_heads) * d; i < stride; ++i) EXPECT_EQ(qkv[r * stride + i], original[r * stride + i]);
   }
@@ -192,7 +194,8 @@ TEST(DTypeTest, Conversions) {
   EXPECT_TRUE(std::signbit(HalfToFloat(0x8000)));
   EXPECT_TRUE(std::isinf(HalfToFloat(0x7c00)));
   EXPECT_TRUE(std::isnan(HalfToFloat(0x7e00)));
-  for (const float x : {0.0f, 1.0f, -3.5f, 1e30f}) EXPECT_NEAR(BFloat16ToFloat(FloatToBFloat16(x)), x, std::fabs(x) / 128);
+  for (const float x : {0.0f, 1.0f, -3.5f, 1e30f})
+    EXPECT_NEAR(BFloat16ToFloat(FloatToBFloat16(x)), x, std::fabs(x) / 128);
   EXPECT_EQ(FloatToBFloat16(1.00390625f), 0x3f80) << "a tie goes to even";
   EXPECT_TRUE(std::isnan(BFloat16ToFloat(FloatToBFloat16(NAN))));
 }

@@ -4,10 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
-
-#include <nlohmann/json.hpp>
 
 namespace linspec {
 namespace {
@@ -72,7 +71,8 @@ TEST(ChatTemplateTest, Language) {  // expectations from Jinja2 with trim_blocks
   const Case kCases[] = {
       {"{{ 1 + 2 * 3 }} {{ 7 // 2 }} {{ -7 % 3 }} {{ 2 ** 3 }} {{ 7 / 2 }}", "{}", "7 3 2 8 3.5"},
       {"{{ 'a' ~ 1 ~ none }}|{{ [1, 'x', true] }}|{{ {'a': 1.0} }}", "{}", "a1None|[1, 'x', True]|{'a': 1.0}"},
-      {"{% for x in xs if x != 2 %}{{ loop.index }}:{{ x }}{% if not loop.last %},{% endif %}{% else %}none{% endfor %}",
+      {"{% for x in xs if x != 2 %}{{ loop.index }}:{{ x }}{% if not loop.last %},{% endif %}{% else %}none{% endfor "
+       "%}",
        R"({"xs": [1, 2, 3]})", "1:1,2:3"},
       {"{% for x in [] %}{% else %}empty{% endfor %}", "{}", "empty"},
       {"{% set ns = namespace(n=0) %}{% for x in [1,2,3] %}{% set ns.n = ns.n + x %}{% endfor %}{{ ns.n }}", "{}", "6"},
@@ -86,11 +86,14 @@ TEST(ChatTemplateTest, Language) {  // expectations from Jinja2 with trim_blocks
        "{\"a\": [1, null, \"é\"]} 5 [('a', [1, None, 'é'])]"},
       {"{{ x is defined }} {{ x is none }} {{ 1 is number }} {{ 'a' in 'cab' }} {{ 4 not in [1] }}", R"({"x": null})",
        "True True True True True"},
-      {"{{ (messages|selectattr('role', 'equalto', 'user')|list)|length }}", R"({"messages": [{"role": "user"}, {"role": "x"}]})", "1"},
+      {"{{ (messages|selectattr('role', 'equalto', 'user')|list)|length }}",
+       R"({"messages": [{"role": "user"}, {"role": "x"}]})", "1"},
       {"{% raw %}{{ x }}{% endraw %}{# gone #}!", "{}", "{{ x }}!"},
       {"{{ missing }}{{ missing is defined }}{{ missing|default('d') }}", "{}", "Falsed"},
       {"{% for k, v in d.items() %}{{ k }}={{ v }};{% endfor %}", R"({"d": {"b": 1, "a": 2}})", "b=1;a=2;"},
-      {"{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "{}", "02"},
+      {"{% for i in range(5) %}{% if i == 1 %}{% continue %}{% endif %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% "
+       "endfor %}",
+       "{}", "02"},
       {"{{ content }}", R"({"content": "{{ 1 + 1 }}{% if %}"})", "{{ 1 + 1 }}{% if %}"},
   };
   for (const Case& c : kCases) {

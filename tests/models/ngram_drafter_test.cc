@@ -7,8 +7,12 @@ namespace {
 
 DraftTree Propose(NgramDrafter* drafter, const std::vector<int32_t>& tokens, int max_nodes, uint64_t id = 1) {
   const SamplingParams params;
-  const DraftContext context{.sequence_id = id, .tokens = tokens, .num_prompt_tokens = 1, .sampling = &params,
-                             .hidden = {}, .max_nodes = max_nodes};
+  const DraftContext context{.sequence_id = id,
+                             .tokens = tokens,
+                             .num_prompt_tokens = 1,
+                             .sampling = &params,
+                             .hidden = {},
+                             .max_nodes = max_nodes};
   auto trees = drafter->Propose({&context, 1});
   EXPECT_TRUE(trees.ok());
   EXPECT_EQ(trees->size(), 1u);

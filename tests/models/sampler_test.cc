@@ -77,7 +77,7 @@ TEST(GumbelTest, HasTheRightMeanVarianceAndBounds) {
     squares += g * g;
   }
   const double mean = sum / n, variance = squares / n - mean * mean;
-  EXPECT_NEAR(mean, 0.5772157, 0.01);           // 5 standard errors: 0.0101
+  EXPECT_NEAR(mean, 0.5772157, 0.01);  // 5 standard errors: 0.0101
   EXPECT_NEAR(variance, M_PI * M_PI / 6, 0.03);
 }
 

@@ -138,10 +138,18 @@ TEST(TokenizerTest, ByteFallback) {
 
 TEST(TokenizerTest, EveryMalformedFileIsATypedError) {
   const char* kBroken[] = {
-      "", "[]", "{}", R"({"model": 3})", R"({"model": {"type": "WordPiece", "vocab": {}}})",
-      R"({"model": {"vocab": []}})", R"({"model": {"vocab": {"a": "x"}}})", R"({"model": {"vocab": {"a": -1}}})",
-      R"({"model": {"vocab": {"a": 99999999999}}})", R"({"model": {"vocab": {"a": 1, "b": 1}}})",
-      R"({"model": {"vocab": {"a": 0}, "merges": ["a b"]}})", R"({"model": {"vocab": {"a": 0}, "merges": [3]}})",
+      "",
+      "[]",
+      "{}",
+      R"({"model": 3})",
+      R"({"model": {"type": "WordPiece", "vocab": {}}})",
+      R"({"model": {"vocab": []}})",
+      R"({"model": {"vocab": {"a": "x"}}})",
+      R"({"model": {"vocab": {"a": -1}}})",
+      R"({"model": {"vocab": {"a": 99999999999}}})",
+      R"({"model": {"vocab": {"a": 1, "b": 1}}})",
+      R"({"model": {"vocab": {"a": 0}, "merges": ["a b"]}})",
+      R"({"model": {"vocab": {"a": 0}, "merges": [3]}})",
       R"({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]})",
       R"({"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 0, "content": "b"}]})",
       R"({"model": {"vocab": {"a": 0}}, "normalizer": {"type": "Bogus"}})",

@@ -75,8 +75,7 @@ class FakeModel : public Model {
     return VerifyResult{logits_, hidden_};
   }
 
-  absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
-                      StatePool* pool) override {
+  absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override {
     EXPECT_EQ(batch.num_rows(), last_rows_);
     EXPECT_EQ(std::ssize(paths), batch.num_requests());
     for (int r = 0; r < batch.num_requests(); ++r) {
@@ -93,7 +92,7 @@ class FakeModel : public Model {
   }
 
   float spread = 12;
-  int32_t poison_token = -1;                // a row of this token gets a NaN logit
+  int32_t poison_token = -1;                               // a row of this token gets a NaN logit
   absl::Status prefill_error, verify_error, commit_error;  // of the next call
   std::function<void()> on_verify;
   int num_prefills = 0, num_verifies = 0;

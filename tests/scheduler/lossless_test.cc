@@ -11,7 +11,7 @@ namespace linspec {
 namespace {
 
 constexpr int kVocab = 8;
-constexpr int kLength = 3;                  // 512 cells
+constexpr int kLength = 3;  // 512 cells
 constexpr int kSamples = 200000;
 
 std::vector<float> LogitsAfter(std::span<const int32_t> tokens) {
@@ -122,8 +122,11 @@ std::vector<int64_t> Count(const Tables& tables, const Acceptor& acceptor, bool 
     std::vector<int32_t> tokens;
     while (tokens.size() < kLength) {
       const DraftTree tree = drafts ? SomeTree(seed, tokens.size()) : DraftTree::Root(0);
-      const WalkInput input{.params = &params, .history = &history, .eos_token_ids = {},
-                            .position = static_cast<int64_t>(tokens.size()), .num_output_tokens = 0};
+      const WalkInput input{.params = &params,
+                            .history = &history,
+                            .eos_token_ids = {},
+                            .position = static_cast<int64_t>(tokens.size()),
+                            .num_output_tokens = 0};
       for (const int32_t token : acceptor(tree, TreeLogits(tables, tokens, tree), input)) tokens.push_back(token);
     }
     ++counts[(tokens[0] * kVocab + tokens[1]) * kVocab + tokens[2]];

@@ -24,9 +24,9 @@ TEST(SchedulerTest, NeitherPromptsNorDraftsStarve) {
   StepPlan plan = Scheduler(64, 8).Plan(views);
   EXPECT_EQ(plan.draft_rows, 14);
   EXPECT_EQ(plan.prefill[0].num_tokens, 64 - 2 - 14);
-  plan = Scheduler(64, 64).Plan(views);       // drafts get at most half
+  plan = Scheduler(64, 64).Plan(views);  // drafts get at most half
   EXPECT_EQ(plan.prefill[0].num_tokens, 64 - 2 - 32);
-  plan = Scheduler(1, 8).Plan(views);         // a budget below the running streams still lets the prompt advance
+  plan = Scheduler(1, 8).Plan(views);  // a budget below the running streams still lets the prompt advance
   EXPECT_EQ(plan.decode.size(), 2u);
   EXPECT_EQ(plan.prefill[0].num_tokens, 1);
   EXPECT_EQ(plan.draft_rows, 0);

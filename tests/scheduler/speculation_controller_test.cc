@@ -40,8 +40,11 @@ Totals Simulate(const World& world, int batch, int steps, SpeculationController*
   for (int s = 0; s < steps; ++s) {
     std::vector<SpeculationRequest> requests;
     for (int r = 0; r < batch; ++r) {
-      requests.push_back({.sequence_id = r + 1ull, .max_nodes = speculate ? 8 : 1, .drafter = kAnyDrafter,
-                          .catch_up_tokens = {unseen[r]}, .tokens_left = 1000});
+      requests.push_back({.sequence_id = r + 1ull,
+                          .max_nodes = speculate ? 8 : 1,
+                          .drafter = kAnyDrafter,
+                          .catch_up_tokens = {unseen[r]},
+                          .tokens_left = 1000});
     }
     const std::vector<SpeculationChoice> choices = controller->Choose(requests, 400);
     int rows = batch, levels = 0, contexts = 0;
@@ -125,8 +128,11 @@ TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
   SpeculationController controller = Calibrated(world);
   std::vector<SpeculationRequest> requests;
   for (int r = 0; r < 4; ++r) {
-    requests.push_back({.sequence_id = r + 1ull, .max_nodes = r == 0 ? 1 : 8, .drafter = kAnyDrafter,
-                        .catch_up_tokens = {3}, .tokens_left = 100});
+    requests.push_back({.sequence_id = r + 1ull,
+                        .max_nodes = r == 0 ? 1 : 8,
+                        .drafter = kAnyDrafter,
+                        .catch_up_tokens = {3},
+                        .tokens_left = 100});
   }
   const auto drafted = [](const std::vector<SpeculationChoice>& choices) {
     int rows = 0;
@@ -167,8 +173,8 @@ TEST(SpeculationControllerTest, PicksTheBetterDrafter) {
     controller.Observe({1, 0, 5, 5, 4, 3, true});
     controller.Observe({1, 1, 5, 5, 4, i % 2, true});
   }
-  const SpeculationRequest request{.sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter,
-                                   .catch_up_tokens = {3, 3}, .tokens_left = 100};
+  const SpeculationRequest request{
+      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {3, 3}, .tokens_left = 100};
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 0);
   for (int i = 0; i < 400; ++i) controller.Observe({1, 0, 5, 5, 4, 0, true});
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 1);
@@ -179,8 +185,8 @@ TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
   world.acceptance = 0.5;
   world.catch_up_s = 0.1;
   SpeculationController controller = Calibrated(world);
-  SpeculationRequest request{.sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {4},
-                             .tokens_left = 1000};
+  SpeculationRequest request{
+      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {4}, .tokens_left = 1000};
   EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
   request.catch_up_tokens = {20000};
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);

@@ -39,10 +39,7 @@ std::vector<NamedSampling> Samplings() {
          p->temperature = 0;
          p->frequency_penalty = 1.5f;
        }},
-      {"logit_bias",
-       [](SamplingParams* p) {
-         p->logit_bias = {{3, 2.5f}, {4, -100.0f}};
-       }},
+      {"logit_bias", [](SamplingParams* p) { p->logit_bias = {{3, 2.5f}, {4, -100.0f}}; }},
       {"min_tokens_stop_ids",
        [](SamplingParams* p) {
          p->min_tokens = 9;
@@ -80,7 +77,7 @@ std::unique_ptr<FakeModel> Model(int eos) {
 }
 
 std::map<uint64_t, Received> RunEngine(const NamedSampling& sampling, int batch, int max_step_tokens,
-                                 std::unique_ptr<Drafter> drafter) {
+                                       std::unique_ptr<Drafter> drafter) {
   EngineOptions options = TestEngine::StaticOptions();
   options.max_step_tokens = max_step_tokens;
   std::vector<std::unique_ptr<Drafter>> drafters;
@@ -245,8 +242,9 @@ TEST(SpeculationStepsTest, NeighboursDoNotMatter) {
     TestEngine engine(options, std::move(drafters), Model(-1));
     EXPECT_TRUE(engine.Submit(TestEngine::MakeRequest(1, Prompt(3), 100, 1.0f)).ok());
     for (uint64_t id = 2; crowded && id < 40; ++id) {
-      EXPECT_TRUE(engine.Submit(TestEngine::MakeRequest(id, Prompt(static_cast<int>(id) % 5), 9, 1.0f),
-                                id % 3 == 0 ? 2 : -1).ok());
+      EXPECT_TRUE(
+          engine.Submit(TestEngine::MakeRequest(id, Prompt(static_cast<int>(id) % 5), 9, 1.0f), id % 3 == 0 ? 2 : -1)
+              .ok());
       engine->Step();
       if (id % 4 == 0) engine->Cancel(id - 1);
     }

@@ -25,9 +25,8 @@ class TestEngine {
   explicit TestEngine(EngineOptions options = StaticOptions(), std::vector<std::unique_ptr<Drafter>> drafters = {},
                       std::unique_ptr<FakeModel> model = std::make_unique<FakeModel>()) {
     model_ = model.get();
-    auto engine = Engine::Create(std::move(model), std::move(drafters), options, [this](const StepStats& s) {
-      steps.push_back(s);
-    });
+    auto engine = Engine::Create(std::move(model), std::move(drafters), options,
+                                 [this](const StepStats& s) { steps.push_back(s); });
     EXPECT_TRUE(engine.ok()) << engine.status();
     engine_ = *std::move(engine);
   }
