@@ -7,7 +7,7 @@ import random
 import torch
 from tokenizers import Tokenizer
 
-from . import data, evaluate, export, objectives, train
+from . import data, evaluate, export, medusa, objectives, pipeline, train
 from . import tokenizer as tok
 from .config import VARIANTS, ModelConfig
 from .model import LanguageModel
@@ -65,13 +65,16 @@ def stage_data(args):
     os.makedirs(args.out, exist_ok=True)
     fiction = data.read_documents(args.text, recipe["text_bytes"], recipe["seed"])
     chats = data.read_chats(args.chat, recipe["chat_bytes"], recipe["seed"]) if args.chat else []
-    sample, size = [], 0
-    for document in fiction:
-        sample.append(document)
-        size += len(document)
-        if size > recipe["tokenizer_bytes"]:
-            break
-    tokenizer = tok.train(sample + chats[:len(chats) // 6], recipe["vocab_size"])
+    if args.tokenizer:
+        tokenizer = Tokenizer.from_file(args.tokenizer)
+    else:
+        sample, size = [], 0
+        for document in fiction:
+            sample.append(document)
+            size += len(document)
+            if size > recipe["tokenizer_bytes"]:
+                break
+        tokenizer = tok.train(sample + chats[:len(chats) // 3], recipe["vocab_size"])
     tokenizer.save(os.path.join(args.out, "tokenizer.json"))
     documents = fiction + chats
     random.Random(recipe["seed"]).shuffle(documents)
@@ -88,7 +91,7 @@ def stage_lm(args):
     model = new_model(recipe, "model" if args.role == "target" else "draft_model", args.variant, options.seed)
     if args.init:
         start_from(model, args.init)
-    train.run(model, objectives.language_model(model, args.device), data.load(args.data + "/train.bin"), options)
+    train.run(model, objectives.language_model(model, args.device), args.data + "/train.bin", options)
 
 
 def stage_transfer(args):
@@ -100,7 +103,7 @@ def stage_transfer(args):
     for name, weight in student.named_parameters():
         weight.requires_grad_(".self_attn." in name)
     objective = objectives.attention_transfer(student, teacher, args.device)
-    train.run(student, objective, data.load(args.data + "/train.bin"), options)
+    train.run(student, objective, args.data + "/train.bin", options)
 
 
 def stage_distill(args):
@@ -111,7 +114,16 @@ def stage_distill(args):
     if args.init:
         start_from(student, args.init)
     objective = objectives.distill(student, teacher, recipe["distill"]["kl_share"], args.device)
-    train.run(student, objective, data.load(args.data + "/train.bin"), options)
+    train.run(student, objective, args.data + "/train.bin", options)
+
+
+def stage_medusa(args):
+    recipe = load_recipe(args.recipe)
+    options = training_options(args, recipe, "medusa")
+    target = load_model(args.target).to(args.device)
+    torch.manual_seed(options.seed)
+    heads = medusa.MedusaHeads(target.cfg, **recipe["medusa_heads"]).to(args.device)
+    train.run(heads, objectives.medusa(heads, target, args.device), args.data + "/train.bin", options)
 
 
 def stage_eval(args):
@@ -132,6 +144,10 @@ def stage_eval(args):
         draft = load_model(args.draft).to(args.device).eval()
         result["draft_agreement"] = round(evaluate.draft_agreement(model, draft, stream, 512, 32, args.device), 4)
         print(f"draft agreement: {result['draft_agreement']}")
+    if args.medusa:
+        heads = medusa.load(model.cfg, args.medusa).to(args.device).eval()
+        result["medusa_agreement"] = medusa.agreement(model, heads, stream, 512, 64, args.device)
+        print(f"medusa agreement, first guess and among four, by head: {result['medusa_agreement']}")
     if args.out:
         with open(args.out, "w") as f:
             json.dump(result, f, indent=2)
@@ -149,6 +165,9 @@ def stage_sample(args):
 def stage_export(args):
     size = export.write(load_model(args.model), os.path.join(args.data, "tokenizer.json"), args.out, not args.float32)
     print(f"{args.out}/model.safetensors: {size} bytes")
+    if args.medusa:
+        heads = medusa.load(ModelConfig.load(os.path.join(args.model, "model.json")), args.medusa)
+        print(f"{args.out}/medusa.safetensors: {medusa.write(heads, args.out, not args.float32)} bytes")
 
 
 def main():
@@ -159,6 +178,7 @@ def main():
     p.add_argument("--recipe", required=True)
     p.add_argument("--text", required=True, help="training text, documents separated by <|endoftext|>")
     p.add_argument("--chat", help="JSONL of dialogues ({messages: [...]}) or problems ({question, answer})")
+    p.add_argument("--tokenizer", help="a finished tokenizer.json, in place of training one")
     p.add_argument("--valid")
     p.add_argument("--test")
     p.add_argument("--out", required=True)
@@ -179,6 +199,10 @@ def main():
     add_training_arguments(p, variant, role, init, teacher)
     p.set_defaults(run=stage_distill)
 
+    p = stages.add_parser("medusa", help="train Medusa heads on a finished target")
+    add_training_arguments(p, ("--target", dict(required=True, help="training folder of the target")))
+    p.set_defaults(run=stage_medusa)
+
     p = stages.add_parser("eval", help="perplexity, bits per byte, loss by position, copy probe")
     p.add_argument("--model", required=True, help="training folder")
     p.add_argument("--data", required=True)
@@ -189,6 +213,7 @@ def main():
     p.add_argument("--trials", type=int, default=16, help="passages of the copy probe at each distance")
     p.add_argument("--int8", action="store_true", help="with the weights as exported")
     p.add_argument("--draft", help="training folder of a draft, to report how often it agrees")
+    p.add_argument("--medusa", help="training folder of Medusa heads, to report how often they agree")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="write the figures here as JSON")
     p.set_defaults(run=stage_eval)
@@ -204,8 +229,13 @@ def main():
     p.add_argument("--model", required=True, help="training folder")
     p.add_argument("--data", required=True, help="folder with tokenizer.json")
     p.add_argument("--out", required=True)
+    p.add_argument("--medusa", help="training folder of Medusa heads to put beside it")
     p.add_argument("--float32", action="store_true", help="keep full precision in place of 8-bit weights")
     p.set_defaults(run=stage_export)
+
+    p = stages.add_parser("all", help="the stages from data to export, several at once, resumable")
+    pipeline.add_arguments(p)
+    p.set_defaults(run=pipeline.main)
 
     args = parser.parse_args()
     args.run(args)

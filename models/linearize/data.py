@@ -59,13 +59,18 @@ def pack(tokenizer, documents, path, chunk=256):
     return tokens, size
 
 
-def load(path):
-    return np.memmap(path, dtype=np.uint16, mode="r")
+def load(path, device="cpu"):
+    """The token stream: mapped from disk, or held on the device, where cutting batches costs no transfer."""
+    stream = np.memmap(path, dtype=np.uint16, mode="r")
+    return stream if device == "cpu" else torch.from_numpy(stream.astype(np.int32)).to(device)
 
 
 def random_batch(stream, batch, length, generator, device="cpu"):
     """Inputs and next tokens of `batch` random windows."""
     starts = torch.randint(0, len(stream) - length - 1, (batch,), generator=generator)
-    rows = np.stack([stream[s:s + length + 1].astype(np.int64) for s in starts.tolist()])
-    rows = torch.from_numpy(rows).to(device)
+    if isinstance(stream, torch.Tensor):
+        rows = stream[starts.to(device)[:, None] + torch.arange(length + 1, device=device)].long()
+    else:
+        rows = np.stack([stream[s:s + length + 1].astype(np.int64) for s in starts.tolist()])
+        rows = torch.from_numpy(rows).to(device)
     return rows[:, :-1], rows[:, 1:]

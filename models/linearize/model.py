@@ -193,9 +193,12 @@ class LanguageModel(nn.Module):
             x = layer(x, rope)
         return self.model.norm(x)
 
-    def forward(self, tokens):
+    def unembed(self, hidden):
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.hidden(tokens), head.weight)
+        return F.linear(hidden, head.weight)
+
+    def forward(self, tokens):
+        return self.unembed(self.hidden(tokens))
 
     def parameter_count(self):
         return sum(p.numel() for p in self.parameters())

@@ -1,4 +1,4 @@
-"""The losses of the stages: language modelling, attention transfer, distillation."""
+"""The losses of the stages: language modelling, attention transfer, distillation, Medusa heads."""
 import torch
 import torch.nn.functional as F
 
@@ -45,4 +45,27 @@ def attention_transfer(student, teacher, device="cpu"):
                 got = ours.self_attn(normed, rope).float()
                 total = total + (got - target).square().mean() / (target.square().mean() + 1e-6)
         return total / len(student.model.layers)
+    return loss
+
+
+def medusa(heads, target, device="cpu", depth_weight=0.8):
+    """KL from the target's own distribution n + 2 tokens ahead to what head n says, on running text.
+
+    The target's distribution is a better teacher than the one token that followed. Deeper heads weigh less, as in
+    Medusa (arXiv 2401.10774, equation 1).
+    """
+    target.eval().requires_grad_(False)
+
+    def loss(x, _):
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                hidden = target.hidden(x)
+                logits = target.unembed(hidden)
+            total = 0.0
+            for n, guess in enumerate(heads(hidden)):
+                ahead = n + 1  # logits[t] already is about token t + 1
+                want = F.log_softmax(logits[:, ahead:].float().flatten(0, 1), dim=-1)
+                got = F.log_softmax(target.unembed(guess[:, :-ahead]).float().flatten(0, 1), dim=-1)
+                total = total + depth_weight ** n * F.kl_div(got, want, log_target=True, reduction="batchmean")
+        return total / len(heads.heads)
     return loss

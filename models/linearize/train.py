@@ -57,14 +57,18 @@ class Checkpoint:
         return saved["state"]
 
 
-def run(model, objective, stream, options):
-    """Trains until the time budget (or the token budget) is used up. `objective(x, y)` returns the loss."""
+def run(model, objective, stream_path, options):
+    """Trains until the time budget (or the token budget) is used up. `objective(x, y)` returns the loss.
+
+    The clock starts after the first step, which compiles the model.
+    """
     o = options
     os.makedirs(o.out, exist_ok=True)
     torch.set_num_threads(o.threads)
     torch.set_float32_matmul_precision("high")
     model.cfg.save(os.path.join(o.out, "model.json"))
     model.to(o.device)
+    stream = data.load(stream_path, o.device)
     optimizers = optim.build(model, o.optimizer, o.lr, o.matrix_lr, o.weight_decay)
     generator = torch.Generator().manual_seed(o.seed)
     checkpoint = Checkpoint(o.out)
@@ -74,11 +78,14 @@ def run(model, objective, stream, options):
     log = open(os.path.join(o.out, "log.jsonl"), "a")
     # After an interruption the clock goes on from where the checkpoint left it.
     begin, shown, saved = time.time() - state["seconds"], 0.0, time.time()
-    average = None
+    average, first_step = None, True
     while not state["done"]:
         x, y = data.random_batch(stream, o.batch, o.length, generator, o.device)
         loss = loss_of(x, y)
         loss.backward()
+        if first_step:
+            float(loss)  # waits for the device
+            begin, first_step = time.time() - state["seconds"], False
         progress = (time.time() - begin) / budget
         if o.max_tokens:
             progress = max(progress, state["tokens"] / o.max_tokens)
@@ -101,7 +108,7 @@ def run(model, objective, stream, options):
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(f"step {row['step']}  loss {row['average']:.3f}  {state['tokens'] / 1e6:.2f} M tokens  "
-                  f"{state['tokens'] / state['seconds']:.0f} tokens/s  {100 * min(progress, 1):.0f} %  "
+                  f"{state['tokens'] / max(state['seconds'], 1e-3):.0f} tokens/s  {100 * min(progress, 1):.0f} %  "
                   f"{max(0.0, budget - state['seconds']) / 60:.1f} min left", flush=True)
         if time.time() - saved > o.save_minutes * 60 or state["done"]:
             saved = time.time()

@@ -10,7 +10,7 @@ from jinja2 import Environment
 from safetensors.numpy import load_file
 
 from linearize import __main__ as cli
-from linearize import reference
+from linearize import medusa, reference
 from linearize import tokenizer as tok
 
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -21,6 +21,7 @@ RECIPE = {
     "draft_model": dict(SHAPE, num_hidden_layers=1),
     "train": {"minutes": 1, "batch": 4, "length": 64, "optimizer": "muon", "seed": 1},
     "distill": {"kl_share": 0.5},
+    "medusa_heads": {"count": 2, "layers": 1},
 }
 
 
@@ -40,7 +41,7 @@ def work(tmp_path_factory):
     turn = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]}
     (folder / "chat.jsonl").write_text((json.dumps(turn) + "\n") * 5)
     run("data", "--recipe", "recipe.json", "--text", "text.txt", "--chat", "chat.jsonl", "--test", "test.txt",
-        "--out", "data")
+        "--valid", "test.txt", "--out", "data")
     return folder
 
 
@@ -93,3 +94,52 @@ def test_training_sees_what_the_template_renders():
     rendered = Environment().from_string(tok.CHAT_TEMPLATE).render(
         messages=messages, bos_token=tok.SPECIALS[0], add_generation_prompt=False)
     assert rendered == tok.render_chat(messages)
+
+
+def test_medusa_heads_learn_and_are_exported_without_unembeddings(work):
+    train("lm", "trunk", tokens=8000)
+    train("medusa", "heads", "--target", "trunk", tokens=8000)
+    rows = [json.loads(line) for line in open("heads/log.jsonl")]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    run("export", "--model", "trunk", "--medusa", "heads", "--data", "data", "--out", "with_heads")
+    assert json.load(open("with_heads/medusa_config.json")) == {
+        "version": 1, "medusa_num_heads": 2, "medusa_num_layers": 1}
+    stored = load_file("with_heads/medusa.safetensors")
+    assert set(stored) == {f"{n}.0.linear.{part}" for n in (0, 1) for part in ("weight", "weight_scale", "bias")}
+
+
+def test_medusa_head_is_scored_at_the_place_it_guesses():
+    """A target that always says token + 1 after a token, and heads that know it, agree everywhere."""
+    class Counting:
+        cfg = None
+
+        def hidden(self, tokens):
+            return torch.nn.functional.one_hot((tokens + 1) % 50, 50).float()
+
+        def unembed(self, hidden):
+            return hidden
+
+    class Ahead(torch.nn.Module):
+        heads = [None, None]
+
+        def forward(self, hidden):
+            return [hidden.roll(n + 1, dims=-1) for n in range(2)]
+
+    stream = np.arange(400).astype(np.uint16) % 50
+    assert medusa.agreement(Counting(), Ahead(), stream, 40, 10, top=(1,)) == {1: [1.0, 1.0]}
+
+
+def test_the_whole_pipeline_runs_once_and_ships_the_better_target(work, monkeypatch, capfd):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = ["all", "--recipe", "recipe.json", "--data", "data", "--out", "runs", "--scale", "0.00001"]
+    run(*arguments)
+    score = {name: json.load(open(f"runs/eval/valid-{name}.json"))["lengths"][0]["perplexity"]
+             for name in ("distilled", "direct")}
+    assert os.readlink("runs/target") == min(score, key=score.get)
+    for path in ("target/model.safetensors", "target/medusa.safetensors", "draft/model.safetensors"):
+        assert os.path.exists("runs/bundled/" + path)
+    assert {"medusa_agreement", "draft_agreement", "copy_probe"} <= set(json.load(open("runs/eval/shipped.json")))
+    capfd.readouterr()
+    run(*arguments)
+    assert capfd.readouterr().out == ""

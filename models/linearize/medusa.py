@@ -1,0 +1,78 @@
+"""Medusa heads (arXiv 2401.10774): head n guesses, from the target's final hidden state, the token n + 2 ahead.
+
+A head is a few residual blocks x + SiLU(W x + b); the target's unembedding turns its output into logits, so a head
+is small. Parameter names are the published ones less the unembeddings: `{n}.{l}.linear.{weight,bias}`.
+"""
+import json
+import os
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from .export import quantize_rows
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        nn.init.zeros_(self.linear.weight)  # a new head says what the target says
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, x):
+        return x + F.silu(self.linear(x))
+
+
+class MedusaHeads(nn.Module):
+    def __init__(self, cfg, count, layers=1):
+        super().__init__()
+        self.cfg, self.layers = cfg, layers
+        self.heads = nn.ModuleList(nn.Sequential(*(Block(cfg.hidden_size) for _ in range(layers))) for _ in range(count))
+
+    def forward(self, hidden):
+        return [head(hidden) for head in self.heads]
+
+
+def load(cfg, folder):
+    """Heads of a training folder, with the weights of its latest checkpoint."""
+    saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
+    names = [name.split(".") for name in saved if name.endswith(".weight")]
+    heads = MedusaHeads(cfg, 1 + max(int(n[1]) for n in names), 1 + max(int(n[2]) for n in names))
+    heads.load_state_dict(saved)
+    return heads
+
+
+def write(heads, folder, int8=True):
+    """medusa.safetensors and medusa_config.json beside the target's files (docs/model_format.md)."""
+    tensors = {}
+    for name, value in heads.state_dict().items():
+        name, value = name.removeprefix("heads."), value.detach().float().cpu()
+        if int8 and value.dim() == 2:
+            tensors[name], tensors[name + "_scale"] = quantize_rows(value)
+        else:
+            tensors[name] = value.contiguous()
+    path = os.path.join(folder, "medusa.safetensors")
+    save_file(tensors, path, metadata={"format": "pt"})
+    os.chmod(path, 0o644)
+    with open(os.path.join(folder, "medusa_config.json"), "w") as f:
+        json.dump({"version": 1, "medusa_num_heads": len(heads.heads), "medusa_num_layers": heads.layers}, f, indent=2)
+        f.write("\n")
+    return os.path.getsize(path)
+
+
+@torch.no_grad()
+def agreement(target, heads, stream, length, windows, device="cpu", top=(1, 4)):
+    """For each head, how often the target's first choice at its place is among the head's first `top` guesses."""
+    starts = torch.arange(min(windows, len(stream) // length)) * length
+    rows = torch.stack([torch.as_tensor(stream[s:s + length].astype("int64")) for s in starts.tolist()]).to(device)
+    counts = torch.zeros(len(heads.heads), len(top))
+    for row in rows.split(8):
+        hidden = target.hidden(row)
+        choice = target.unembed(hidden).argmax(-1)
+        for n, guess in enumerate(heads(hidden)):
+            best = target.unembed(guess[:, :-n - 1]).topk(max(top), dim=-1).indices
+            hit = best == choice[:, n + 1:, None]
+            counts[n] += torch.stack([hit[..., :k].any(-1).float().mean() * len(row) for k in top]).cpu()
+    return {k: [round(v, 4) for v in (counts[:, i] / len(rows)).tolist()] for i, k in enumerate(top)}
