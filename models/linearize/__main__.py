@@ -87,7 +87,7 @@ def stage_data(args):
 
 def stage_lm(args):
     recipe = load_recipe(args.recipe)
-    options = training_options(args, recipe, args.role)
+    options = training_options(args, recipe, "lm")
     model = new_model(recipe, "model" if args.role == "target" else "draft_model", args.variant, options.seed)
     if args.init:
         start_from(model, args.init)
@@ -108,12 +108,13 @@ def stage_transfer(args):
 
 def stage_distill(args):
     recipe = load_recipe(args.recipe)
-    options = training_options(args, recipe, "distill")
+    stage = "distill" if args.role == "target" else "draft"
+    options = training_options(args, recipe, stage)
     teacher = load_model(args.teacher).to(args.device)
     student = new_model(recipe, "model" if args.role == "target" else "draft_model", args.variant, options.seed)
     if args.init:
         start_from(student, args.init)
-    objective = objectives.distill(student, teacher, recipe["distill"]["kl_share"], args.device)
+    objective = objectives.distill(student, teacher, recipe[stage]["kl_share"], args.device)
     train.run(student, objective, args.data + "/train.bin", options)
 
 

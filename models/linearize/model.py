@@ -174,6 +174,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.model = Body(cfg)
+        # As buffers: a compiled graph would otherwise compute sines and cosines again for every head, row and layer.
+        cos, sin = rope_tables(4096, cfg.head_dim, cfg.rope_theta, None)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
         self.lm_head = None if cfg.tie_word_embeddings else nn.Linear(cfg.hidden_size, cfg.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() != 2 or name.endswith("conv_taps"):
@@ -184,7 +188,9 @@ class LanguageModel(nn.Module):
             nn.init.zeros_(weight) if silent else nn.init.normal_(weight, std=std)
 
     def rope(self, length, device):
-        return rope_tables(length, self.cfg.head_dim, self.cfg.rope_theta, device)
+        if length > len(self.rope_cos):
+            return rope_tables(length, self.cfg.head_dim, self.cfg.rope_theta, device)
+        return self.rope_cos[:length], self.rope_sin[:length]
 
     def hidden(self, tokens):
         x = self.model.embed_tokens(tokens)

@@ -22,9 +22,10 @@ class Job:
 
 
 def plan(args):
-    """Jobs in order of urgency: the longest chain first, the comparison fills what it leaves idle."""
+    """Jobs in order of urgency: the longest chain first; the comparison fills what it leaves idle."""
     out = args.out
-    budget = lambda tokens: ["--max-tokens", str(max(1, int(tokens * 1e6 * args.scale)))]
+    # Tokens, not minutes: how fast a stage goes depends on what shares the device with it.
+    budget = lambda tokens: ["--max-tokens", str(max(1, int(tokens * 1e6 * args.scale))), "--minutes", "600"]
     train = ["--recipe", args.recipe, "--data", args.data]
     probe = ["eval", "--data", args.data, "--model"]
     run = lambda name: f"{out}/{name}"
@@ -35,8 +36,12 @@ def plan(args):
                                           *budget(args.transfer_tokens)]),
         Job("distilled", ("transferred",), ["distill", *train, "--teacher", run("teacher"), "--init", run("transferred"),
                                             "--out", run("distilled"), *budget(args.distill_tokens)]),
-        Job("direct", (), ["lm", *train, "--out", run("direct"), *budget(args.direct_tokens)]),
     ]
+    for variant in ABLATION:
+        name = f"short-{variant}"
+        jobs.append(Job(name, (), ["lm", *train, "--variant", variant, "--out", run(name), *budget(args.ablation_tokens)]))
+        jobs.append(Job(f"eval-{name}", (name,), [*probe, run(name), "--lengths", "1024", "4096", *result(name)]))
+    jobs.append(Job("direct", (), ["lm", *train, "--out", run("direct"), *budget(args.direct_tokens)]))
     for name in ("distilled", "direct"):
         jobs.append(Job(f"valid-{name}", (name,), [*probe, run(name), "--split", "valid", "--lengths", "1024",
                                                   *result(f"valid-{name}"), "--distances"]))
@@ -54,10 +59,6 @@ def plan(args):
         *probe, target, "--int8", "--draft", run("draft"), "--medusa", run("medusa"), "--lengths", "1024", "4096",
         *result("shipped")]))
     for name in ("teacher", "distilled", "direct"):
-        jobs.append(Job(f"eval-{name}", (name,), [*probe, run(name), "--lengths", "1024", "4096", *result(name)]))
-    for variant in ABLATION:
-        name = f"short-{variant}"
-        jobs.append(Job(name, (), ["lm", *train, "--variant", variant, "--out", run(name), *budget(args.ablation_tokens)]))
         jobs.append(Job(f"eval-{name}", (name,), [*probe, run(name), "--lengths", "1024", "4096", *result(name)]))
     return jobs
 
@@ -119,6 +120,6 @@ def add_arguments(parser):
     parser.add_argument("--out", required=True)
     parser.add_argument("--parallel", type=int, default=3, help="processes at a time")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies every token budget (0.01 for a rehearsal)")
-    for name, default in (("teacher", 350), ("transfer", 6), ("distill", 150), ("direct", 300), ("draft", 100),
-                          ("medusa", 40), ("ablation", 24)):
+    for name, default in (("teacher", 400), ("transfer", 6), ("distill", 250), ("direct", 400), ("draft", 150),
+                          ("medusa", 60), ("ablation", 24)):
         parser.add_argument(f"--{name}-tokens", type=float, default=default, help=f"million tokens (default {default})")

@@ -84,7 +84,7 @@ def run(model, objective, stream_path, options):
         loss = loss_of(x, y)
         loss.backward()
         if first_step:
-            float(loss)  # waits for the device
+            loss.item()  # waits for the device
             begin, first_step = time.time() - state["seconds"], False
         progress = (time.time() - begin) / budget
         if o.max_tokens:

@@ -21,6 +21,7 @@ RECIPE = {
     "draft_model": dict(SHAPE, num_hidden_layers=1),
     "train": {"minutes": 1, "batch": 4, "length": 64, "optimizer": "muon", "seed": 1},
     "distill": {"kl_share": 0.5},
+    "draft": {"kl_share": 0.9},
     "medusa_heads": {"count": 2, "layers": 1},
 }
 
