@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
+#include <spdlog/spdlog.h>
 #include <sys/stat.h>
 
 #include <charconv>
@@ -74,7 +75,11 @@ void Authenticator::ReloadIfChanged() {
   if (now - checked_ < std::chrono::seconds(1)) return;
   checked_ = now;
   struct stat info{};
-  if (stat(path_.c_str(), &info) == 0 && !SameTime(info.st_mtim, modified_)) (void)Load();  // on error: the old keys
+  if (stat(path_.c_str(), &info) != 0 || SameTime(info.st_mtim, modified_)) return;
+  modified_ = info.st_mtim;  // a bad file is complained about once
+  const absl::Status status = Load();
+  if (status.ok()) spdlog::info("--api-key-file: reread, {} keys", keys_.size());
+  if (!status.ok()) spdlog::error("{}; the keys read before stay in force", std::string(status.message()));
 }
 
 bool Authenticator::IsPublicRoute(std::string_view path) const {

@@ -48,6 +48,7 @@ HttpMapping Map(absl::StatusCode code) {
       return {503, "overloaded_error", "unavailable"};
     case absl::StatusCode::kDeadlineExceeded:
       return {504, "timeout_error", "deadline_exceeded"};
+    case absl::StatusCode::kAborted:
     case absl::StatusCode::kCancelled:
       return {503, "server_error", "aborted"};
     case absl::StatusCode::kUnimplemented:
@@ -70,10 +71,10 @@ absl::Status WithRetryAfter(absl::Status status, int seconds) {
   return status;
 }
 
-absl::Status TenantLimit(const std::string& message, int retry_after_s) {
+absl::Status TenantLimit(const std::string& message) {
   absl::Status status = absl::ResourceExhaustedError(message);
   status.SetPayload(kHttpStatus, absl::Cord("429"));
-  return WithRetryAfter(std::move(status), retry_after_s);
+  return status;
 }
 
 absl::Status HttpError(int http_status, const std::string& message) {

@@ -6,14 +6,11 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include <chrono>
-#include <condition_variable>
-#include <deque>
-#include <mutex>
-#include <thread>
 
 #include "linspec/v1/linspec.grpc.pb.h"
 #include "server/errors.h"
 #include "server/grpc_convert.h"
+#include "server/grpc_generate.h"
 #include "server/json_text.h"
 #include "server/model_files.h"
 
@@ -22,203 +19,13 @@ namespace {
 
 constexpr char kServiceName[] = "linspec.v1.LinSpec";
 
-// A thread between engine and gRPC: starting a write may touch the socket, which the engine must never wait for.
-class Pump {
- public:
-  Pump() : thread_([this] { Run(); }) {}
-  ~Pump() {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_ = true;
-    }
-    wake_.notify_one();
-    thread_.join();
-  }
-  void Post(std::function<void()> work) {
-    {
-      std::lock_guard lock(mutex_);
-      work_.push_back(std::move(work));
-    }
-    wake_.notify_one();
-  }
-
- private:
-  void Run() {
-    std::unique_lock lock(mutex_);
-    while (true) {
-      wake_.wait(lock, [this] { return stopping_ || !work_.empty(); });
-      if (work_.empty()) return;
-      std::function<void()> work = std::move(work_.front());
-      work_.pop_front();
-      lock.unlock();
-      work();
-      lock.lock();
-    }
-  }
-
-  std::mutex mutex_;  // guards work_ and stopping_
-  std::condition_variable wake_;
-  std::deque<std::function<void()>> work_;
-  bool stopping_ = false;
-  std::thread thread_;  // last: runs as soon as it exists
-};
-
-absl::StatusOr<std::string> CheckKey(const grpc::CallbackServerContext& context, Authenticator* auth) {
-  const auto found = context.client_metadata().find("authorization");
-  if (found == context.client_metadata().end()) return auth->Check("");
-  return auth->Check(std::string_view(found->second.data(), found->second.size()));
-}
-
-// One Generate stream. Lives until gRPC says OnDone; the engine's notify holds it weakly.
-class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
-                        public std::enable_shared_from_this<GenerateReactor> {
- public:
-  static GenerateReactor* Start(grpc::CallbackServerContext* context, const v1::GenerateRequest& request,
-                                Service* service, Authenticator* auth, Pump* pump) {
-    auto reactor = std::make_shared<GenerateReactor>(context, service);
-    reactor->self_ = reactor;
-    GenerateReactor* raw = reactor.get();
-    if (absl::Status status = reactor->Begin(request, auth, pump); !status.ok()) {
-      reactor->finishing_ = true;
-      reactor->Finish(ToGrpcStatus(status));
-    }
-    return raw;
-  }
-
-  GenerateReactor(grpc::CallbackServerContext* context, Service* service) : context_(context), service_(service) {}
-
-  void OnWriteDone(bool ok) override {
-    const auto keep = shared_from_this();
-    {
-      std::lock_guard lock(mutex_);
-      busy_ = false;
-      if (!ok) request_.reset();
-    }
-    Advance();
-  }
-
-  void OnCancel() override {
-    const auto keep = shared_from_this();
-    {
-      std::lock_guard lock(mutex_);
-      request_.reset();  // gives the slot back now, not when the stream is torn down
-    }
-    Advance();
-  }
-
-  void OnDone() override { self_.reset(); }
-
- private:
-  absl::Status Begin(const v1::GenerateRequest& request, Authenticator* auth, Pump* pump) {
-    auto tenant = CheckKey(*context_, auth);
-    if (!tenant.ok()) return tenant.status();
-    if (absl::Status status = service_->CheckAdmission(request.ByteSizeLong(), *tenant); !status.ok()) return status;
-    if (absl::Status status = service_->CheckModelName(request.model()); !status.ok()) return status;
-    auto spec = SpecFromProto(request);
-    if (!spec.ok()) return spec.status();
-    auto prompt = PromptFromProto(request);
-    if (!prompt.ok()) return prompt.status();
-    auto tokens = service_->ToTokens(*prompt);
-    if (!tokens.ok()) return tokens.status();
-    spec->tenant = *tenant;
-    const auto deadline = context_->deadline();
-    if (deadline != std::chrono::system_clock::time_point::max()) {
-      spec->deadline =
-          Clock::now() + std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
-    }
-    shape_ = {.token_ids = request.response().token_ids() || request.response().skip_text(),
-              .logprobs = spec->sampling.logprobs >= 0};
-    auto running = service_->Start(*std::move(tokens), *std::move(spec));
-    if (!running.ok()) return running.status();
-    request_id_ = request.request_id().empty() ? std::to_string((*running)->id()) : request.request_id();
-    RunningRequest* raw = running->get();
-    {
-      std::lock_guard lock(mutex_);
-      request_ = *std::move(running);
-    }
-    raw->SetNotify([weak = weak_from_this(), pump] {
-      pump->Post([weak] {
-        if (auto self = weak.lock()) self->Advance();
-      });
-    });
-    return absl::OkStatus();
-  }
-
-  // Starts the next write, or ends the stream. gRPC may run OnWriteDone inside StartWrite, so no lock is held there.
-  void Advance() {
-    grpc::Status end = grpc::Status::OK;
-    bool write = false;
-    {
-      std::lock_guard lock(mutex_);
-      if (finishing_) return;
-      if (busy_) {  // a reader that fell behind by a whole buffer gets no more
-        if (request_ != nullptr && request_->overflowed()) context_->TryCancel();
-        return;
-      }
-      if (request_ == nullptr) {
-        finishing_ = true;
-        end = grpc::Status(grpc::StatusCode::CANCELLED, "cancelled");
-      } else {
-        const StreamDelta delta = request_->Take();
-        if (delta.empty()) return;
-        response_.Clear();
-        response_.set_request_id(request_id_);
-        FillResponse(delta, shape_, service_->tokenizer(), &response_);
-        finishing_ = delta.finish_reason != FinishReason::kNone;
-        if (finishing_) end = EndStatus(delta);
-        write = !finishing_ || end.ok();
-        busy_ = write;
-      }
-    }
-    if (!write) return Finish(end);
-    if (finishing_) return StartWriteAndFinish(&response_, grpc::WriteOptions(), end);
-    StartWrite(&response_);
-  }
-
-  // REQUIRES: mutex_ held.
-  grpc::Status EndStatus(const StreamDelta& delta) {
-    const StreamUsage& usage = request_->usage();
-    v1::Usage* out = response_.mutable_usage();
-    out->set_prompt_tokens(usage.prompt_tokens);
-    out->set_completion_tokens(usage.completion_tokens);
-    out->set_draft_tokens(usage.draft_tokens);
-    out->set_accepted_draft_tokens(usage.accepted_tokens);
-    out->set_verify_steps(usage.verify_steps);
-    switch (delta.finish_reason) {
-      case FinishReason::kCancelled:
-        if (request_->overflowed()) {
-          return ToGrpcStatus(
-              absl::ResourceExhaustedError("the client did not read its stream (--stream-buffer-bytes)"));
-        }
-        return service_->draining() ? ToGrpcStatus(absl::UnavailableError("the server is shutting down"))
-                                    : ToGrpcStatus(absl::AbortedError("aborted"));
-      case FinishReason::kDeadline:
-        return ToGrpcStatus(absl::DeadlineExceededError("the deadline passed"));
-      case FinishReason::kError:
-        return ToGrpcStatus(delta.status.ok() ? absl::InternalError("generation failed") : delta.status);
-      default:
-        return grpc::Status::OK;
-    }
-  }
-
-  grpc::CallbackServerContext* const context_;
-  Service* const service_;
-  std::shared_ptr<GenerateReactor> self_;
-  std::string request_id_;
-  ResponseShape shape_;
-  v1::GenerateResponse response_;  // gRPC's while busy_
-  std::mutex mutex_;               // guards the rest
-  std::unique_ptr<RunningRequest> request_;
-  bool busy_ = false, finishing_ = false;
-};
-
 class LinSpecService final : public v1::LinSpec::CallbackService {
  public:
   LinSpecService(linspec::Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
                                                            const v1::GenerateRequest* request) override {
-    return GenerateReactor::Start(context, *request, service_, auth_, &pump_);
+    return StartGenerate(context, *request, service_, auth_, &pump_);
   }
 
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context, const v1::TokenizeRequest* request,
@@ -229,6 +36,7 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context, const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
     return Unary(context, [&](const std::string&) -> absl::Status {
+      if (absl::Status status = service_->CheckModelName(request->model()); !status.ok()) return status;
       const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
       auto text = service_->tokenizer().Decode(ids, request->skip_special_tokens());
       if (!text.ok()) return FieldError("token_ids", std::string(text.status().message()));
@@ -276,6 +84,7 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
       response->set_output_tokens(stats.output_tokens);
       response->set_engine_steps(stats.steps);
       response->set_speculation_on(stats.speculation_on);
+      response->set_can_generate(service_->can_generate());
       return absl::OkStatus();
     });
   }
@@ -283,22 +92,26 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
  private:
   template <class Work>
   grpc::ServerUnaryReactor* Unary(grpc::CallbackServerContext* context, Work work) {
-    auto tenant = CheckKey(*context, auth_);
+    auto tenant = CheckGrpcKey(*context, auth_);
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
     reactor->Finish(ToGrpcStatus(tenant.ok() ? work(*tenant) : tenant.status()));
     return reactor;
   }
 
   absl::Status DoTokenize(const v1::TokenizeRequest& request, v1::TokenizeResponse* response) const {
+    if (absl::Status status = service_->CheckModelName(request.model()); !status.ok()) return status;
     absl::StatusOr<std::vector<int32_t>> tokens;
     switch (request.input_case()) {
       case v1::TokenizeRequest::kText:
         tokens = service_->tokenizer().Encode(
             request.text(), {.add_special_tokens = !request.has_add_special_tokens() || request.add_special_tokens()});
         break;
-      case v1::TokenizeRequest::kChat:
-        tokens = service_->ToTokens(MessagesFromProto(request.chat()));
+      case v1::TokenizeRequest::kChat: {
+        auto messages = MessagesFromProto(request.chat(), service_->call_limits());
+        if (!messages.ok()) return messages.status();
+        tokens = service_->ToTokens(*std::move(messages));
         break;
+      }
       default:
         return FieldError("input", "is required: text or chat");
     }
@@ -336,7 +149,7 @@ void SetLimits(const ServerConfig& config, grpc::ServerBuilder* builder) {
   builder->SetMaxReceiveMessageSize(static_cast<int>(config.network.max_body_bytes));
   builder->AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a second server on the port is an error, not a lottery
   builder->AddChannelArgument(GRPC_ARG_MAX_METADATA_SIZE, static_cast<int>(config.network.max_header_bytes));
-  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 4096);
+  builder->AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, config.network.max_grpc_streams);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60000);
   builder->AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20000);
   builder->AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10000);

@@ -79,6 +79,7 @@ struct Metrics::Impl {
                              .Help("Recurrent-state slots")
                              .Labels(labels)
                              .Register(registry);
+  Gauge& can_generate = MakeGauge("linspec_can_generate", "1 unless a token that the probe asked for did not come");
   Gauge& slots_free = slots.Add({{"state", "free"}});
   Gauge& slots_running = slots.Add({{"state", "running"}});
   Gauge& state_bytes = MakeGauge("linspec_state_bytes", "Memory of all state slots");
@@ -167,6 +168,8 @@ void Metrics::OnFinished(FinishReason reason, const StreamUsage& usage, const St
   impl_->decode_time.Observe(decode);
   if (usage.completion_tokens > 1) impl_->per_token.Observe(decode / static_cast<double>(usage.completion_tokens - 1));
 }
+
+void Metrics::OnProbe(bool can_generate) { impl_->can_generate.Set(can_generate ? 1 : 0); }
 
 void Metrics::OnRejected(const std::string& reason) { impl_->rejected.Add({{"reason", reason}}).Increment(); }
 

@@ -29,6 +29,7 @@ class Metrics {
   void OnFirstToken(const StreamTimes& times);
   void OnGaps(const std::vector<float>& seconds);
   void OnFinished(FinishReason reason, const StreamUsage& usage, const StreamTimes& times);
+  void OnProbe(bool can_generate);             // generation_probe.h
   void OnRejected(const std::string& reason);  // a word of the server's own
   void OnHttp(const std::string& route, const std::string& method, int status, double seconds);
   std::string Serialize(const EngineStats& stats);

@@ -26,6 +26,8 @@ constexpr char kPaths[] = R"json(
    {"description": "The process lives"}}}},
  "/ready": {"get": {"summary": "Readiness", "security": [], "responses": {"200": {"description": "Takes requests"},
    "503": {"description": "Draining"}}}},
+ "/health_generate": {"get": {"summary": "Whether tokens come out", "responses": {"200":
+   {"description": "They did, at the last look (--probe-interval)"}, "503": {"description": "They did not"}}}},
  "/version": {"get": {"summary": "Version", "security": [], "responses": {"200": {"description": "version"}}}},
  "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": {"description": "Text format 0.0.4"}}}},
  "/openapi.json": {"get": {"summary": "This document", "responses": {"200": {"description": "OpenAPI 3.1"}}}}

@@ -2,19 +2,15 @@
 #include <fmt/format.h>
 #include <spdlog/spdlog.h>
 
-#include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdlib>
+#include <mutex>
 #include <thread>
 
-#include "server/auth.h"
 #include "server/commands.h"
-#include "server/errors.h"
-#include "server/grpc_service.h"
-#include "server/http_api.h"
-#include "server/http_server.h"
-#include "server/metrics.h"
 #include "server/model_files.h"
+#include "server/server.h"
 
 namespace linspec {
 namespace {
@@ -29,37 +25,51 @@ void SetUpLogging(const ServerConfig::OperationsOptions& options) {
   spdlog::set_level(spdlog::level::from_str(level));
 }
 
-// SIGINT and SIGTERM are waited for, never handled: blocked here, before any thread exists, so that all inherit it.
-sigset_t BlockSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGINT);
-  sigaddset(&signals, SIGTERM);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  std::signal(SIGPIPE, SIG_IGN);
-  return signals;
-}
+// SIGINT and SIGTERM are waited for, never handled: blocked before any thread exists, so that all threads inherit it.
+// While the model loads a signal ends the process; afterwards the first begins the drain and the second ends it.
+class SignalWatcher {
+ public:
+  SignalWatcher() {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, SIGINT);
+    sigaddset(&signals_, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
+    std::signal(SIGPIPE, SIG_IGN);
+    std::thread([this] { Run(); }).detach();  // ends with the process
+  }
 
-absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config, HttpApi* api) {
-  if (config.network.http_port < 0) return std::unique_ptr<HttpServer>();
-  HttpServerOptions options;
-  options.host = config.network.host;
-  options.port = config.network.http_port;
-  options.io_threads = config.network.io_threads;
-  options.max_connections = config.network.max_connections;
-  options.max_body_bytes = config.network.max_body_bytes;
-  options.max_header_bytes = config.network.max_header_bytes;
-  options.header_timeout_s = config.network.header_timeout_s;
-  options.idle_timeout_s = config.network.idle_timeout_s;
-  options.tls_cert = config.security.tls_cert;
-  options.tls_key = config.security.tls_key;
-  options.tls_client_ca = config.security.tls_client_ca;
-  options.error_reply = [api](const absl::Status& status) { return api->ErrorReply(status); };
-  options.observer = [api](const HttpRequest& request, int status, double s) { api->Observe(request, status, s); };
-  return HttpServer::Start(std::move(options), [api](HttpRequest request, HttpNotify notify) {
-    return api->Handle(std::move(request), std::move(notify));
-  });
-}
+  void Loaded() {
+    std::lock_guard lock(mutex_);
+    loaded_ = true;
+  }
+
+  int WaitForFirst() {
+    std::unique_lock lock(mutex_);
+    came_.wait(lock, [this] { return first_ != 0; });
+    return first_;
+  }
+
+ private:
+  [[noreturn]] void Run() {
+    while (true) {
+      int signal = 0;
+      sigwait(&signals_, &signal);
+      std::lock_guard lock(mutex_);
+      if (!loaded_ || first_ != 0) {
+        spdlog::warn("signal {}{}: ending at once", signal, loaded_ ? ", the second" : " while loading");
+        std::_Exit(128 + signal);
+      }
+      first_ = signal;
+      came_.notify_one();
+    }
+  }
+
+  sigset_t signals_;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable came_;
+  bool loaded_ = false;
+  int first_ = 0;
+};
 
 void PrintReady(const ServerConfig& config, Service* service, int http_port, int grpc_port) {
   const EngineStats stats = service->engine().stats();
@@ -82,53 +92,24 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
   std::fflush(stdout);
 }
 
-// A second signal ends the process at once, whatever is still running.
-void DrainUntilDoneOrSignal(const sigset_t& signals, const ServerConfig& config, Service* service) {
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(config.operations.drain_timeout_s * 1000));
-  std::thread impatient([signals] {
-    int signal = 0;
-    sigwait(&signals, &signal);
-    spdlog::warn("second signal: ending at once");
-    std::_Exit(130);
-  });
-  impatient.detach();  // ends with the process
-  if (!service->engine().Drain(timeout)) spdlog::warn("drain timeout: the requests left were aborted");
-}
-
 }  // namespace
 
 absl::Status Serve(std::span<const std::string> args) {
   auto config = ParseServerConfig(args);
   if (!config.ok()) return config.status();
-  const sigset_t signals = BlockSignals();
+  static auto* const signals = new SignalWatcher;  // never destroyed: its thread runs to the end of the process
   SetUpLogging(config->operations);
-  auto auth = Authenticator::Create(config->security.api_key_file, config->security.public_metrics);
-  if (!auth.ok()) return auth.status();
-
   fmt::print("linspec {}\n", kVersion);
-  // The metrics carry the model's name, which is known after loading; the engine reports only once it runs.
-  std::unique_ptr<Metrics> metrics;
-  auto parts = LoadParts(*config, [&metrics](const StepStats& step) { metrics->OnStep(step); });
-  if (!parts.ok()) return parts.status();
-  metrics = std::make_unique<Metrics>(parts->model_name, config->operations.metrics_alias == "vllm");
-  Service service(*config, *std::move(parts), metrics.get());
-  service.engine().Start();
+  std::fflush(stdout);
+  auto server = Server::Start(*config, LoadParts);
+  if (!server.ok()) return server.status();
+  signals->Loaded();
+  PrintReady(*config, &(*server)->service(), (*server)->http_port(), (*server)->grpc_port());
 
-  HttpApi api(&service, auth->get());
-  auto http = StartHttp(*config, &api);
-  if (!http.ok()) return http.status();
-  auto grpc = GrpcFrontEnd::Start(&service, auth->get());
-  if (!grpc.ok()) return grpc.status();
-  PrintReady(*config, &service, *http ? (*http)->port() : 0, *grpc ? (*grpc)->port() : 0);
-
-  int signal = 0;
-  sigwait(&signals, &signal);
+  const int signal = signals->WaitForFirst();
   spdlog::info("signal {}: draining for at most {} s", signal, config->operations.drain_timeout_s);
-  service.StopAdmitting();
-  if (*grpc) (*grpc)->SetServing(false);
-  DrainUntilDoneOrSignal(signals, *config, &service);
-  if (*http) (*http)->Stop(2.0);
-  if (*grpc) (*grpc)->Stop(2.0);
+  (*server)->StopAdmitting();
+  (*server)->Drain();
   spdlog::info("drained; bye");
   return absl::OkStatus();
 }

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <utility>
 
 #include "server/errors.h"
@@ -34,6 +35,11 @@ void ReplaceAll(const std::string& from, const std::string& to, std::string* tex
 }
 
 }  // namespace
+
+std::string NewRequestId() {
+  thread_local std::mt19937_64 generator{std::random_device{}()};
+  return fmt::format("{:016x}{:016x}", generator(), generator());
+}
 
 RunningRequest::RunningRequest(Service* service, uint64_t id, std::shared_ptr<ResponseStream> stream, GenerateSpec spec)
     : service_(service), id_(id), stream_(std::move(stream)), spec_(std::move(spec)) {}
@@ -75,6 +81,7 @@ Service::Service(ServerConfig config, Parts parts, Metrics* metrics)
     special_spellings_.push_back(spelling);
     starts_special_[static_cast<uint8_t>(spelling[0])] = true;
   }
+  metrics_->OnProbe(can_generate_);
   // Longest first: a token that contains another is quoted whole.
   std::ranges::sort(special_spellings_, [](const auto& a, const auto& b) { return a.size() > b.size(); });
 }
@@ -113,15 +120,32 @@ absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& ten
     return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be",
                                             prompt_bytes, limits.max_prompt_tokens));
   }
-  if (limits.max_requests_per_key > 0 && !tenant.empty()) {
+  int open = 0;
+  if (!tenant.empty()) {
     std::lock_guard lock(mutex_);
     const auto found = live_per_tenant_.find(tenant);
-    if (found != live_per_tenant_.end() && found->second >= limits.max_requests_per_key) {
-      metrics_->OnRejected("key_limit");
-      return TenantLimit(fmt::format("this API key has {} requests open, its limit", found->second), 1);
-    }
+    if (found != live_per_tenant_.end()) open = found->second;
   }
-  return absl::OkStatus();
+  return KeyLimit(open);
+}
+
+absl::Status Service::KeyLimit(int open) {
+  const int limit = config_.engine.max_requests_per_key;
+  if (limit == 0 || open < limit) return absl::OkStatus();
+  return Overloaded(
+      TenantLimit(fmt::format("this API key has {} requests open, its limit (--max-requests-per-key)", open)),
+      "key_limit");
+}
+
+CallLimits Service::call_limits() const {
+  const auto& limits = config_.engine;
+  return {.max_n = limits.max_n,
+          .max_output_tokens = limits.max_output_tokens,
+          .default_chat_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens),
+          .max_stop_strings = limits.max_stop_strings,
+          .max_stop_bytes = limits.max_stop_bytes,
+          .max_logit_bias = limits.max_logit_bias,
+          .max_messages = limits.max_messages};
 }
 
 absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt) const {
@@ -205,11 +229,7 @@ absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatM
 }
 
 absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32_t> prompt, GenerateSpec spec) {
-  if (spec.sampling.max_tokens > config_.engine.max_output_tokens) {
-    return FieldError("max_tokens", fmt::format("{} is over the limit of {} (--max-output-tokens)",
-                                                spec.sampling.max_tokens, config_.engine.max_output_tokens));
-  }
-  const uint64_t id = next_id_++;
+  const uint64_t id = NextId();
   auto stream = ResponseStream::Create(
       parts_.tokenizer.get(), {.stop = spec.sampling.stop,
                                .include_stop = spec.sampling.include_stop_in_output,
@@ -224,18 +244,19 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                   .deadline = spec.deadline,
                   .prompt_logprobs = spec.prompt_logprobs,
                   .sink = stream->MakeSink()};
+  int open = 0;  // of this key, before this one
   {
     std::lock_guard lock(mutex_);
-    if (!spec.name.empty() && !names_.try_emplace(spec.name, Named{id, spec.tenant}).second) {
-      return absl::AlreadyExistsError(fmt::format("request_id: '{}' is in use by a live request", spec.name));
-    }
-    // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
-    const int open = live_per_tenant_[spec.tenant]++;
-    request.priority =
-        std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
+    open = live_per_tenant_[spec.tenant]++;
+    if (const auto name = names_.find(spec.name); name != names_.end()) name->second.ids.push_back(id);
   }
-  // From here on the destructor gives back name and count.
+  const bool has_key = !spec.tenant.empty();
+  // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
+  request.priority = std::clamp(spec.priority, -100000, 100000) * 1024 + (has_key ? std::min(open, 1023) : 0);
+  // From here on the destructor gives the count back.
   auto running = std::make_unique<RunningRequest>(this, id, std::move(stream), std::move(spec));
+  // Counted first, then checked: a burst cannot slip in between.
+  if (absl::Status status = has_key ? KeyLimit(open) : absl::OkStatus(); !status.ok()) return status;
   absl::Status status = parts_.engine->Submit(std::move(request));
   if (status.code() == absl::StatusCode::kResourceExhausted) return Overloaded(std::move(status), "queue_full");
   if (status.code() == absl::StatusCode::kUnavailable) return Overloaded(std::move(status), "draining");
@@ -246,14 +267,32 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
 
 void Service::Forget(uint64_t id, const GenerateSpec& spec) {
   std::lock_guard lock(mutex_);
-  if (const auto name = names_.find(spec.name); name != names_.end() && name->second.id == id) names_.erase(name);
+  if (const auto name = names_.find(spec.name); name != names_.end()) std::erase(name->second.ids, id);
   if (const auto live = live_per_tenant_.find(spec.tenant); live != live_per_tenant_.end() && --live->second <= 0) {
     live_per_tenant_.erase(live);
   }
 }
 
+absl::StatusOr<CallName> Service::Claim(const std::string& name, const std::string& tenant) {
+  if (name.empty()) return CallName();
+  std::lock_guard lock(mutex_);
+  if (!names_.try_emplace(name, Named{tenant, {}}).second) {
+    return absl::AlreadyExistsError(fmt::format("request_id: '{}' is in use by a live request", name));
+  }
+  return CallName(this, name);
+}
+
+CallName::~CallName() {
+  if (service_ != nullptr) service_->FreeName(name_);
+}
+
+void Service::FreeName(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  names_.erase(name);
+}
+
 absl::Status Service::Abort(const std::string& name, const std::string& tenant) {
-  uint64_t id = 0;
+  std::vector<uint64_t> ids;
   {
     std::lock_guard lock(mutex_);
     const auto found = names_.find(name);
@@ -261,9 +300,9 @@ absl::Status Service::Abort(const std::string& name, const std::string& tenant) 
     if (name.empty() || found == names_.end() || found->second.tenant != tenant) {
       return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name));
     }
-    id = found->second.id;
+    ids = found->second.ids;
   }
-  parts_.engine->Cancel(id);
+  for (const uint64_t id : ids) parts_.engine->Cancel(id);
   return absl::OkStatus();
 }
 
@@ -277,6 +316,11 @@ absl::Status Service::CheckModelName(const std::string& name) const {
 void Service::StopAdmitting() {
   draining_ = true;
   parts_.engine->StopAdmitting();
+}
+
+void Service::SetCanGenerate(bool can) {
+  can_generate_ = can;
+  metrics_->OnProbe(can);
 }
 
 std::string Service::MetricsText() { return metrics_->Serialize(parts_.engine->stats()); }
