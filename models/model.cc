@@ -68,6 +68,10 @@ absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&)
   return absl::UnimplementedError("this model does not extend verified trees");
 }
 
+absl::StatusOr<std::span<const float>> Model::Unembed(std::span<const float>) {
+  return absl::UnimplementedError("this model does not lend its unembedding");
+}
+
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options) {
   const std::string config_path = (std::filesystem::path(options.path) / "config.json").string();
   absl::StatusOr<std::string> text = ReadTextFile(config_path, kMaxConfigBytes);
