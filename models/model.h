@@ -62,6 +62,9 @@ class Model {
   // the last one verified, and is so once: INTERNAL for another batch or for a path that is not one.
   virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
                               StatePool* pool) = 0;
+  // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
+  // share it: hidden [rows, D], result [rows, V]. Leaves the verified batch alone. Optional.
+  virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden);
 };
 
 struct LoadOptions {
