@@ -53,7 +53,9 @@ void VisitFlags(Config& c, Visit&& visit) {
       FlagInfo{g, "idle-timeout", "seconds a keep-alive connection may stay silent, or a write may stall", 0.1, 86400},
       c.network.idle_timeout_s);
   visit(FlagInfo{g, "stream-buffer-bytes",
-                 "output kept per stream for a slow reader; beyond it the stream is cancelled", 4096, 1 << 30},
+                 "output kept per stream for a slow reader, and the size of its socket buffer; beyond it the stream is "
+                 "cancelled",
+                 4096, 1 << 30},
         c.network.stream_buffer_bytes);
   visit(FlagInfo{g, "max-grpc-streams", "gRPC calls open at once on one connection", 1, 1e6},
         c.network.max_grpc_streams);

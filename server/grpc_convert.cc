@@ -14,6 +14,7 @@ namespace {
 
 constexpr int kMaxPriority = 100000;
 constexpr size_t kMaxRequestIdBytes = 128;
+constexpr size_t kMaxMessageBytes = 1024;  // of a status: it travels as metadata, whose size both sides limit
 
 void AddDetail(const char* type, const google::protobuf::Message& message, v1::details::Status* status) {
   auto* any = status->add_details();
@@ -46,6 +47,25 @@ void FillTokenLogprob(int32_t id, float logprob, const Tokenizer& tokenizer, v1:
   out->set_token(IsUtf8(bytes) ? bytes : "\xEF\xBF\xBD");
   out->set_token_bytes(bytes);
   if (!std::isnan(logprob)) out->set_logprob(logprob);
+}
+
+// The number of a field that this server's proto does not have, or 0. Protobuf would drop it in silence.
+int UnknownField(const google::protobuf::Message& message) {
+  const auto* reflection = message.GetReflection();
+  const auto& unknown = reflection->GetUnknownFields(message);
+  if (!unknown.empty()) return unknown.field(0).number();
+  std::vector<const google::protobuf::FieldDescriptor*> fields;
+  reflection->ListFields(message, &fields);
+  for (const auto* field : fields) {
+    if (field->cpp_type() != google::protobuf::FieldDescriptor::CPPTYPE_MESSAGE || field->is_map()) continue;
+    const int count = field->is_repeated() ? reflection->FieldSize(message, field) : 1;
+    for (int i = 0; i < count; ++i) {
+      const int number = UnknownField(field->is_repeated() ? reflection->GetRepeatedMessage(message, field, i)
+                                                           : reflection->GetMessage(message, field));
+      if (number != 0) return number;
+    }
+  }
+  return 0;
 }
 
 absl::StatusOr<PromptInput> OnePrompt(const v1::Prompt& prompt) {
@@ -116,7 +136,7 @@ void ReadSampling(const v1::GenerateRequest& request, const CallLimits& limits, 
 grpc::Status ToGrpcStatus(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   const auto code = static_cast<grpc::StatusCode>(status.code());  // the numbers are the same by design
-  const std::string message(status.message());
+  const std::string message = ToUtf8(std::string(status.message()).substr(0, kMaxMessageBytes));
   v1::details::Status details;
   details.set_code(static_cast<int>(status.code()));
   details.set_message(message);
@@ -145,6 +165,9 @@ absl::StatusOr<std::vector<ChatMessage>> MessagesFromProto(const v1::ChatMessage
 }
 
 absl::StatusOr<GenerateCall> CallFromProto(const v1::GenerateRequest& request, const CallLimits& limits) {
+  if (const int number = UnknownField(request); number != 0) {
+    return FieldError("request", fmt::format("unknown field {}: this server does not know what it asks for", number));
+  }
   GenerateCall call;
   if (absl::Status status = ReadPrompts(request, limits, &call); !status.ok()) return status;
   ReadSampling(request, limits, &call);

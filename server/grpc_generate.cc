@@ -10,12 +10,12 @@ namespace linspec {
 namespace {
 
 // Lives until gRPC says OnDone; the engine's notify holds it weakly.
-class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
+class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                         public std::enable_shared_from_this<GenerateReactor> {
  public:
   GenerateReactor(grpc::CallbackServerContext* context, Service* service) : context_(context), service_(service) {}
 
-  void Start(const v1::GenerateRequest& request, Authenticator* auth, Pump* pump) {
+  void Start(const grpc::ByteBuffer& request, Authenticator* auth, Pump* pump) {
     self_ = shared_from_this();
     const absl::Status status = Begin(request, auth, pump);
     if (status.ok()) return;
@@ -45,10 +45,12 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
   void OnDone() override { self_.reset(); }
 
  private:
-  absl::Status Begin(const v1::GenerateRequest& request, Authenticator* auth, Pump* pump) {
+  absl::Status Begin(const grpc::ByteBuffer& bytes, Authenticator* auth, Pump* pump) {
     auto tenant = CheckGrpcKey(*context_, auth);
     if (!tenant.ok()) return tenant.status();
-    if (absl::Status status = service_->CheckAdmission(request.ByteSizeLong(), *tenant); !status.ok()) return status;
+    if (absl::Status status = service_->CheckAdmission(*tenant); !status.ok()) return status;
+    v1::GenerateRequest request;
+    if (absl::Status status = ParseMessage(bytes, &request); !status.ok()) return status;
     auto call = CallFromProto(request, service_->call_limits());
     if (!call.ok()) return call.status();
     if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
@@ -107,18 +109,21 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
 
   // REQUIRES: mutex_ held, candidates_ there, and not busy_.
   void FillMessage(const Choice& choice, bool last) {
-    response_.Clear();
-    response_.set_request_id(request_id_);
-    FillResponse(choice, candidates_->call(), service_->tokenizer(), &response_);
-    if (last) FillUsage(candidates_->usage(), response_.mutable_usage());
+    v1::GenerateResponse response;
+    response.set_request_id(request_id_);
+    FillResponse(choice, candidates_->call(), service_->tokenizer(), &response);
+    if (last) FillUsage(candidates_->usage(), response.mutable_usage());
+    response_.Clear();  // Serialize fills an empty buffer only
+    bool own = false;
+    grpc::SerializationTraits<v1::GenerateResponse>::Serialize(response, &response_, &own);
   }
 
   grpc::CallbackServerContext* const context_;
   Service* const service_;
   std::shared_ptr<GenerateReactor> self_;
   std::string request_id_;
-  v1::GenerateResponse response_;  // gRPC's while busy_
-  std::mutex mutex_;               // guards the rest
+  grpc::ByteBuffer response_;  // gRPC's while busy_
+  std::mutex mutex_;           // guards the rest
   std::unique_ptr<Candidates> candidates_;
   bool started_ = false, cancelled_ = false, busy_ = false, finishing_ = false;
 };
@@ -161,9 +166,9 @@ absl::StatusOr<std::string> CheckGrpcKey(const grpc::CallbackServerContext& cont
   return auth->Check(std::string_view(found->second.data(), found->second.size()));
 }
 
-grpc::ServerWriteReactor<v1::GenerateResponse>* StartGenerate(grpc::CallbackServerContext* context,
-                                                              const v1::GenerateRequest& request, Service* service,
-                                                              Authenticator* auth, Pump* pump) {
+grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerate(grpc::CallbackServerContext* context,
+                                                          const grpc::ByteBuffer& request, Service* service,
+                                                          Authenticator* auth, Pump* pump) {
   auto reactor = std::make_shared<GenerateReactor>(context, service);
   GenerateReactor* raw = reactor.get();
   raw->Start(request, auth, pump);

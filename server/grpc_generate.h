@@ -15,6 +15,7 @@
 
 #include "linspec/v1/linspec.grpc.pb.h"
 #include "server/auth.h"
+#include "server/errors.h"
 #include "server/service.h"
 
 namespace linspec {
@@ -39,9 +40,17 @@ class Pump {
 // The tenant of a call by its authorization metadata; as Authenticator::Check.
 absl::StatusOr<std::string> CheckGrpcKey(const grpc::CallbackServerContext& context, Authenticator* auth);
 
+// A message from the wire; INVALID_ARGUMENT when it is none. (gRPC itself would answer UNIMPLEMENTED.)
+template <class Message>
+absl::Status ParseMessage(const grpc::ByteBuffer& bytes, Message* message) {
+  grpc::ByteBuffer copy(bytes);  // of references: parsing empties it
+  if (grpc::SerializationTraits<Message>::Deserialize(&copy, message).ok()) return absl::OkStatus();
+  return FieldError("request", "is not a " + message->GetTypeName() + ", or a string in it is not UTF-8");
+}
+
 // The reactor owns itself until gRPC says OnDone; the rest must outlive it.
-grpc::ServerWriteReactor<v1::GenerateResponse>* StartGenerate(grpc::CallbackServerContext* context,
-                                                              const v1::GenerateRequest& request, Service* service,
-                                                              Authenticator* auth, Pump* pump);
+grpc::ServerWriteReactor<grpc::ByteBuffer>* StartGenerate(grpc::CallbackServerContext* context,
+                                                          const grpc::ByteBuffer& request, Service* service,
+                                                          Authenticator* auth, Pump* pump);
 
 }  // namespace linspec

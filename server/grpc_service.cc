@@ -19,83 +19,113 @@ namespace {
 
 constexpr char kServiceName[] = "linspec.v1.LinSpec";
 
-class LinSpecService final : public v1::LinSpec::CallbackService {
+using RawService = v1::LinSpec::WithRawCallbackMethod_Generate<v1::LinSpec::WithRawCallbackMethod_Tokenize<
+    v1::LinSpec::WithRawCallbackMethod_Detokenize<v1::LinSpec::WithRawCallbackMethod_GetModel<
+        v1::LinSpec::WithRawCallbackMethod_Abort<v1::LinSpec::WithRawCallbackMethod_GetStats<v1::LinSpec::Service>>>>>>;
+
+// Raw: messages are parsed here, so that one that is none gets an answer of ours.
+class LinSpecService final : public RawService {
  public:
+  using Bytes = grpc::ByteBuffer;
+  using Context = grpc::CallbackServerContext;
+
   LinSpecService(linspec::Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
 
-  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
-                                                           const v1::GenerateRequest* request) override {
+  grpc::ServerWriteReactor<Bytes>* Generate(Context* context, const Bytes* request) override {
     return StartGenerate(context, *request, service_, auth_, &pump_);
   }
 
-  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context, const v1::TokenizeRequest* request,
-                                     v1::TokenizeResponse* response) override {
-    return Unary(context, [&](const std::string&) { return DoTokenize(*request, response); });
+  grpc::ServerUnaryReactor* Tokenize(Context* context, const Bytes* request, Bytes* response) override {
+    return Unary<v1::TokenizeRequest, v1::TokenizeResponse>(
+        context, *request, response,
+        [this](const std::string&, const auto& in, auto* out) { return DoTokenize(in, out); });
   }
 
-  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context, const v1::DetokenizeRequest* request,
-                                       v1::DetokenizeResponse* response) override {
-    return Unary(context, [&](const std::string&) -> absl::Status {
-      if (absl::Status status = service_->CheckModelName(request->model()); !status.ok()) return status;
-      const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
-      auto text = service_->tokenizer().Decode(ids, request->skip_special_tokens());
-      if (!text.ok()) return FieldError("token_ids", std::string(text.status().message()));
-      response->set_text(ToUtf8(*text));
-      return absl::OkStatus();
-    });
+  grpc::ServerUnaryReactor* Detokenize(Context* context, const Bytes* request, Bytes* response) override {
+    return Unary<v1::DetokenizeRequest, v1::DetokenizeResponse>(
+        context, *request, response,
+        [this](const std::string&, const auto& in, auto* out) { return DoDetokenize(in, out); });
   }
 
-  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context, const v1::GetModelRequest*,
-                                     v1::GetModelResponse* response) override {
-    return Unary(context, [&](const std::string&) {
-      const ModelConfig& model = service_->engine().model_config();
-      const auto& limits = service_->config().engine;
-      response->set_name(service_->model_name());
-      response->set_parameters(model.NumParameters());
-      response->set_vocab_size(model.vocab_size);
-      response->set_hidden_size(model.hidden_size);
-      response->set_num_layers(model.num_layers);
-      response->set_group_size(model.linear_attention.group_size);
-      response->set_state_bytes_per_request(model.StateBytes());
-      response->set_max_requests(limits.max_requests);
-      response->set_max_prompt_tokens(limits.max_prompt_tokens);
-      response->set_max_output_tokens(limits.max_output_tokens);
-      for (const std::string& drafter : service_->drafters()) response->add_drafters(drafter);
-      response->set_version(kVersion);
-      return absl::OkStatus();
-    });
+  grpc::ServerUnaryReactor* GetModel(Context* context, const Bytes* request, Bytes* response) override {
+    return Unary<v1::GetModelRequest, v1::GetModelResponse>(context, *request, response,
+                                                            [this](const std::string&, const auto&, auto* out) {
+                                                              FillModel(out);
+                                                              return absl::OkStatus();
+                                                            });
   }
 
-  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
-                                  v1::AbortResponse*) override {
-    return Unary(context, [&](const std::string& tenant) { return service_->Abort(request->request_id(), tenant); });
+  grpc::ServerUnaryReactor* Abort(Context* context, const Bytes* request, Bytes* response) override {
+    return Unary<v1::AbortRequest, v1::AbortResponse>(
+        context, *request, response,
+        [this](const std::string& tenant, const auto& in, auto*) { return service_->Abort(in.request_id(), tenant); });
   }
 
-  grpc::ServerUnaryReactor* GetStats(grpc::CallbackServerContext* context, const v1::GetStatsRequest*,
-                                     v1::GetStatsResponse* response) override {
-    return Unary(context, [&](const std::string&) {
-      const EngineStats stats = service_->engine().stats();
-      response->set_slots_total(stats.slots_total);
-      response->set_slots_free(stats.slots_free);
-      response->set_requests_running(stats.num_running);
-      response->set_requests_waiting(stats.num_waiting);
-      response->set_prompt_tokens_waiting(stats.waiting_tokens);
-      response->set_requests_finished(stats.requests_finished);
-      response->set_output_tokens(stats.output_tokens);
-      response->set_engine_steps(stats.steps);
-      response->set_speculation_on(stats.speculation_on);
-      response->set_can_generate(service_->can_generate());
-      return absl::OkStatus();
-    });
+  grpc::ServerUnaryReactor* GetStats(Context* context, const Bytes* request, Bytes* response) override {
+    return Unary<v1::GetStatsRequest, v1::GetStatsResponse>(context, *request, response,
+                                                            [this](const std::string&, const auto&, auto* out) {
+                                                              FillStats(out);
+                                                              return absl::OkStatus();
+                                                            });
   }
 
  private:
-  template <class Work>
-  grpc::ServerUnaryReactor* Unary(grpc::CallbackServerContext* context, Work work) {
-    auto tenant = CheckGrpcKey(*context, auth_);
+  template <class Request, class Response, class Work>
+  grpc::ServerUnaryReactor* Unary(Context* context, const Bytes& bytes, Bytes* response, Work work) {
+    const auto answer = [&]() -> absl::Status {
+      auto tenant = CheckGrpcKey(*context, auth_);
+      if (!tenant.ok()) return tenant.status();
+      Request in;
+      if (absl::Status status = ParseMessage(bytes, &in); !status.ok()) return status;
+      Response out;
+      if (absl::Status status = work(*tenant, in, &out); !status.ok()) return status;
+      bool own = false;
+      grpc::SerializationTraits<Response>::Serialize(out, response, &own);
+      return absl::OkStatus();
+    };
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpcStatus(tenant.ok() ? work(*tenant) : tenant.status()));
+    reactor->Finish(ToGrpcStatus(answer()));
     return reactor;
+  }
+
+  void FillModel(v1::GetModelResponse* out) const {
+    const ModelConfig& model = service_->engine().model_config();
+    const auto& limits = service_->config().engine;
+    out->set_name(service_->model_name());
+    out->set_parameters(model.NumParameters());
+    out->set_vocab_size(model.vocab_size);
+    out->set_hidden_size(model.hidden_size);
+    out->set_num_layers(model.num_layers);
+    out->set_group_size(model.linear_attention.group_size);
+    out->set_state_bytes_per_request(model.StateBytes());
+    out->set_max_requests(limits.max_requests);
+    out->set_max_prompt_tokens(limits.max_prompt_tokens);
+    out->set_max_output_tokens(limits.max_output_tokens);
+    for (const std::string& drafter : service_->drafters()) out->add_drafters(drafter);
+    out->set_version(kVersion);
+  }
+
+  void FillStats(v1::GetStatsResponse* out) const {
+    const EngineStats stats = service_->engine().stats();
+    out->set_slots_total(stats.slots_total);
+    out->set_slots_free(stats.slots_free);
+    out->set_requests_running(stats.num_running);
+    out->set_requests_waiting(stats.num_waiting);
+    out->set_prompt_tokens_waiting(stats.waiting_tokens);
+    out->set_requests_finished(stats.requests_finished);
+    out->set_output_tokens(stats.output_tokens);
+    out->set_engine_steps(stats.steps);
+    out->set_speculation_on(stats.speculation_on);
+    out->set_can_generate(service_->can_generate());
+  }
+
+  absl::Status DoDetokenize(const v1::DetokenizeRequest& request, v1::DetokenizeResponse* response) const {
+    if (absl::Status status = service_->CheckModelName(request.model()); !status.ok()) return status;
+    const std::vector<int32_t> ids(request.token_ids().begin(), request.token_ids().end());
+    auto text = service_->tokenizer().Decode(ids, request.skip_special_tokens());
+    if (!text.ok()) return FieldError("token_ids", std::string(text.status().message()));
+    response->set_text(ToUtf8(*text));
+    return absl::OkStatus();
   }
 
   absl::Status DoTokenize(const v1::TokenizeRequest& request, v1::TokenizeResponse* response) const {

@@ -143,7 +143,7 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
 
 absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, bool chat,
                                                                  const std::string& tenant, HttpNotify notify) {
-  if (absl::Status status = service_->CheckAdmission(request.body.size(), tenant); !status.ok()) return status;
+  if (absl::Status status = service_->CheckAdmission(tenant); !status.ok()) return status;
   const CallLimits limits = service_->call_limits();
   auto call = chat ? ParseChat(request.body, limits) : ParseCompletion(request.body, limits);
   if (!call.ok()) return call.status();

@@ -240,7 +240,8 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const CallLimits& 
   const Json* modalities = fields.Find("modalities");
   if (modalities != nullptr && *modalities != Json::array({"text"}))
     fields.Fail("modalities", "only [\"text\"] is supported");
-  fields.Ignore({"parallel_tool_calls"});
+  bool parallel = false;  // there are no tools to call
+  fields.Bool("parallel_tool_calls", &parallel);
   fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
                       "web_search_options", "chat_template", "chat_template_kwargs", "add_generation_prompt",
                       "continue_final_message"});

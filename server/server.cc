@@ -17,6 +17,7 @@ HttpServerOptions HttpOptions(const ServerConfig& config, HttpApi* api) {
   options.max_connections = config.network.max_connections;
   options.max_body_bytes = config.network.max_body_bytes;
   options.max_header_bytes = config.network.max_header_bytes;
+  options.send_buffer_bytes = config.network.stream_buffer_bytes;
   options.header_timeout_s = config.network.header_timeout_s;
   options.idle_timeout_s = config.network.idle_timeout_s;
   options.tls_cert = config.security.tls_cert;

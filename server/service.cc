@@ -97,7 +97,7 @@ absl::Status Service::Overloaded(absl::Status status, const char* reason) {
   return WithRetryAfter(std::move(status), static_cast<int>(std::clamp(std::ceil(seconds), 1.0, 60.0)));
 }
 
-absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& tenant) {
+absl::Status Service::CheckAdmission(const std::string& tenant) {
   if (draining_) return Overloaded(absl::UnavailableError("the server is shutting down"), "draining");
   const EngineStats stats = parts_.engine->stats();
   const auto& limits = config_.engine;
@@ -113,12 +113,6 @@ absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& ten
                                                  "(--max-queue-tokens)",
                                                  stats.waiting_tokens)),
         "queue_tokens");
-  }
-  // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than 64 on average.
-  if (static_cast<int64_t>(prompt_bytes / 64) > limits.max_prompt_tokens) {
-    metrics_->OnRejected("prompt_too_long");
-    return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be",
-                                            prompt_bytes, limits.max_prompt_tokens));
   }
   int open = 0;
   if (!tenant.empty()) {
@@ -148,7 +142,22 @@ CallLimits Service::call_limits() const {
           .max_messages = limits.max_messages};
 }
 
+absl::Status Service::CheckBytes(size_t bytes, const char* field) const {
+  // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than this many on average.
+  constexpr size_t kMaxBytesPerToken = 64;
+  const int64_t limit = config_.engine.max_prompt_tokens;
+  if (static_cast<int64_t>(bytes / kMaxBytesPerToken) <= limit) return absl::OkStatus();
+  return FieldError(field, fmt::format("{} bytes are more than {} tokens (--max-prompt-tokens) can be", bytes, limit));
+}
+
 absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt) const {
+  size_t bytes = 0;
+  if (const auto* text = std::get_if<std::string>(&prompt)) bytes = text->size();
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) {
+    for (const ChatMessage& message : *messages) bytes += message.content.size();
+  }
+  const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
+  if (absl::Status status = CheckBytes(bytes, field); !status.ok()) return status;
   absl::StatusOr<std::vector<int32_t>> tokens;
   if (const auto* text = std::get_if<std::string>(&prompt)) {
     tokens = parts_.tokenizer->Encode(*text, {.add_special_tokens = true, .parse_special = true});
@@ -157,7 +166,6 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   } else {
     tokens = ChatTokens(std::get<std::vector<ChatMessage>>(prompt));
   }
-  const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
   if (!tokens.ok()) {
     return tokens.status().code() == absl::StatusCode::kInvalidArgument && ErrorField(tokens.status()).empty()
                ? FieldError(field, std::string(tokens.status().message()))
@@ -298,7 +306,7 @@ absl::Status Service::Abort(const std::string& name, const std::string& tenant) 
     const auto found = names_.find(name);
     // Somebody else's request is as unknown as one that does not exist.
     if (name.empty() || found == names_.end() || found->second.tenant != tenant) {
-      return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name));
+      return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name.substr(0, 128)));
     }
     ids = found->second.ids;
   }

@@ -94,8 +94,9 @@ class Service {
   Service(ServerConfig config, Parts parts, Metrics* metrics);
   ~Service();  // all RunningRequests must be gone
 
-  // Overload and drain, from counters alone: asked before a prompt is tokenized. prompt_bytes bounds its tokens.
-  absl::Status CheckAdmission(size_t prompt_bytes, const std::string& tenant);
+  // Overload and drain, from counters alone: asked before anything else is done for a request.
+  absl::Status CheckAdmission(const std::string& tenant);
+  // A text too long for --max-prompt-tokens whatever its tokens is refused before it is tokenized.
   absl::StatusOr<std::vector<int32_t>> ToTokens(const PromptInput& prompt) const;
   // "" claims nothing. ALREADY_EXISTS for an id that another live call, of anybody, goes by.
   absl::StatusOr<CallName> Claim(const std::string& name, const std::string& tenant);
@@ -124,6 +125,7 @@ class Service {
  private:
   friend class RunningRequest;
   friend class CallName;
+  absl::Status CheckBytes(size_t bytes, const char* field) const;
   absl::StatusOr<std::vector<int32_t>> ChatTokens(const std::vector<ChatMessage>& messages) const;
   std::string QuoteSpecialTokens(std::string text) const;
   absl::Status Overloaded(absl::Status status, const char* reason);
