@@ -1,0 +1,20 @@
+// Between the translation units of attention: the tensor-core instances, for the layer shapes of HasTiles. A model has
+// one shape, so all its calls are of the one family or of the other and their folds are the same arithmetic.
+#pragma once
+
+#include "kernels/cuda/launch.h"
+
+namespace linspec::cuda {
+
+inline bool HasTiles(const LayerParams& layer) {
+  return (layer.head_dim == 64 || layer.head_dim == 128) && layer.group_size <= 64 && layer.group_size % 8 == 0;
+}
+
+void LaunchVerifyTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchDecodeTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchCommitTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchCommitTilesOfLayers(const LayerParams& layer, const AttentionParams* params, int num_layers, int num_tasks,
+                               cudaStream_t stream);
+void LaunchPrefillTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+
+}  // namespace linspec::cuda

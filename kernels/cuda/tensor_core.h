@@ -1,0 +1,62 @@
+// fp32-grade products on the tensor cores, and asynchronous copies to shared memory. sm_80 and newer.
+//
+// x = hi + lo with hi the 11 leading bits; x y ~ hi hi' + hi lo' + lo hi' on tf32 m16n8k8 with fp32 sums: relative
+// error of a product about 2^-21. An element of the result depends on its row of A and its column of B only, so its
+// bits do not depend on what else shares the instruction. Lane 4 g + c of a warp holds A rows g, g + 8 and
+// columns c, c + 4; B rows c, c + 4 and column g; C rows g, g + 8 and columns 2 c, 2 c + 1.
+#pragma once
+
+#include <cstdint>
+
+namespace linspec::cuda {
+
+__device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+template <int kSize>
+struct Split {
+  uint32_t hi[kSize], lo[kSize];
+
+  __device__ __forceinline__ explicit Split(const float (&x)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      // volatile: else the compiler splits loop-invariant operands ahead of the loop, and they no longer fit
+      asm volatile("and.b32 %0, %1, 0xFFFFE000;" : "=r"(hi[i]) : "r"(__float_as_uint(x[i])));
+      lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
+    }
+  }
+};
+
+struct Accumulators {  // two chains of dependent instructions instead of one
+  float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
+
+  __device__ __forceinline__ void Add(const Split<4>& a, const Split<2>& b) {
+    MmaTf32(rest, a.lo, b.hi);
+    MmaTf32(main, a.hi, b.hi);
+    MmaTf32(rest, a.hi, b.lo);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return main[i] + rest[i]; }
+};
+
+// 16 bytes of global memory to shared memory; both aligned to 16.
+__device__ __forceinline__ void CopyAsync16(float* shared, const float* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Not moved by the compiler past other volatile statements: issued early, used late.
+__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(global));
+}
+
+}  // namespace linspec::cuda
