@@ -6,9 +6,13 @@
 
 namespace linspec::cuda {
 
-inline bool HasTiles(const LayerParams& layer) {
-  return (layer.head_dim == 64 || layer.head_dim == 128) && layer.group_size <= 64 && layer.group_size % 8 == 0;
-}
+struct DeviceLimits {
+  int multiprocessors, shared_bytes;  // shared memory of a multiprocessor
+};
+const DeviceLimits& CurrentDeviceLimits();  // read once per device
+
+// Groups of a power of two, and the shared memory of a data-centre chip (sm_90, sm_100).
+bool HasTiles(const LayerParams& layer);
 
 void LaunchVerifyTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchDecodeTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);

@@ -54,9 +54,9 @@ struct Commit {
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < s.kSteps; ++step) {
-      first ? s.Clear() : s.LoadStep(step, matrix);
-      s.Fold(step, 0, decay, keys, kStride, values, kStride, group);
-      s.Fold(step, 1, decay, keys, kStride, values, kStride, group);
+      s.Clear();
+      s.LoadStep(step, matrix, !first);
+      s.Fold(step, decay, keys, kStride, values, kStride, group);
       s.StoreStep(step, matrix);
     }
     __syncthreads();

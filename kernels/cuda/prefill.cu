@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) 
   }
   StateFragment<kDim, kSlice<kDim>> s;
   s.Clear();
-  if (task.length >= group) s.Load(chain.Matrix(kDim) + column);
+  s.Load(chain.Matrix(kDim) + column, task.length >= group);
   const int64_t matrix = int64_t{kDim} * kDim;
   const int first = GroupsBefore(p, static_cast<int>(blockIdx.z));
   float* scratch = p.scratch + (int64_t{first} * p.layer.num_kv_heads + chain.kv_head) * matrix + column;
@@ -111,8 +111,7 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) 
     const ScanStage<kDim>& stage = stages[i % kStages];
 #pragma unroll
     for (int step = 0; step < s.kSteps; ++step) {
-      s.Fold(step, 0, decay, stage.keys, kDim + 8, stage.values, stage.kValue, group);
-      s.Fold(step, 1, decay, stage.keys, kDim + 8, stage.values, stage.kValue, group);
+      s.Fold(step, decay, stage.keys, kDim + 8, stage.values, stage.kValue, group);
     }
   }
   if (complete == 0) return;
@@ -120,25 +119,29 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) 
   for (int step = 0; step < s.kSteps; ++step) s.StoreStep(step, chain.Matrix(kDim) + column);
 }
 
-// Grid (query heads, groups): 16 warps, warp w has rows 16 (w % 4) + 0..15 and a quarter w / 4 of keys, then of columns.
-constexpr int kOutThreads = 512;
-
+// Grid (query heads, groups), 8 warps: warp w has rows 16 (w % 4) + 0..15 and half w / 4 of the keys, then of the
+// columns. Two blocks share a multiprocessor, so one computes while the other loads; S, then keys, then weights and
+// values pass through the same shared memory. Column tile j of a block of 32 has columns 4 n + j: 16-byte reads.
 template <int kDim>
 struct OutShared {
   static constexpr int kQuery = kDim + 4, kValue = kDim + 8, kWeight = kHistory + kGroup + 4;
+  static constexpr int kLate = 16;  // rows of values whose place the keys take first
+  static_assert(kGroup * kQuery <= kGroup * kWeight + kLate * kValue);
   float queries[kGroup * kQuery];
   union {
+    float state[kDim * kValue];
     float keys[kGroup * kQuery];
-    float weights[kGroup * kWeight];  // [row][history, group]
+    struct {
+      float weights[kGroup * kWeight];  // [row][history, group]
+      float values[(kHistory + kGroup) * kValue];
+    } y;
   };
-  float values[(kHistory + kGroup) * kValue];
-  float state[kDim * kValue];
-  float taps[kHistory], squares[4][kGroup];
+  float taps[kHistory], squares[2][kGroup];
 };
 
 template <int kDim>
 struct GroupProgram {
-  static constexpr int kTiles = kDim / 32;  // column tiles of 8 a warp
+  static constexpr int kColumns = kDim / 4, kBlocks = kDim / 64;  // blocks of 32 columns a warp
   using Shared = OutShared<kDim>;
 
   const AttentionParams& p;
@@ -147,180 +150,220 @@ struct GroupProgram {
   int head, first, tokens, begin;  // rows [begin, tokens) of the group are rows of the call
   bool folded;
 
-  __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / 32; }
-  __device__ __forceinline__ static int G() { return static_cast<int>(threadIdx.x) % 32 / 4; }
-  __device__ __forceinline__ static int C() { return static_cast<int>(threadIdx.x) % 4; }
-  __device__ __forceinline__ static int Tile() { return Warp() % 4 * 16; }
+  __device__ __forceinline__ static int Thread() { return static_cast<int>(threadIdx.x); }
+  __device__ __forceinline__ static int Half() { return Thread() / 128; }
+  __device__ __forceinline__ static int G() { return Thread() % 32 / 4; }
+  __device__ __forceinline__ static int C() { return Thread() % 4; }
+  __device__ __forceinline__ static int Tile() { return Thread() / 32 % 4 * 16; }
 
-  __device__ __forceinline__ void Load(const float* state) const {
-    constexpr int kColumns = kDim / 4;
-    for (int i = static_cast<int>(threadIdx.x); i < tokens * kColumns; i += kOutThreads) {
+  __device__ __forceinline__ void LoadQueries() const {
+    for (int i = Thread() + begin * kColumns; i < tokens * kColumns; i += kThreads) {
       const int token = i / kColumns, c = i % kColumns * 4;
-      CopyAsync16(shared.keys + token * Shared::kQuery + c, chain.Token(first + token, 0, kDim) + c);
-      if (token < begin) continue;
       CopyAsync16(shared.queries + token * Shared::kQuery + c, chain.Row(first + token - chain.phase, head, kDim) + c);
     }
-    CommitCopies();
-    for (int i = static_cast<int>(threadIdx.x); i < (kHistory + kGroup) * kColumns; i += kOutThreads) {
-      const int token = i / kColumns - kHistory, c = i % kColumns * 4;
-      float* to = shared.values + i / kColumns * Shared::kValue + c;
-      if (token < tokens && chain.Has(first + token)) {
-        CopyAsync16(to, chain.Token(first + token, 1, kDim) + c);
-      } else {
-        Store4(to, {0, 0, 0, 0});
-      }
-    }
-    for (int i = static_cast<int>(threadIdx.x); folded && i < kDim * kColumns; i += kOutThreads) {
+  }
+  __device__ __forceinline__ void LoadState(const float* state) const {
+    for (int i = Thread(); i < kDim * kColumns; i += kThreads) {
       CopyAsync16(shared.state + i / kColumns * Shared::kValue + i % kColumns * 4, state + i * 4);
     }
-    CommitCopies();
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread < kHistory) {
-      shared.taps[thread] =
-          thread < p.layer.conv_kernel ? p.layer.conv_taps[head * p.layer.conv_kernel + thread] : 0.0f;
+  }
+  __device__ __forceinline__ void LoadKeys() const {
+    for (int i = Thread(); i < tokens * kColumns; i += kThreads) {
+      const int token = i / kColumns, c = i % kColumns * 4;
+      CopyAsync16(shared.keys + token * Shared::kQuery + c, chain.Token(first + token, 0, kDim) + c);
     }
   }
-
-  __device__ __forceinline__ Split<4> A(const float* matrix, int stride, int k) const {
-    const float* a = matrix + (Tile() + G()) * stride + k + C();
-    return Split<4>({a[0], a[8 * stride], a[4], a[8 * stride + 4]});
+  // Rows [from, to) of the values: the history, then the group. Zeros where there is no token.
+  __device__ __forceinline__ void LoadValues(int from, int to) const {
+    for (int i = Thread() + from * kColumns; i < to * kColumns; i += kThreads) {
+      const int token = i / kColumns - kHistory, c = i % kColumns * 4;
+      float* target = shared.y.values + i / kColumns * Shared::kValue + c;
+      if (token < tokens && chain.Has(first + token)) {
+        CopyAsync16(target, chain.Token(first + token, 1, kDim) + c);
+      } else {
+        Store4(target, {0, 0, 0, 0});
+      }
+    }
+  }
+  __device__ __forceinline__ void LoadTaps() const {
+    if (Thread() >= kHistory) return;
+    const int taps = p.layer.conv_kernel;
+    shared.taps[Thread()] = Thread() < taps ? p.layer.conv_taps[head * taps + Thread()] : 0.0f;
   }
 
-  // Scores of 16 rows and 16 keys.
-  __device__ __forceinline__ void Score(Accumulators (&sum)[2]) const {
-    const int key = Warp() / 4 * 16;
-    if (key > Tile()) return;
-#pragma unroll 4
-    for (int k = 0; k < kDim; k += 8) {
-      const Split<4> a = A(shared.queries, Shared::kQuery, k);
+  // sum += a[rows of the warp][k] b[k][columns of the warp] for k in [k_begin, k_end).
+  __device__ __forceinline__ void Multiply(const float* a, int stride, const float* b, int k_begin, int k_end,
+                                           float (&sum)[kBlocks][4][4]) const {
+    const float *x = a + (Tile() + G()) * stride + C(), *y = b + C() * Shared::kValue + Half() * (kDim / 2) + 4 * G();
+#pragma unroll 2
+    for (int k = k_begin; k < k_end; k += 8) {
+      const Split<4> row({x[k], x[8 * stride + k], x[k + 4], x[8 * stride + k + 4]});
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const float* b = shared.keys + (key + 8 * n + G()) * Shared::kQuery + k + C();
-        sum[n].Add(a, Split<2>({b[0], b[4]}));
+      for (int block = 0; block < kBlocks; ++block) {
+        const Vec4 y0 = Load4(y + k * Shared::kValue + 32 * block), y1 = Load4(y + (k + 4) * Shared::kValue + 32 * block);
+        MmaSplit(sum[block][0], row, Split<2>({y0.x, y1.x}));
+        MmaSplit(sum[block][1], row, Split<2>({y0.y, y1.y}));
+        MmaSplit(sum[block][2], row, Split<2>({y0.z, y1.z}));
+        MmaSplit(sum[block][3], row, Split<2>({y0.w, y1.w}));
       }
     }
   }
 
-  __device__ __forceinline__ void Weigh(const Accumulators (&sum)[2]) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    for (int i = thread; i < kHistory * kHistory; i += kOutThreads) {
-      const int row = i / kHistory, lag = row + kHistory - i % kHistory;
-      shared.weights[row * Shared::kWeight + i % kHistory] = lag < kHistory ? shared.taps[lag] : 0.0f;
-    }
-    if (Warp() / 4 * 16 > Tile()) return;
+  // Scores of the warp's 16 rows and the keys 32 half + 8 n + 0..7, none past the rows.
+  __device__ __forceinline__ void Score(float (&sum)[4][4]) const {
+    const float* q = shared.queries + (Tile() + G()) * Shared::kQuery + 4 * C();
+    const float* key = shared.keys + (32 * Half() + G()) * Shared::kQuery + 4 * C();
+#pragma unroll 2
+    for (int k = 0; k < kDim; k += 16) {
+      const Vec4 x0 = Load4(q + k), x1 = Load4(q + 8 * Shared::kQuery + k);
+      const Split<4> row[2] = {Split<4>({x0.x, x1.x, x0.y, x1.y}), Split<4>({x0.z, x1.z, x0.w, x1.w})};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int row = Tile() + G() + i / 2 % 2 * 8, key = Warp() / 4 * 16 + i / 4 * 8 + 2 * C() + i % 2;
+      for (int n = 0; n < 4; ++n) {
+        if (32 * Half() + 8 * n > Tile() + 15) continue;
+        const Vec4 y = Load4(key + 8 * n * Shared::kQuery + k);
+        MmaSplit(sum[n], row[0], Split<2>({y.x, y.y}));
+        MmaSplit(sum[n], row[1], Split<2>({y.z, y.w}));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void Weigh(const float (&sum)[4][4]) const {
+    for (int i = Thread(); i < kHistory * kHistory; i += kThreads) {
+      const int row = i / kHistory, lag = row + kHistory - i % kHistory;
+      shared.y.weights[row * Shared::kWeight + i % kHistory] = lag < kHistory ? shared.taps[lag] : 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int row = Tile() + G() + i / 2 % 2 * 8, key = 32 * Half() + i / 4 * 8 + 2 * C() + i % 2;
       float weight = 0.0f;
       if (key <= row && row < tokens) {
         const float positive = p.layer.local != 0 ? fmaxf(sum[i / 4][i % 4], 0.0f) : 0.0f;
         weight = positive * positive + (row - key < kHistory ? shared.taps[row - key] : 0.0f);
       }
-      shared.weights[row * Shared::kWeight + kHistory + key] = weight;
+      shared.y.weights[row * Shared::kWeight + kHistory + key] = weight;
     }
   }
 
-  // sum += A[16 rows][k] * b[k][columns of the warp] over [begin, end).
-  __device__ __forceinline__ void Multiply(const float* a, int a_stride, const float* b, int k_begin, int k_end,
-                                           Accumulators (&sum)[kTiles]) const {
-#pragma unroll 2
-    for (int k = k_begin; k < k_end; k += 8) {
-      const Split<4> x = A(a, a_stride, k);
-      const float* y = b + (k + C()) * Shared::kValue + Warp() / 4 * (kDim / 4) + G();
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) sum[n].Add(x, Split<2>({y[8 * n], y[8 * n + 4 * Shared::kValue]}));
-    }
-  }
-
-  // Scale of z for rows Tile() + G() and + 8.
-  __device__ __forceinline__ void Scale(const Accumulators (&z)[kTiles], float (&scale)[2]) const {
-    scale[0] = scale[1] = p.layer.global_factor;
-    if (p.layer.global != Global::kRmsNorm) return;
+  // Partial sums of z^2 for rows Tile() + G() and + 8; read after the next barrier.
+  __device__ __forceinline__ void Square(const float (&z)[kBlocks][4][4]) const {
     float squares[2] = {};
 #pragma unroll
-    for (int i = 0; i < kTiles * 4; ++i) {
-      const float x = z[i / 4][i % 4];
+    for (int i = 0; i < kBlocks * 16; ++i) {
+      const float x = z[i / 16][i / 4 % 4][i % 4];
       squares[i / 2 % 2] = fmaf(x, x, squares[i / 2 % 2]);
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       squares[r] += __shfl_xor_sync(0xFFFFFFFFu, squares[r], 1);
       squares[r] += __shfl_xor_sync(0xFFFFFFFFu, squares[r], 2);
-      if (C() == 0) shared.squares[Warp() / 4][Tile() + G() + 8 * r] = squares[r];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = 0.0f;
-      for (const auto& quarter : shared.squares) sum += quarter[Tile() + G() + 8 * r];
-      scale[r] = p.layer.global_gain[head] / sqrtf(sum / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      if (C() == 0) shared.squares[Half()][Tile() + G() + 8 * r] = squares[r];
     }
   }
 
-  __device__ __forceinline__ void Store(const Accumulators (&y)[kTiles], const Accumulators (&z)[kTiles],
-                                        const float (&scale)[2]) const {
+  __device__ __forceinline__ void Store(const float (&y)[kBlocks][4][4], const float (&z)[kBlocks][4][4]) const {
 #pragma unroll
-    for (int i = 0; i < kTiles * 2; ++i) {
-      const int n = i / 2, r = i % 2, row = Tile() + G() + 8 * r;
+    for (int r = 0; r < 2; ++r) {
+      const int row = Tile() + G() + 8 * r;
       if (row < begin || row >= tokens) continue;
+      float scale = p.layer.global_factor;
+      if (p.layer.global == Global::kRmsNorm) {
+        const float squares = shared.squares[0][row] + shared.squares[1][row];
+        scale = p.layer.global_gain[head] / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      }
       const int64_t at =
-          (static_cast<int64_t>(task_row(row)) * p.layer.num_heads + head) * kDim + Warp() / 4 * (kDim / 4) + 8 * n + 2 * C();
-      const float x0 = fmaf(scale[r], z[n][2 * r], y[n][2 * r]), x1 = fmaf(scale[r], z[n][2 * r + 1], y[n][2 * r + 1]);
-      if (p.out != nullptr) *reinterpret_cast<float2*>(p.out + at) = make_float2(x0, x1);
-      if (p.out_bf16 != nullptr) {
-        *reinterpret_cast<uint32_t*>(p.out_bf16 + at) = RoundToBf16(x0) | static_cast<uint32_t>(RoundToBf16(x1)) << 16;
+          (static_cast<int64_t>(chain.task.row_begin + first + row - chain.phase) * p.layer.num_heads + head) * kDim;
+#pragma unroll
+      for (int i = 0; i < kBlocks * 2; ++i) {
+        const int block = i / 2, e = 2 * r + i % 2, column = Half() * (kDim / 2) + 32 * block + 8 * C() + i % 2 * 4;
+        const float(&a)[4][4] = y[block], (&b)[4][4] = z[block];
+        const Vec4 x{fmaf(scale, b[0][e], a[0][e]), fmaf(scale, b[1][e], a[1][e]), fmaf(scale, b[2][e], a[2][e]),
+                     fmaf(scale, b[3][e], a[3][e])};
+        if (p.out != nullptr) Store4(p.out + at + column, x);
+        if (p.out_bf16 != nullptr) {
+          *reinterpret_cast<uint2*>(p.out_bf16 + at + column) =
+              make_uint2(RoundToBf16(x.x) | static_cast<uint32_t>(RoundToBf16(x.y)) << 16,
+                         RoundToBf16(x.z) | static_cast<uint32_t>(RoundToBf16(x.w)) << 16);
+        }
       }
     }
   }
-  __device__ __forceinline__ int task_row(int row) const { return chain.task.row_begin + first + row - chain.phase; }
 };
 
+// The task that group `index` of the call belongs to and the number of groups before it, by one warp; num_tasks: none.
+__device__ __forceinline__ void FindTask(const AttentionParams& p, int num_tasks, int index, int* task, int* before) {
+  constexpr unsigned kAll = 0xFFFFFFFFu;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int passed = 0;
+  for (int first = 0; first < num_tasks; first += 32) {
+    const int groups = first + lane < num_tasks ? Groups(p.tasks[first + lane], p.layer.group_size) : 0;
+    int end = passed + groups;  // groups up to the lane's task
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int other = __shfl_up_sync(kAll, end - passed, offset);
+      if (lane >= offset) end += other;
+    }
+    const unsigned past = __ballot_sync(kAll, end > index);
+    if (past != 0) {
+      const int owner = __ffs(static_cast<int>(past)) - 1;
+      if (lane == owner) {
+        *task = first + lane;
+        *before = end - groups;
+      }
+      return;
+    }
+    passed = __shfl_sync(kAll, end, 31);
+  }
+  if (lane == 0) *task = num_tasks;
+}
+
 template <int kDim>
-__global__ void __launch_bounds__(kOutThreads) GroupKernel(const AttentionParams p, int num_tasks) {
-  extern __shared__ __align__(16) float shared[];
+__global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams p, int num_tasks) {
+  extern __shared__ __align__(16) float memory[];
   __shared__ int found, before;
   const int index = static_cast<int>(blockIdx.y), group = p.layer.group_size;
-  if (threadIdx.x == 0) {
-    int sum = 0, task = 0;
-    for (; task < num_tasks; ++task) {
-      const int groups = Groups(p.tasks[task], group);
-      if (sum + groups > index) break;
-      sum += groups;
-    }
-    found = task;
-    before = sum;
-  }
+  if (threadIdx.x < 32) FindTask(p, num_tasks, index, &found, &before);
   __syncthreads();
   if (found == num_tasks) return;
   const Task task = p.tasks[found];
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (p.layer.num_heads / p.layer.num_kv_heads);
   const Chain chain(p, task, kv_head);
   const int first = (index - before) * group;
+  OutShared<kDim>& shared = *reinterpret_cast<OutShared<kDim>*>(memory);
   const GroupProgram<kDim> program{p,
                                    chain,
-                                   *reinterpret_cast<OutShared<kDim>*>(shared),
+                                   shared,
                                    head,
                                    first,
                                    min(group, chain.end() - first),
                                    max(0, chain.phase - first),
                                    task.length - chain.phase + first > 0 && p.layer.global != Global::kNone};
-  program.Load(p.scratch + (static_cast<int64_t>(index) * p.layer.num_kv_heads + kv_head) * kDim * kDim);
-  WaitCopies<1>();
-  __syncthreads();
-  Accumulators score[2];
-  program.Score(score);
-  __syncthreads();
-  program.Weigh(score);
+  float y[program.kBlocks][4][4] = {}, z[program.kBlocks][4][4] = {}, scores[4][4] = {};
+  program.LoadQueries();
+  program.LoadTaps();
+  if (program.folded) {
+    program.LoadState(p.scratch + (static_cast<int64_t>(index) * p.layer.num_kv_heads + kv_head) * kDim * kDim);
+    CommitCopies();
+    WaitCopies<0>();
+    __syncthreads();
+    program.Multiply(shared.queries, shared.kQuery, shared.state, 0, kDim, z);
+    __syncthreads();
+  }
+  program.Square(z);
+  program.LoadKeys();
+  program.LoadValues(shared.kLate, kHistory + kGroup);
+  CommitCopies();
   WaitCopies<0>();
   __syncthreads();
-  Accumulators y[program.kTiles], z[program.kTiles];
+  program.Score(scores);
+  __syncthreads();
+  program.LoadValues(0, shared.kLate);
+  CommitCopies();
+  program.Weigh(scores);
+  WaitCopies<0>();
+  __syncthreads();
   const int tile = program.Tile();
-  program.Multiply(program.shared.weights, program.shared.kWeight, program.shared.values, tile < kHistory ? 0 : kHistory,
+  program.Multiply(shared.y.weights, shared.kWeight, shared.y.values, tile < kHistory ? 0 : kHistory,
                    kHistory + tile + 16, y);
-  if (program.folded) program.Multiply(program.shared.queries, program.shared.kQuery, program.shared.state, 0, kDim, z);
-  float scale[2];
-  program.Scale(z, scale);
-  program.Store(y, z, scale);
+  program.Store(y, z);
 }
 
 // Grid (kv heads, tasks): the last rows of a call to their ring slots.
@@ -343,7 +386,7 @@ void Launch(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   cudaFuncSetAttribute(ScanKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kScanBytes);
   cudaFuncSetAttribute(GroupKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kOutBytes);
   ScanKernel<kDim><<<dim3(kDim / kSlice<kDim>, p.layer.num_kv_heads, num_tasks), kThreads, kScanBytes, stream>>>(p);
-  GroupKernel<kDim><<<dim3(p.layer.num_heads, p.num_groups), kOutThreads, kOutBytes, stream>>>(p, num_tasks);
+  GroupKernel<kDim><<<dim3(p.layer.num_heads, p.num_groups), kThreads, kOutBytes, stream>>>(p, num_tasks);
   RingKernel<kDim><<<dim3(p.layer.num_kv_heads, num_tasks), kThreads, 0, stream>>>(p);
 }
 

@@ -31,14 +31,14 @@ struct StateFragment {
     for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) s[i / 16][i / 4 % 4][i % 4] = 0.0f;
   }
 
-  // `state` [kDim][kDim], from the first column on.
-  __device__ __forceinline__ void LoadStep(int step, const float* state) {
+  // `state` [kDim][kDim], from the first column on; what is not wanted keeps its value.
+  __device__ __forceinline__ void LoadStep(int step, const float* state, bool wanted) {
 #pragma unroll
-    for (int row = 0; row < 4; ++row) LoadEarly(s[Held(step)][row], state + (Row(step) + row) * kDim + Column());
+    for (int row = 0; row < 4; ++row) LoadEarly(s[Held(step)][row], state + (Row(step) + row) * kDim + Column(), wanted);
   }
-  __device__ __forceinline__ void Load(const float* state) {
+  __device__ __forceinline__ void Load(const float* state, bool wanted) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) LoadStep(step, state);
+    for (int step = 0; step < kSteps; ++step) LoadStep(step, state, wanted);
   }
 
   // partial[part][row][column] of q S for 8 rows of q [8][stride]; only the first kRows are stored.
@@ -63,25 +63,27 @@ struct StateFragment {
     if (2 * c + 1 < kRows) Store4(out + (2 * c + 1) * kDim, {sum[0][1], sum[0][3], sum[1][1], sum[1][3]});
   }
 
-  // Columns 2 half, 2 half + 1 of one step of S <- decay S + K^T V, over `tokens` (a multiple of 8) rows of k and v in
-  // shared memory, ascending. K^T V is summed on its own first, so that a fold is the same arithmetic wherever it runs.
-  __device__ __forceinline__ void Fold(int step, int half, float decay, const float* k, int k_stride, const float* v,
+  // One step of S <- decay S + K^T V, over `tokens` (a multiple of 8) rows of k and v in shared memory, ascending.
+  // K^T V is summed on its own first, so that a fold is the same arithmetic wherever it runs.
+  __device__ __forceinline__ void Fold(int step, float decay, const float* k, int k_stride, const float* v,
                                        int v_stride, int tokens) {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
     const int key_column = (Part() * kSteps + step) * 16 + g / 2 * 4 + g % 2;
-    Accumulators sum[2];  // rows 0, 1 and 2, 3
+    Accumulators sum[2][2];  // columns 0, 1 or 2, 3 of the lane; rows 0, 1 or 2, 3
 #pragma unroll 2
     for (int token = c; token < tokens; token += 8) {
-      const float *v0 = v + token * v_stride + Column() + 2 * half, *v1 = v0 + 4 * v_stride;
+      const Vec4 v0 = Load4(v + token * v_stride + Column()), v1 = Load4(v + (token + 4) * v_stride + Column());
       const float *k0 = k + token * k_stride + key_column, *k1 = k0 + 4 * k_stride;
-      const Split<4> a({v0[0], v0[1], v1[0], v1[1]});
-      sum[0].Add(a, Split<2>({k0[0], k1[0]}));
-      sum[1].Add(a, Split<2>({k0[2], k1[2]}));
+      const Split<4> a[2] = {Split<4>({v0.x, v0.y, v1.x, v1.y}), Split<4>({v0.z, v0.w, v1.z, v1.w})};
+      const Split<2> b[2] = {Split<2>({k0[0], k1[0]}), Split<2>({k0[2], k1[2]})};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i / 2][i % 2].Add(a[i / 2], b[i % 2]);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float& x = s[Held(step)][i / 2][2 * half + i % 2];
-      x = fmaf(decay, x, sum[i / 4][i / 2 % 2 + i % 2 * 2]);
+    for (int i = 0; i < 16; ++i) {
+      const int row = i / 4, column = i % 4;
+      float& x = s[Held(step)][row][column];
+      x = fmaf(decay, x, sum[column / 2][row / 2][row % 2 + column % 2 * 2]);
     }
   }
 

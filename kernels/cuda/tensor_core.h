@@ -30,6 +30,12 @@ struct Split {
   }
 };
 
+__device__ __forceinline__ void MmaSplit(float (&c)[4], const Split<4>& a, const Split<2>& b) {
+  MmaTf32(c, a.lo, b.hi);
+  MmaTf32(c, a.hi, b.lo);
+  MmaTf32(c, a.hi, b.hi);
+}
+
 struct Accumulators {  // two chains of dependent instructions instead of one
   float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
 
@@ -46,17 +52,27 @@ __device__ __forceinline__ void CopyAsync16(float* shared, const float* global) 
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
+__device__ __forceinline__ void CopyAsync8(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CopyAsync4(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+}
 __device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Not moved by the compiler past other volatile statements: issued early, used late.
-__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
-  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
-               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-               : "l"(global));
+// Issued early, used late: in place and predicated, because a branch or a copy would wait for the data.
+__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global, bool wanted) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.b32 p, %5, 0;"
+      "@p ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];}"
+      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
+      : "l"(global), "r"(static_cast<int>(wanted)));
 }
 
 }  // namespace linspec::cuda

@@ -1,4 +1,4 @@
-// tree_verify on tensor cores.
+// tree_verify and decode on tensor cores. A block takes one item: (request, kv head, split of the rows).
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/window_tile.h"
 
@@ -7,58 +7,136 @@ namespace {
 
 constexpr int kQueryRows = 8;  // columns of the tensor cores' B operand
 
-// Shared memory in floats.
+struct Work {
+  int items, splits, split_rows;  // split_rows: rows of an item, a multiple of the tile
+  int tokens;                     // capacity: ring and nodes
+};
+
+// Shared memory, in floats.
 template <int kDim, int kRows>
 struct Layout {
   using Tile = WindowTile<kDim, kRows>;
-  static constexpr int kStateParts = StateFragment<kDim>::kParts;
-  int tokens;  // capacity: ring and nodes
-  __host__ __device__ int Keys() const { return 0; }
-  __host__ __device__ int Values() const { return tokens * Tile::kStride; }
-  __host__ __device__ int Queries() const { return Values() + tokens * Tile::kStride; }
-  __host__ __device__ int Local() const { return Queries() + kRows * Tile::kQueryStride; }
+  int tokens, split_rows, taps;
+  __host__ __device__ Layout(const Work& work, const LayerParams& layer)
+      : tokens(work.tokens),
+        split_rows(work.split_rows),
+        taps((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
+  __host__ __device__ int Masks() const { return 0; }
+  __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
+  __host__ __device__ int Queries() const { return Taps() + taps; }
+  __host__ __device__ int Keys() const { return Queries() + split_rows * Tile::kQueryStride; }
+  __host__ __device__ int Values() const { return Keys() + tokens * Tile::kStride; }
+  __host__ __device__ int Local() const { return Values() + tokens * Tile::kStride; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
   __host__ __device__ int Partial() const { return Grouped() + tokens * kRows; }
   __host__ __device__ int State() const { return Partial() + kClasses * kRows * kDim; }
-  __host__ __device__ int Size() const { return State() + kStateParts * kRows * kDim; }
+  __host__ __device__ int Size() const { return State() + StateFragment<kDim>::kParts * kRows * kDim; }
 };
 
-template <int kDim>
-__device__ __forceinline__ void CopyWindow(const Window& w, float* keys, float* values, int stride, int tokens,
-                                           int history) {
-  constexpr int kColumns = kDim / 4;
-  for (int i = static_cast<int>(threadIdx.x) + history * kColumns; i < tokens * kColumns; i += kThreads) {
-    CopyAsync16(keys + i / kColumns * stride + i % kColumns * 4, w.Key(i / kColumns) + i % kColumns * 4);
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < tokens * kColumns; i += kThreads) {
-    CopyAsync16(values + i / kColumns * stride + i % kColumns * 4, w.Value(i / kColumns) + i % kColumns * 4);
-  }
-  CommitCopies();
-}
+template <int kDim, int kRows, bool kDecode>
+struct Verifier {
+  static constexpr int kColumns = kDim / 4, kChannels = kDim / 32;
+  using Tile = WindowTile<kDim, kRows>;
 
-// y of one row, by one warp: lane l has kDim / 32 channels.
-template <int kDim, int kRows>
-struct RowSum {
-  static constexpr int kChannels = kDim / 32;
-  float local[kChannels], z[kChannels];
+  const AttentionParams& p;
+  const Work& work;
+  Layout<kDim, kRows> layout;
+  float* shared;
 
-  __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
-  __device__ __forceinline__ void Add(const float* partial, int parts, int row, float (&sum)[kChannels]) {
+  __device__ __forceinline__ float* Head(const Task& task, int kv_head) const {
+    return p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset +
+           static_cast<int64_t>(kv_head) * kDim * kDim;
+  }
+  // Ring of keys; the values follow all heads' keys.
+  __device__ __forceinline__ float* Ring(const Task& task, int kv_head) const {
+    const int64_t group = p.layer.group_size, heads = p.layer.num_kv_heads;
+    return Head(task, 0) + heads * kDim * kDim + kv_head * group * kDim;
+  }
+  __device__ __forceinline__ int64_t RingValues() const {
+    return static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
+  }
+  __device__ __forceinline__ int64_t Stride() const {
+    return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
+  }
+  __device__ __forceinline__ const float* Keys(const Task& task, int kv_head) const {
+    return p.qkv + task.row_begin * Stride() + static_cast<int64_t>(p.layer.num_heads + kv_head) * kDim;
+  }
+  __device__ __forceinline__ bool NeedsState(const Item& item) const {
+    return item.folded && p.layer.global != Global::kNone;
+  }
+
+  // Starts the copies of the item's window, queries, masks and taps.
+  __device__ __forceinline__ void Fetch(const Task& task, const Item& item) const {
+    const int thread = static_cast<int>(threadIdx.x), c = thread % kColumns * 4, ring = item.ring();
+    float *keys = shared + layout.Keys() + c, *values = shared + layout.Values() + c;
+    const float* from = Ring(task, item.kv_head) + c;
+#pragma unroll 2
+    for (int token = thread / kColumns; token < ring; token += kThreads / kColumns) {
+      const int slot = (token - item.history) & (p.layer.group_size - 1);
+      if (token >= item.history) CopyAsync16(keys + token * Tile::kStride, from + slot * kDim);
+      CopyAsync16(values + token * Tile::kStride, from + RingValues() + slot * kDim);
+    }
+    from = Keys(task, item.kv_head) + c;
+#pragma unroll 1
+    for (int node = thread / kColumns; node < item.nodes; node += kThreads / kColumns) {
+      CopyAsync16(keys + (ring + node) * Tile::kStride, from + node * Stride());
+      CopyAsync16(values + (ring + node) * Tile::kStride,
+                  from + static_cast<int64_t>(p.layer.num_kv_heads) * kDim + node * Stride());
+    }
+    float* queries = shared + layout.Queries() + c;
+    from = p.qkv + task.row_begin * Stride() + static_cast<int64_t>(item.kv_head) * item.heads * kDim + c;
+#pragma unroll 1
+    for (int i = thread / kColumns; i < item.rows; i += kThreads / kColumns) {
+      const int row = item.first_row + i;
+      CopyAsync16(queries + i * Tile::kQueryStride, from + row / item.heads * Stride() + row % item.heads * kDim);
+    }
+    auto* masks = reinterpret_cast<uint64_t*>(shared + layout.Masks());
+    if (thread < item.nodes) {
+      if (p.ancestors != nullptr) {
+        CopyAsync8(masks + thread, p.ancestors + task.row_begin + thread);
+      } else {
+        masks[thread] = ~uint64_t{0} >> (63 - thread);
+      }
+    }
+    const int taps = item.heads * p.layer.conv_kernel;
+#pragma unroll 1
+    for (int i = thread; i < taps; i += kThreads) {
+      CopyAsync4(shared + layout.Taps() + i, p.layer.conv_taps + item.kv_head * taps + i);
+    }
+    CommitCopies();
+  }
+
+  __device__ __forceinline__ void Add(const float* partial, int parts, int row, float (&sum)[kChannels]) const {
+    const float* from = partial + row * kDim + Channel();
     for (int part = 0; part < parts; ++part) {
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[i] += partial[(part * kRows + row) * kDim + Channel() + i];
+      for (int i = 0; i < kChannels; ++i) sum[i] += from[part * kRows * kDim + i];
     }
   }
-  __device__ __forceinline__ void Finish(const AttentionParams& p, int64_t row, int head) {
+  __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
+
+  // y of one row by one warp, lane l having channels l * kChannels + 0..
+  __device__ __forceinline__ void Finish(const Task& task, const Item& item, int tile_row, int group,
+                                         const float (&local)[kChannels], float (&z)[kChannels]) const {
+    const int row = item.first_row + tile_row, head = item.kv_head * item.heads + row % item.heads;
     float scale = p.layer.global_factor;
+    if (p.layer.global == Global::kRmsNorm) scale = p.layer.global_gain[head];
+    if (NeedsState(item)) {
+      float q_s[kChannels] = {};
+      Add(shared + layout.State(), StateFragment<kDim>::kParts, static_cast<int>(threadIdx.x) / 32, q_s);
+      const float decay = group > 0 && p.layer.decay != nullptr ? Power(p.layer.decay[item.kv_head], group) : 1.0f;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) z[i] = fmaf(decay, q_s[i], z[i]);
+    }
     if (p.layer.global == Global::kRmsNorm) {
       float squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) squares = fmaf(z[i], z[i], squares);
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
-      scale = p.layer.global_gain[head] / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      scale = scale / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
     }
-    const int64_t at = (row * p.layer.num_heads + head) * kDim + Channel();
+    const int64_t at =
+        (static_cast<int64_t>(task.row_begin + row / item.heads) * p.layer.num_heads + head) * kDim + Channel();
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       const float y = p.layer.global == Global::kNone ? local[i] : fmaf(scale, z[i], local[i]);
@@ -66,137 +144,105 @@ struct RowSum {
       if (p.out_bf16 != nullptr) p.out_bf16[at + i] = RoundToBf16(y);
     }
   }
+
+  // Decoding: the row joins the ring.
+  __device__ __forceinline__ void Append(const Task& task, const Item& item) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread >= 2 * kColumns) return;
+    const int64_t value = thread / kColumns;
+    const int c = thread % kColumns * 4;
+    Store4(Ring(task, item.kv_head) + value * RingValues() + item.phase * kDim + c,
+           Load4(Keys(task, item.kv_head) + value * p.layer.num_kv_heads * kDim + c));
+  }
+
+  // Decoding: S takes in the group that the row fills; its tokens are rows 0 to group_size - 1 of the window.
+  __device__ __forceinline__ void Fold(const Task& task, const Item& item) const {
+    StateFragment<kDim, kDim, 1> s;
+    float* matrix = Head(task, item.kv_head);
+    const float decay = p.layer.decay != nullptr ? p.layer.decay[item.kv_head] : 1.0f;
+    const float *keys = shared + layout.Keys(), *values = shared + layout.Values();
+#pragma unroll 1
+    for (int step = 0; step < s.kSteps; ++step) {
+      s.Clear();
+      s.LoadStep(step, matrix, item.folded);
+      s.Fold(step, decay, keys, Tile::kStride, values, Tile::kStride, p.layer.group_size);
+      s.StoreStep(step, matrix);
+    }
+  }
 };
 
-// Decoding: the only row of the call joins the ring, and S takes in the group that it fills.
-template <int kDim, typename Tile>
-__device__ __forceinline__ void AppendAndFold(const AttentionParams& p, const Window& w, const Tile& tile,
-                                              StateFragment<kDim>& s, bool loaded, float* state) {
-  const int thread = static_cast<int>(threadIdx.x), own = tile.tokens - 1, group = p.layer.group_size;
-  if (thread < kDim / 2) {
-    const bool key = thread < kDim / 4;
-    const int c = thread % (kDim / 4) * 4;
-    float* ring = const_cast<float*>(key ? w.ring_k : w.ring_v) + w.phase * kDim + c;
-    Store4(ring, Load4((key ? tile.keys : tile.values) + own * tile.kStride + c));
-  }
-  if (w.phase + 1 < group) return;
-  if (!w.folded) {
-    s.Clear();
-  } else if (!loaded) {
-    s.Load(state);
-  }
-  const float decay = p.layer.decay != nullptr ? p.layer.decay[w.kv_head] : 1.0f;
-  const float *keys = tile.keys + (tile.tokens - group) * tile.kStride;
-  const float* values = tile.values + (tile.tokens - group) * tile.kStride;
-#pragma unroll
-  for (int step = 0; step < s.kSteps; ++step) {
-    s.Fold(step, 0, decay, keys, tile.kStride, values, tile.kStride, group);
-    s.Fold(step, 1, decay, keys, tile.kStride, values, tile.kStride, group);
-    s.StoreStep(step, state);
-  }
-}
-
 template <int kDim, int kRows, bool kDecode>
-__global__ void __launch_bounds__(kThreads, 2)
-    VerifyTileKernel(const AttentionParams p, int tiles_per_block, int capacity) {
+__global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const Work work) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ TileRow rows[kRows];
-  __shared__ int node_position[kMaxNodes];
-  const Task task = p.tasks[blockIdx.y];
-  if (task.slot < 0) return;
-  const int kv_head = static_cast<int>(blockIdx.x), heads = p.layer.num_heads / p.layer.num_kv_heads;
-  const int first_row = static_cast<int>(blockIdx.z) * tiles_per_block * kRows;
-  const int end_row = min(first_row + tiles_per_block * kRows, task.num_rows * heads);
-  if (first_row >= end_row) return;
-  float* state = p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset;
-  const Window w(p, task.length, task.row_begin, task.num_rows, p.ancestors == nullptr, state, kv_head);
-  const Layout<kDim, kRows> layout{capacity};
-  const int ring = w.ring_tokens(), nodes = (end_row - 1) / heads + 1, history = -w.ring_begin;
-  WindowTile<kDim, kRows> tile{w,
-                               rows,
-                               shared + layout.Keys(),
-                               shared + layout.Values(),
-                               shared + layout.Queries(),
-                               shared + layout.Local(),
-                               shared + layout.Grouped(),
-                               shared + layout.Partial(),
-                               node_position,
-                               ring + nodes,
-                               history};
-  CopyWindow<kDim>(w, shared + layout.Keys(), shared + layout.Values(), tile.kStride, tile.tokens, history);
+  using Program = Verifier<kDim, kRows, kDecode>;
+  const int index = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
+  const Task task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
+  const Item item(p.layer, task, index, work.splits, work.split_rows);
+  if (item.rows == 0) return;
+  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
+  const Layout<kDim, kRows>& layout = program.layout;
+  program.Fetch(task, item);
   StateFragment<kDim> s;
-  const bool folded = w.folded && p.layer.global != Global::kNone;
-  if (folded) s.Load(state + static_cast<int64_t>(kv_head) * kDim * kDim);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  if (thread < nodes) node_position[thread] = w.Position(thread);
-
-  for (int row = first_row; row < end_row; row += kRows) {
-    const int count = min(kRows, end_row - row);
-    if (thread < kRows) {
-      const bool valid = thread < count;
-      const int node = valid ? (row + thread) / heads : 0, position = valid ? w.Position(node) : 0;
-      rows[thread] = {valid ? w.Mask(node) : 0, position, position / p.layer.group_size,
-                      kv_head * heads + (row + thread) % heads, valid};
-    }
-    for (int i = thread; i < count * (kDim / 4); i += kThreads) {
-      const int r = row + i / (kDim / 4), c = i % (kDim / 4) * 4;
-      Store4(shared + layout.Queries() + i / (kDim / 4) * tile.kQueryStride + c,
-             Load4(w.row_q + r / heads * w.stride + r % heads * kDim + c));
-    }
-    WaitCopies<0>();
+  s.Clear();
+  const bool needs_state = program.NeedsState(item);
+  s.Load(program.Head(task, item.kv_head), needs_state);
+  const WindowTile<kDim, kRows> tile{p.layer,
+                                     item,
+                                     shared + layout.Keys(),
+                                     shared + layout.Values(),
+                                     shared + layout.Queries(),
+                                     reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
+                                     shared + layout.Taps(),
+                                     shared + layout.Local(),
+                                     shared + layout.Grouped(),
+                                     shared + layout.Partial(),
+                                     __ffs(p.layer.group_size) - 1};
+  WaitCopies<0>();
+  __syncthreads();
+  for (int first = 0; first < item.rows; first += kRows) {
+    tile.Score(first);
     __syncthreads();
-    tile.Score();
-    __syncthreads();
-    uint64_t seen = 0;
-    int last_group = 0;
-    for (int r = 0; r < count; ++r) {
-      seen |= rows[r].mask;
-      last_group = max(last_group, rows[r].group);
-    }
+    const QueryRow own = tile.Row(first, static_cast<int>(threadIdx.x) % kRows);
+    const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));
+    const uint64_t seen = high << 32 | __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask));
     tile.Accumulate(tile.local, seen);
-    if (folded) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
+    if (needs_state) {
+      s.template Multiply<kRows>(tile.queries + first * tile.kQueryStride, tile.kQueryStride, shared + layout.State());
+    }
     __syncthreads();
-    RowSum<kDim, kRows> sum = {};
-    if (warp < count) sum.Add(tile.partial, kClasses, warp, sum.local);
-    if (last_group > 0 && p.layer.global != Global::kNone) {
+    const bool finishes = warp < min(kRows, item.rows - first);
+    float local[Program::kChannels] = {}, z[Program::kChannels] = {};
+    if (finishes) program.Add(tile.partial, kClasses, warp, local);
+    if (__any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone) {
       __syncthreads();
       tile.Accumulate(tile.grouped, seen);
       __syncthreads();
-      if (warp < count) sum.Add(tile.partial, kClasses, warp, sum.z);
+      if (finishes) program.Add(tile.partial, kClasses, warp, z);
     }
-    if (warp < count) {
-      const TileRow& r = rows[warp];
-      if (folded) {
-        float q_s[kDim / 32] = {};
-        sum.Add(shared + layout.State(), layout.kStateParts, warp, q_s);
-        const float decay = Power(p.layer.decay != nullptr ? p.layer.decay[kv_head] : 1.0f, r.group);
-#pragma unroll
-        for (int i = 0; i < kDim / 32; ++i) sum.z[i] = fmaf(decay, q_s[i], sum.z[i]);
-      }
-      sum.Finish(p, task.row_begin + (row + warp) / heads, r.head);
-    }
-    __syncthreads();
+    if (finishes) program.Finish(task, item, first + warp, tile.Row(first, warp).group, local, z);
   }
   if constexpr (kDecode) {
-    AppendAndFold(p, w, tile, s, folded, state + static_cast<int64_t>(kv_head) * kDim * kDim);
+    program.Append(task, item);
+    if (item.phase + 1 == p.layer.group_size) program.Fold(task, item);
   }
 }
 
 template <int kDim, int kRows, bool kDecode>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
+  const DeviceLimits& device = CurrentDeviceLimits();
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
   const int nodes = kDecode ? 1 : p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
-  const int tiles = (nodes * heads + kRows - 1) / kRows;
-  const Layout<kDim, kRows> layout{(p.layer.group_size + nodes + 3) / 4 * 4};  // rows of 16 bytes
-  const int bytes = layout.Size() * static_cast<int>(sizeof(float));
-  constexpr int kMultiprocessors = 132, kSharedBytes = 227 * 1024;
-  const int slots = kMultiprocessors * (bytes > kSharedBytes / 2 ? 1 : 2), blocks = num_tasks * p.layer.num_kv_heads;
-  const int splits = kDecode || tiles <= 1 || blocks >= slots ? 1 : (slots / blocks < tiles ? slots / blocks : tiles);
-  const int per_block = (tiles + splits - 1) / splits;
+  Work work;
+  work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
+  const int tiles = (nodes * heads + kRows - 1) / kRows, blocks = num_tasks * p.layer.num_kv_heads;
+  const int tiles_per_item = blocks * tiles > 4 * device.multiprocessors && tiles > 1 ? 2 : 1;
+  work.splits = (tiles + tiles_per_item - 1) / tiles_per_item;
+  work.split_rows = tiles_per_item * kRows;
+  work.items = blocks * work.splits;
+  const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
   const auto kernel = VerifyTileKernel<kDim, kRows, kDecode>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<dim3(p.layer.num_kv_heads, num_tasks, (tiles + per_block - 1) / per_block), kThreads, bytes, stream>>>(
-      p, per_block, layout.tokens);
+  kernel<<<work.items, kThreads, bytes, stream>>>(p, work);
 }
 
 template <int kDim>

@@ -14,79 +14,105 @@ namespace linspec::cuda {
 
 inline constexpr int kClasses = 4;
 
-struct TileRow {
+// What one block works on at a time: some rows of one request and kv head. Positions are relative to the first of the
+// open group; ring tokens before it are the history, which only taps reach.
+struct Item {
+  int kv_head, heads, first_row, rows;  // heads: query heads of the kv head; rows: of the item
+  int phase, history, nodes;            // nodes: of the request that any row of the item can see
+  bool folded;                          // S holds at least one group
+
+  __device__ __forceinline__ Item(const LayerParams& layer, const Task& task, int index, int splits, int split_rows) {
+    kv_head = index / splits % layer.num_kv_heads;
+    heads = layer.num_heads / layer.num_kv_heads;
+    first_row = index % splits * split_rows;
+    rows = task.slot < 0 ? 0 : max(0, min(split_rows, task.num_rows * heads - first_row));
+    nodes = (first_row + rows - 1) / heads + 1;
+    phase = static_cast<int>(task.length & (layer.group_size - 1));
+    folded = task.length >= layer.group_size;
+    history = folded ? max(0, layer.conv_kernel - 1 - phase) : 0;
+  }
+  __device__ __forceinline__ int ring() const { return phase + history; }
+  __device__ __forceinline__ int tokens() const { return ring() + nodes; }
+};
+
+struct QueryRow {
   uint64_t mask;  // ancestors
-  int position, group, head;
+  int position, group;
   bool valid;
 };
 
-// Keys and values have rows of kStride floats: at most two of a warp's reads meet in a bank, in folds as well.
 template <int kDim, int kRows>
 struct WindowTile {
+  // Rows of keys and values in floats: at most two of a warp's reads meet in a bank, in folds as well.
   static constexpr int kStride = kDim + 8, kQueryStride = kDim + 4, kChannels = kDim / 64;
 
-  const Window& w;
-  const TileRow* rows;              // [kRows]
-  const float *keys, *values, *queries;  // [tokens], [tokens], [8]
-  float *local, *grouped;           // weights [tokens][kRows]
-  float* partial;                   // [kClasses][kRows][kDim]
-  const int* node_position;         // [nodes]
-  int tokens, history;              // of the window; its first `history` precede the open group
+  const LayerParams& layer;
+  const Item& item;
+  const float *keys, *values, *queries;  // [tokens], [tokens], [rows of the item]
+  const uint64_t* masks;                 // [nodes]
+  const float* taps;                     // [heads, conv_kernel]
+  float *local, *grouped;                // weights [tokens][kRows]
+  float* partial;                        // [kClasses][kRows][kDim]
+  int group_shift;                       // log2 of the group size
 
-  __device__ __forceinline__ void Weigh(int row, int token, float score) const {
-    const LayerParams& layer = w.layer;
-    const TileRow& r = rows[row];
-    const int node = token - w.ring_tokens();
-    float a = 0.0f, b = 0.0f;
-    if (r.valid && (node < 0 || (r.mask >> node & 1) != 0)) {
-      const int key = node < 0 ? w.ring_begin + token : node_position[node], lag = r.position - key;
-      const int key_group = node < 0 ? 0 : key / layer.group_size;
-      if (token >= history && key_group == r.group) {
-        const float positive = layer.local != 0 ? fmaxf(score, 0.0f) : 0.0f;
-        a = positive * positive;
-      } else if (token >= history && layer.global != Global::kNone) {
-        b = Power(layer.decay != nullptr ? layer.decay[w.kv_head] : 1.0f, r.group - 1 - key_group) * score;
-      }
-      if (lag < layer.conv_kernel) a += layer.conv_taps[r.head * layer.conv_kernel + lag];
-    }
-    local[token * kRows + row] = a;
-    grouped[token * kRows + row] = b;
+  __device__ __forceinline__ int Position(int node) const { return item.phase + __popcll(masks[node]) - 1; }
+
+  // Row `row` of the tile whose first row is `tile`, of the item.
+  __device__ __forceinline__ QueryRow Row(int tile, int row) const {
+    QueryRow result{0, 0, 0, tile + row < item.rows};
+    if (!result.valid) return result;
+    result.mask = masks[(item.first_row + tile + row) / item.heads];
+    result.position = item.phase + __popcll(result.mask) - 1;
+    result.group = result.position >> group_shift;
+    return result;
   }
 
-  // Weights of every token; keys and queries are in shared memory.
-  __device__ __forceinline__ void Score() const {
+  // Weights of tokens first + 0..15 for the lane's rows 2 c, 2 c + 1, from scores in the tensor cores' layout.
+  __device__ __forceinline__ void Weigh(int tile, int first, const QueryRow (&rows)[2], const float (&score)[4]) const {
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int token = first + g + i / 2 * 8, node = token - item.ring(), row = 2 * c + i % 2;
+      if (row >= kRows || token >= item.tokens()) continue;
+      const QueryRow& r = rows[i % 2];
+      float a = 0.0f, b = 0.0f;
+      if (r.valid && (node < 0 || (r.mask >> node & 1) != 0)) {
+        const int key = node < 0 ? token - item.history : Position(node), lag = r.position - key;
+        if (token >= item.history && key >> group_shift == r.group) {
+          const float positive = layer.local != 0 ? fmaxf(score[i], 0.0f) : 0.0f;
+          a = positive * positive;
+        } else if (token >= item.history && layer.global != Global::kNone) {
+          const int folds = r.group - 1 - (key >> group_shift);
+          b = folds > 0 && layer.decay != nullptr ? Power(layer.decay[item.kv_head], folds) * score[i] : score[i];
+        }
+        if (lag < layer.conv_kernel) {
+          a += taps[(item.first_row + tile + row) % item.heads * layer.conv_kernel + lag];
+        }
+      }
+      local[token * kRows + row] = a;
+      grouped[token * kRows + row] = b;
+    }
+  }
+
+  // Weights of every token for the rows of a tile.
+  __device__ __forceinline__ void Score(int tile) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int g = lane / 4, c = lane % 4;
-    for (int i = static_cast<int>(threadIdx.x); i < history * kRows; i += kThreads) Weigh(i % kRows, i / kRows, 0.0f);
-    for (int first = history + warp * 16; first < tokens; first += kThreads / 2) {
-      const float* k0 = keys + min(first + g, tokens - 1) * kStride + 4 * c;
-      const float* k1 = keys + min(first + g + 8, tokens - 1) * kStride + 4 * c;
-      Accumulators sum;
-#pragma unroll 2
-      for (int d = 0; d < kDim; d += 16) {
-        Vec4 x{0, 0, 0, 0};
-        if (g < kRows) x = Load4(queries + g * kQueryStride + d + 4 * c);
-        const Vec4 a = Load4(k0 + d), b = Load4(k1 + d);
-        sum.Add(Split<4>({a.x, b.x, a.y, b.y}), Split<2>({x.x, x.y}));
-        sum.Add(Split<4>({a.z, b.z, a.w, b.w}), Split<2>({x.z, x.w}));
+    const int g = lane / 4, c = lane % 4, last = item.tokens() - 1;
+    const QueryRow rows[2] = {Row(tile, 2 * c), Row(tile, 2 * c + 1)};
+#pragma unroll 1
+    for (int first = warp * 16; first <= last; first += kThreads / 2) {
+      const float* k0 = keys + min(first + g, last) * kStride + 4 * c;
+      const float* k1 = keys + min(first + g + 8, last) * kStride + 4 * c;
+      const float* q = queries + (tile + min(g, kRows - 1)) * kQueryStride + 4 * c;
+      Accumulators even, odd;
+      if (first + 15 >= item.history) {
+#pragma unroll 1
+        for (int d = 0; d < kDim; d += 32) {
+          AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), even);
+          AddProduct(Load4(k0 + d + 16), Load4(k1 + d + 16), Load4(q + d + 16), odd);
+        }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int row = 2 * c + i % 2, token = first + g + i / 2 * 8;
-        if (row < kRows && token < tokens) Weigh(row, token, sum[i]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void AddToken(const float* weights, int token, float (&sum)[kRows][kChannels]) const {
-    const int channel = Channel();
-    float v[kChannels];
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) v[i] = values[token * kStride + channel + i];
-#pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[row][i] = fmaf(weights[token * kRows + row], v[i], sum[row][i]);
+      Weigh(tile, first, rows, {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]});
     }
   }
 
@@ -94,28 +120,65 @@ struct WindowTile {
   __device__ __forceinline__ void Accumulate(const float* weights, uint64_t seen) const {
     const int lane = static_cast<int>(threadIdx.x) % 32, own = static_cast<int>(threadIdx.x) / 32 % kClasses;
     float sum[kRows][kChannels] = {};
-    const int ring = w.ring_tokens(), nodes = tokens - ring;
-#pragma unroll 2
-    for (int token = (own - w.ring_begin) & (kClasses - 1); token < ring; token += kClasses) {
+    const int ring = item.ring();
+#pragma unroll 4
+    for (int token = (own + item.history) & (kClasses - 1); token < ring; token += kClasses) {
       AddToken(weights, token, sum);
     }
-    for (int begin = 0; begin < nodes; begin += 32) {
+#pragma unroll 1
+    for (int begin = 0; begin < item.nodes; begin += 32) {
       const int node = begin + lane;
-      const bool mine = node < nodes && (seen >> node & 1) != 0 && (node_position[node] & (kClasses - 1)) == own;
+      const bool mine =
+          node < item.nodes && (seen >> node & 1) != 0 && (Position(node) & (kClasses - 1)) == own;
       for (unsigned set = __ballot_sync(0xFFFFFFFFu, mine); set != 0; set &= set - 1) {
         AddToken(weights, ring + begin + __ffs(static_cast<int>(set)) - 1, sum);
       }
     }
 #pragma unroll
     for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) partial[(own * kRows + row) * kDim + Channel() + i] = sum[row][i];
+      float* out = partial + (own * kRows + row) * kDim + Channel();
+      if constexpr (kChannels == 2) {
+        *reinterpret_cast<float2*>(out) = make_float2(sum[row][0], sum[row][1]);
+      } else {
+        *out = sum[row][0];
+      }
     }
   }
 
  private:
   __device__ __forceinline__ static int Channel() {
     return static_cast<int>(threadIdx.x) / 128 * (kDim / 2) + static_cast<int>(threadIdx.x) % 32 * kChannels;
+  }
+  __device__ __forceinline__ static void AddProduct(const Vec4& a, const Vec4& b, const Vec4& q, Accumulators& sum) {
+    sum.Add(Split<4>({a.x, b.x, a.y, b.y}), Split<2>({q.x, q.y}));
+    sum.Add(Split<4>({a.z, b.z, a.w, b.w}), Split<2>({q.z, q.w}));
+  }
+  __device__ __forceinline__ void AddToken(const float* weights, int token, float (&sum)[kRows][kChannels]) const {
+    float v[kChannels], weight[kRows];
+    if constexpr (kChannels == 2) {
+      const float2 x = *reinterpret_cast<const float2*>(values + token * kStride + Channel());
+      v[0] = x.x;
+      v[1] = x.y;
+    } else {
+      v[0] = values[token * kStride + Channel()];
+    }
+    if constexpr (kRows == 1) {
+      weight[0] = weights[token];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; i += 4) {
+        const Vec4 x = Load4(weights + token * kRows + i);
+        weight[i] = x.x;
+        weight[i + 1] = x.y;
+        weight[i + 2] = x.z;
+        weight[i + 3] = x.w;
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) sum[row][i] = fmaf(weight[row], v[i], sum[row][i]);
+    }
   }
 };
 
