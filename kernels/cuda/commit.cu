@@ -54,8 +54,8 @@ struct Commit {
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < s.kSteps; ++step) {
-      s.Clear();
-      s.LoadStep(step, matrix, !first);
+      s.LoadStep(step, matrix);
+      if (first) s.Clear();
       s.Fold(step, decay, keys, kStride, values, kStride, group);
       s.StoreStep(step, matrix);
     }
@@ -88,12 +88,12 @@ __device__ __forceinline__ void CommitHeads(const AttentionParams& p) {
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads, 3) CommitLayerKernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads, 2) CommitLayerKernel(const AttentionParams p) {
   CommitHeads<kDim>(p);
 }
 
 template <int kDim>
-__global__ void __launch_bounds__(kThreads, 3) CommitLayersKernel(const AttentionParams* layers) {
+__global__ void __launch_bounds__(kThreads, 2) CommitLayersKernel(const AttentionParams* layers) {
   CommitHeads<kDim>(layers[blockIdx.z]);
 }
 

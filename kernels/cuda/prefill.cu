@@ -1,4 +1,6 @@
 // Prefill by groups: S before every group first, then all groups at once.
+#include <type_traits>
+
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/state_fragment.h"
 
@@ -41,8 +43,11 @@ struct Chain {
     const int64_t heads = p.layer.num_kv_heads, group = p.layer.group_size;
     return state + heads * d * d + ((value * heads + kv_head) * group + slot) * d;
   }
+  __device__ __forceinline__ int64_t RowStride(int d) const {
+    return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * d;
+  }
   __device__ __forceinline__ const float* Row(int row, int head, int d) const {
-    return p.qkv + (static_cast<int64_t>(task.row_begin + row) * (p.layer.num_heads + 2 * p.layer.num_kv_heads) + head) * d;
+    return p.qkv + static_cast<int64_t>(task.row_begin + row) * RowStride(d) + head * d;
   }
   __device__ __forceinline__ const float* Token(int token, int value, int d) const {
     if (token < phase) return Ring(token < 0 ? token + p.layer.group_size : token, value, d);
@@ -64,16 +69,23 @@ struct ScanStage {
 
 template <int kDim>
 __device__ __forceinline__ void LoadGroup(const Chain& chain, int first, int column, ScanStage<kDim>& stage) {
-  const int group = chain.p.layer.group_size;
-  constexpr int kColumns = kDim / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < group * kColumns; i += kThreads) {
-    const int token = i / kColumns, c = i % kColumns * 4;
-    CopyAsync16(stage.keys + token * (kDim + 8) + c, chain.Token(first + token, 0, kDim) + c);
+  const int group = chain.p.layer.group_size, thread = static_cast<int>(threadIdx.x), begin = chain.phase - first;
+  constexpr int kColumns = kDim / 4, kOwn = kSlice<kDim> / 4;
+  const int key_head = chain.p.layer.num_heads + chain.kv_head;
+  int c = thread % kColumns * 4;
+  const float *slot = chain.Ring(0, 0, kDim) + c, *row = chain.Row(-begin, key_head, kDim) + c;
+#pragma unroll 4
+  for (int token = thread / kColumns; token < group; token += kThreads / kColumns) {
+    CopyAsync16(stage.keys + token * (kDim + 8) + c,
+                token < begin ? slot + token * kDim : row + token * chain.RowStride(kDim));
   }
-  constexpr int kOwn = kSlice<kDim> / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < group * kOwn; i += kThreads) {
-    const int token = i / kOwn, c = i % kOwn * 4;
-    CopyAsync16(stage.values + token * stage.kValue + c, chain.Token(first + token, 1, kDim) + column + c);
+  c = thread % kOwn * 4;
+  slot = chain.Ring(0, 1, kDim) + column + c;
+  row = chain.Row(-begin, key_head + chain.p.layer.num_kv_heads, kDim) + column + c;
+#pragma unroll 2
+  for (int token = thread / kOwn; token < group; token += kThreads / kOwn) {
+    CopyAsync16(stage.values + token * stage.kValue + c,
+                token < begin ? slot + token * kDim : row + token * chain.RowStride(kDim));
   }
 }
 
@@ -92,8 +104,8 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) 
     CommitCopies();
   }
   StateFragment<kDim, kSlice<kDim>> s;
-  s.Clear();
-  s.Load(chain.Matrix(kDim) + column, task.length >= group);
+  s.Load(chain.Matrix(kDim) + column);
+  if (task.length < group) s.Clear();
   const int64_t matrix = int64_t{kDim} * kDim;
   const int first = GroupsBefore(p, static_cast<int>(blockIdx.z));
   float* scratch = p.scratch + (int64_t{first} * p.layer.num_kv_heads + chain.kv_head) * matrix + column;
@@ -139,10 +151,12 @@ struct OutShared {
   float taps[kHistory], squares[2][kGroup];
 };
 
-template <int kDim>
+template <int kDim, bool kExact>
 struct GroupProgram {
   static constexpr int kColumns = kDim / 4, kBlocks = kDim / 64;  // blocks of 32 columns a warp
   using Shared = OutShared<kDim>;
+  using A = std::conditional_t<kExact, Split<4>, Rounded<4>>;
+  using B = std::conditional_t<kExact, Split<2>, Rounded<2>>;
 
   const AttentionParams& p;
   const Chain& chain;
@@ -156,32 +170,49 @@ struct GroupProgram {
   __device__ __forceinline__ static int C() { return Thread() % 4; }
   __device__ __forceinline__ static int Tile() { return Thread() / 32 % 4 * 16; }
 
+  // A thread copies one column of 4 of every kRowsAtOnce-th row.
+  static constexpr int kRowsAtOnce = kThreads / kColumns;
+  __device__ __forceinline__ static int Column() { return Thread() % kColumns * 4; }
+  __device__ __forceinline__ static int FirstRow() { return Thread() / kColumns; }
+
   __device__ __forceinline__ void LoadQueries() const {
-    for (int i = Thread() + begin * kColumns; i < tokens * kColumns; i += kThreads) {
-      const int token = i / kColumns, c = i % kColumns * 4;
-      CopyAsync16(shared.queries + token * Shared::kQuery + c, chain.Row(first + token - chain.phase, head, kDim) + c);
+    const float* from = chain.Row(first - chain.phase, head, kDim) + Column();
+    float* to = shared.queries + Column();
+#pragma unroll 4
+    for (int i = FirstRow(); i < kGroup; i += kRowsAtOnce) {
+      if (i >= begin && i < tokens) CopyAsync16(to + i * Shared::kQuery, from + i * chain.RowStride(kDim));
     }
   }
   __device__ __forceinline__ void LoadState(const float* state) const {
-    for (int i = Thread(); i < kDim * kColumns; i += kThreads) {
-      CopyAsync16(shared.state + i / kColumns * Shared::kValue + i % kColumns * 4, state + i * 4);
+#pragma unroll 4
+    for (int i = FirstRow(); i < kDim; i += kRowsAtOnce) {
+      CopyAsync16(shared.state + i * Shared::kValue + Column(), state + i * kDim + Column());
     }
   }
   __device__ __forceinline__ void LoadKeys() const {
-    for (int i = Thread(); i < tokens * kColumns; i += kThreads) {
-      const int token = i / kColumns, c = i % kColumns * 4;
-      CopyAsync16(shared.keys + token * Shared::kQuery + c, chain.Token(first + token, 0, kDim) + c);
+    const float *row = chain.Row(first - chain.phase, p.layer.num_heads + chain.kv_head, kDim) + Column(),
+                *slot = chain.Ring(0, 0, kDim) + Column();
+    float* to = shared.keys + Column();
+#pragma unroll 4
+    for (int i = FirstRow(); i < kGroup; i += kRowsAtOnce) {
+      if (i < tokens) CopyAsync16(to + i * Shared::kQuery, i < begin ? slot + i * kDim : row + i * chain.RowStride(kDim));
     }
   }
   // Rows [from, to) of the values: the history, then the group. Zeros where there is no token.
   __device__ __forceinline__ void LoadValues(int from, int to) const {
-    for (int i = Thread() + from * kColumns; i < to * kColumns; i += kThreads) {
-      const int token = i / kColumns - kHistory, c = i % kColumns * 4;
-      float* target = shared.y.values + i / kColumns * Shared::kValue + c;
-      if (token < tokens && chain.Has(first + token)) {
-        CopyAsync16(target, chain.Token(first + token, 1, kDim) + c);
-      } else {
+    const float* row =
+        chain.Row(first - chain.phase, p.layer.num_heads + p.layer.num_kv_heads + chain.kv_head, kDim) + Column();
+    const float* slot = chain.Ring(0, 1, kDim) + Column();
+#pragma unroll 2
+    for (int i = from + FirstRow(); i < to; i += kRowsAtOnce) {
+      const int token = i - kHistory, at = first + token;
+      float* target = shared.y.values + i * Shared::kValue + Column();
+      if (token >= tokens || !chain.Has(at)) {
         Store4(target, {0, 0, 0, 0});
+      } else if (at >= chain.phase) {
+        CopyAsync16(target, row + token * chain.RowStride(kDim));
+      } else {
+        CopyAsync16(target, slot + (at < 0 ? at + p.layer.group_size : at) * kDim);
       }
     }
   }
@@ -197,14 +228,14 @@ struct GroupProgram {
     const float *x = a + (Tile() + G()) * stride + C(), *y = b + C() * Shared::kValue + Half() * (kDim / 2) + 4 * G();
 #pragma unroll 2
     for (int k = k_begin; k < k_end; k += 8) {
-      const Split<4> row({x[k], x[8 * stride + k], x[k + 4], x[8 * stride + k + 4]});
+      const A row({x[k], x[8 * stride + k], x[k + 4], x[8 * stride + k + 4]});
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         const Vec4 y0 = Load4(y + k * Shared::kValue + 32 * block), y1 = Load4(y + (k + 4) * Shared::kValue + 32 * block);
-        MmaSplit(sum[block][0], row, Split<2>({y0.x, y1.x}));
-        MmaSplit(sum[block][1], row, Split<2>({y0.y, y1.y}));
-        MmaSplit(sum[block][2], row, Split<2>({y0.z, y1.z}));
-        MmaSplit(sum[block][3], row, Split<2>({y0.w, y1.w}));
+        MmaProduct(sum[block][0], row, B({y0.x, y1.x}));
+        MmaProduct(sum[block][1], row, B({y0.y, y1.y}));
+        MmaProduct(sum[block][2], row, B({y0.z, y1.z}));
+        MmaProduct(sum[block][3], row, B({y0.w, y1.w}));
       }
     }
   }
@@ -216,13 +247,13 @@ struct GroupProgram {
 #pragma unroll 2
     for (int k = 0; k < kDim; k += 16) {
       const Vec4 x0 = Load4(q + k), x1 = Load4(q + 8 * Shared::kQuery + k);
-      const Split<4> row[2] = {Split<4>({x0.x, x1.x, x0.y, x1.y}), Split<4>({x0.z, x1.z, x0.w, x1.w})};
+      const A row[2] = {A({x0.x, x1.x, x0.y, x1.y}), A({x0.z, x1.z, x0.w, x1.w})};
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         if (32 * Half() + 8 * n > Tile() + 15) continue;
         const Vec4 y = Load4(key + 8 * n * Shared::kQuery + k);
-        MmaSplit(sum[n], row[0], Split<2>({y.x, y.y}));
-        MmaSplit(sum[n], row[1], Split<2>({y.z, y.w}));
+        MmaProduct(sum[n], row[0], B({y.x, y.y}));
+        MmaProduct(sum[n], row[1], B({y.z, y.w}));
       }
     }
   }
@@ -315,7 +346,7 @@ __device__ __forceinline__ void FindTask(const AttentionParams& p, int num_tasks
   if (lane == 0) *task = num_tasks;
 }
 
-template <int kDim>
+template <int kDim, bool kExact>
 __global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams p, int num_tasks) {
   extern __shared__ __align__(16) float memory[];
   __shared__ int found, before;
@@ -328,14 +359,14 @@ __global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams
   const Chain chain(p, task, kv_head);
   const int first = (index - before) * group;
   OutShared<kDim>& shared = *reinterpret_cast<OutShared<kDim>*>(memory);
-  const GroupProgram<kDim> program{p,
-                                   chain,
-                                   shared,
-                                   head,
-                                   first,
-                                   min(group, chain.end() - first),
-                                   max(0, chain.phase - first),
-                                   task.length - chain.phase + first > 0 && p.layer.global != Global::kNone};
+  const GroupProgram<kDim, kExact> program{p,
+                                           chain,
+                                           shared,
+                                           head,
+                                           first,
+                                           min(group, chain.end() - first),
+                                           max(0, chain.phase - first),
+                                           task.length - chain.phase + first > 0 && p.layer.global != Global::kNone};
   float y[program.kBlocks][4][4] = {}, z[program.kBlocks][4][4] = {}, scores[4][4] = {};
   program.LoadQueries();
   program.LoadTaps();
@@ -384,9 +415,10 @@ template <int kDim>
 void Launch(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   constexpr int kScanBytes = kStages * sizeof(ScanStage<kDim>), kOutBytes = sizeof(OutShared<kDim>);
   cudaFuncSetAttribute(ScanKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kScanBytes);
-  cudaFuncSetAttribute(GroupKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kOutBytes);
+  const auto group_kernel = p.exact_prefill ? GroupKernel<kDim, true> : GroupKernel<kDim, false>;
+  cudaFuncSetAttribute(group_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOutBytes);
   ScanKernel<kDim><<<dim3(kDim / kSlice<kDim>, p.layer.num_kv_heads, num_tasks), kThreads, kScanBytes, stream>>>(p);
-  GroupKernel<kDim><<<dim3(p.layer.num_heads, p.num_groups), kThreads, kOutBytes, stream>>>(p, num_tasks);
+  group_kernel<<<dim3(p.layer.num_heads, p.num_groups), kThreads, kOutBytes, stream>>>(p, num_tasks);
   RingKernel<kDim><<<dim3(p.layer.num_kv_heads, num_tasks), kThreads, 0, stream>>>(p);
 }
 

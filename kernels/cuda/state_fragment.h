@@ -31,14 +31,14 @@ struct StateFragment {
     for (int i = 0; i < static_cast<int>(sizeof(s) / sizeof(float)); ++i) s[i / 16][i / 4 % 4][i % 4] = 0.0f;
   }
 
-  // `state` [kDim][kDim], from the first column on; what is not wanted keeps its value.
-  __device__ __forceinline__ void LoadStep(int step, const float* state, bool wanted) {
+  // `state` [kDim][kDim], from the first column on.
+  __device__ __forceinline__ void LoadStep(int step, const float* state) {
 #pragma unroll
-    for (int row = 0; row < 4; ++row) LoadEarly(s[Held(step)][row], state + (Row(step) + row) * kDim + Column(), wanted);
+    for (int row = 0; row < 4; ++row) LoadEarly(s[Held(step)][row], state + (Row(step) + row) * kDim + Column());
   }
-  __device__ __forceinline__ void Load(const float* state, bool wanted) {
+  __device__ __forceinline__ void Load(const float* state) {
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) LoadStep(step, state, wanted);
+    for (int step = 0; step < kSteps; ++step) LoadStep(step, state);
   }
 
   // partial[part][row][column] of q S for 8 rows of q [8][stride]; only the first kRows are stored.
@@ -54,8 +54,8 @@ struct StateFragment {
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const float(&r0)[4] = s[step][2 * u], (&r1)[4] = s[step][2 * u + 1];
-        sum[0].Add(Split<4>({r0[0], r0[1], r1[0], r1[1]}), b[u]);
-        sum[1].Add(Split<4>({r0[2], r0[3], r1[2], r1[3]}), b[u]);
+        sum[0].Add(Split<4, true>({r0[0], r0[1], r1[0], r1[1]}), b[u]);
+        sum[1].Add(Split<4, true>({r0[2], r0[3], r1[2], r1[3]}), b[u]);
       }
     }
     float* out = partial + Part() * kRows * kDim + Column();
@@ -70,7 +70,7 @@ struct StateFragment {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
     const int key_column = (Part() * kSteps + step) * 16 + g / 2 * 4 + g % 2;
     Accumulators sum[2][2];  // columns 0, 1 or 2, 3 of the lane; rows 0, 1 or 2, 3
-#pragma unroll 2
+#pragma unroll 4
     for (int token = c; token < tokens; token += 8) {
       const Vec4 v0 = Load4(v + token * v_stride + Column()), v1 = Load4(v + (token + 4) * v_stride + Column());
       const float *k0 = k + token * k_stride + key_column, *k1 = k0 + 4 * k_stride;

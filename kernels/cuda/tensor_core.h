@@ -16,30 +16,52 @@ __device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-template <int kSize>
+__device__ __forceinline__ uint32_t HighPart(float x) { return __float_as_uint(x) & 0xFFFFE000u; }
+// The same, not moved out of loops: else the compiler splits loop-invariant operands ahead of them, too many to hold.
+__device__ __forceinline__ uint32_t PinnedHighPart(float x) {
+  uint32_t high;
+  asm volatile("and.b32 %0, %1, 0xFFFFE000;" : "=r"(high) : "r"(__float_as_uint(x)));
+  return high;
+}
+
+template <int kSize, bool kPinned = false>
 struct Split {
   uint32_t hi[kSize], lo[kSize];
 
   __device__ __forceinline__ explicit Split(const float (&x)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      // volatile: else the compiler splits loop-invariant operands ahead of the loop, and they no longer fit
-      asm volatile("and.b32 %0, %1, 0xFFFFE000;" : "=r"(hi[i]) : "r"(__float_as_uint(x[i])));
+      hi[i] = kPinned ? PinnedHighPart(x[i]) : HighPart(x[i]);
       lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
     }
   }
 };
 
-__device__ __forceinline__ void MmaSplit(float (&c)[4], const Split<4>& a, const Split<2>& b) {
+__device__ __forceinline__ void MmaProduct(float (&c)[4], const Split<4>& a, const Split<2>& b) {
   MmaTf32(c, a.lo, b.hi);
   MmaTf32(c, a.hi, b.lo);
   MmaTf32(c, a.hi, b.hi);
 }
 
+// One product of operands rounded to tf32: relative error 2^-12 each.
+template <int kSize>
+struct Rounded {
+  uint32_t x[kSize];
+
+  __device__ __forceinline__ explicit Rounded(const float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(x[i]) : "f"(values[i]));
+  }
+};
+__device__ __forceinline__ void MmaProduct(float (&c)[4], const Rounded<4>& a, const Rounded<2>& b) {
+  MmaTf32(c, a.x, b.x);
+}
+
 struct Accumulators {  // two chains of dependent instructions instead of one
   float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
 
-  __device__ __forceinline__ void Add(const Split<4>& a, const Split<2>& b) {
+  template <bool kPinned>
+  __device__ __forceinline__ void Add(const Split<4, kPinned>& a, const Split<2>& b) {
     MmaTf32(rest, a.lo, b.hi);
     MmaTf32(main, a.hi, b.hi);
     MmaTf32(rest, a.hi, b.lo);
@@ -66,13 +88,11 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Issued early, used late: in place and predicated, because a branch or a copy would wait for the data.
-__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global, bool wanted) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %5, 0;"
-      "@p ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];}"
-      : "+f"(x[0]), "+f"(x[1]), "+f"(x[2]), "+f"(x[3])
-      : "l"(global), "r"(static_cast<int>(wanted)));
+// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the data.
+__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(global));
 }
 
 }  // namespace linspec::cuda

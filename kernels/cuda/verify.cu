@@ -163,8 +163,8 @@ struct Verifier {
     const float *keys = shared + layout.Keys(), *values = shared + layout.Values();
 #pragma unroll 1
     for (int step = 0; step < s.kSteps; ++step) {
-      s.Clear();
-      s.LoadStep(step, matrix, item.folded);
+      s.LoadStep(step, matrix);
+      if (!item.folded) s.Clear();
       s.Fold(step, decay, keys, Tile::kStride, values, Tile::kStride, p.layer.group_size);
       s.StoreStep(step, matrix);
     }
@@ -181,11 +181,10 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   if (item.rows == 0) return;
   const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
   const Layout<kDim, kRows>& layout = program.layout;
-  program.Fetch(task, item);
-  StateFragment<kDim> s;
-  s.Clear();
   const bool needs_state = program.NeedsState(item);
-  s.Load(program.Head(task, item.kv_head), needs_state);
+  StateFragment<kDim> s;
+  s.Load(needs_state ? program.Head(task, item.kv_head) : p.states.base);  // else any one matrix, for its copy in the L2
+  program.Fetch(task, item);
   const WindowTile<kDim, kRows> tile{p.layer,
                                      item,
                                      shared + layout.Keys(),
@@ -201,6 +200,8 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   __syncthreads();
   for (int first = 0; first < item.rows; first += kRows) {
     tile.Score(first);
+    __syncthreads();
+    tile.Weigh(first);
     __syncthreads();
     const QueryRow own = tile.Row(first, static_cast<int>(threadIdx.x) % kRows);
     const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));

@@ -62,6 +62,7 @@ struct AttentionParams {
   // Prefill: PrefillScratchFloats of `num_groups`, the sum over the tasks of PrefillGroups (or more).
   float* scratch = nullptr;
   int32_t num_groups = 0;
+  bool exact_prefill = false;  // outputs of prefill from three tf32 products instead of one; states always are
 };
 
 struct AttentionShared {

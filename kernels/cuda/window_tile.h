@@ -67,52 +67,53 @@ struct WindowTile {
     return result;
   }
 
-  // Weights of tokens first + 0..15 for the lane's rows 2 c, 2 c + 1, from scores in the tensor cores' layout.
-  __device__ __forceinline__ void Weigh(int tile, int first, const QueryRow (&rows)[2], const float (&score)[4]) const {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
+  // Scores of every token for the rows of a tile, two halves of the channels apart: in `local` and `grouped`.
+  __device__ __forceinline__ void Score(int tile) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = lane % 4, last = item.tokens() - 1;
+    const int begin = item.history & ~15;
+#pragma unroll 1
+    for (int unit = static_cast<int>(threadIdx.x) / 32; begin + unit / 2 * 16 <= last; unit += kThreads / 32) {
+      const int first = begin + unit / 2 * 16, channel = unit % 2 * (kDim / 2) + 4 * c;
+      const float* k0 = keys + min(first + g, last) * kStride + channel;
+      const float* k1 = keys + min(first + g + 8, last) * kStride + channel;
+      const float* q = queries + (tile + min(g, kRows - 1)) * kQueryStride + channel;
+      Accumulators even, odd;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int token = first + g + i / 2 * 8, node = token - item.ring(), row = 2 * c + i % 2;
-      if (row >= kRows || token >= item.tokens()) continue;
-      const QueryRow& r = rows[i % 2];
-      float a = 0.0f, b = 0.0f;
-      if (r.valid && (node < 0 || (r.mask >> node & 1) != 0)) {
-        const int key = node < 0 ? token - item.history : Position(node), lag = r.position - key;
-        if (token >= item.history && key >> group_shift == r.group) {
-          const float positive = layer.local != 0 ? fmaxf(score[i], 0.0f) : 0.0f;
-          a = positive * positive;
-        } else if (token >= item.history && layer.global != Global::kNone) {
-          const int folds = r.group - 1 - (key >> group_shift);
-          b = folds > 0 && layer.decay != nullptr ? Power(layer.decay[item.kv_head], folds) * score[i] : score[i];
-        }
-        if (lag < layer.conv_kernel) {
-          a += taps[(item.first_row + tile + row) % item.heads * layer.conv_kernel + lag];
-        }
+      for (int d = 0; d < kDim / 2; d += 32) {
+        AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), even);
+        AddProduct(Load4(k0 + d + 16), Load4(k1 + d + 16), Load4(q + d + 16), odd);
       }
-      local[token * kRows + row] = a;
-      grouped[token * kRows + row] = b;
+      float* out = unit % 2 == 0 ? local : grouped;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int token = first + g + i / 2 * 8, row = 2 * c + i % 2;
+        if (row < kRows && token <= last) out[token * kRows + row] = even[i] + odd[i];
+      }
     }
   }
 
-  // Weights of every token for the rows of a tile.
-  __device__ __forceinline__ void Score(int tile) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int g = lane / 4, c = lane % 4, last = item.tokens() - 1;
-    const QueryRow rows[2] = {Row(tile, 2 * c), Row(tile, 2 * c + 1)};
-#pragma unroll 1
-    for (int first = warp * 16; first <= last; first += kThreads / 2) {
-      const float* k0 = keys + min(first + g, last) * kStride + 4 * c;
-      const float* k1 = keys + min(first + g + 8, last) * kStride + 4 * c;
-      const float* q = queries + (tile + min(g, kRows - 1)) * kQueryStride + 4 * c;
-      Accumulators even, odd;
-      if (first + 15 >= item.history) {
-#pragma unroll 1
-        for (int d = 0; d < kDim; d += 32) {
-          AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), even);
-          AddProduct(Load4(k0 + d + 16), Load4(k1 + d + 16), Load4(q + d + 16), odd);
+  // Scores become weights in y (`local`) and in z (`grouped`).
+  __device__ __forceinline__ void Weigh(int tile) const {
+    for (int i = static_cast<int>(threadIdx.x); i < item.tokens() * kRows; i += kThreads) {
+      const int token = i / kRows, node = token - item.ring();
+      const QueryRow r = Row(tile, i % kRows);
+      float a = 0.0f, b = 0.0f;
+      if (r.valid && (node < 0 || (r.mask >> node & 1) != 0)) {
+        const int key = node < 0 ? token - item.history : Position(node), lag = r.position - key;
+        const float score = local[i] + grouped[i];
+        if (token >= item.history && key >> group_shift == r.group) {
+          const float positive = layer.local != 0 ? fmaxf(score, 0.0f) : 0.0f;
+          a = positive * positive;
+        } else if (token >= item.history && layer.global != Global::kNone) {
+          const int folds = r.group - 1 - (key >> group_shift);
+          b = folds > 0 && layer.decay != nullptr ? Power(layer.decay[item.kv_head], folds) * score : score;
+        }
+        if (lag < layer.conv_kernel) {
+          a += taps[(item.first_row + tile + i % kRows) % item.heads * layer.conv_kernel + lag];
         }
       }
-      Weigh(tile, first, rows, {even[0] + odd[0], even[1] + odd[1], even[2] + odd[2], even[3] + odd[3]});
+      local[i] = a;
+      grouped[i] = b;
     }
   }
 

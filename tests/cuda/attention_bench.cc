@@ -141,7 +141,7 @@ std::vector<float> Tiled(std::mt19937& random, int64_t size, float scale) {
   return values;
 }
 
-void BenchPrefill(int requests, int tokens, double bandwidth) {
+void BenchPrefill(int requests, int tokens, bool exact, double bandwidth) {
   std::mt19937 random(3);
   const Layer layer(random);
   const int copies = 2;
@@ -164,12 +164,13 @@ void BenchPrefill(int requests, int tokens, double bandwidth) {
                        .out = out.get(),
                        .out_bf16 = nullptr,
                        .scratch = scratch.get(),
-                       .num_groups = static_cast<int32_t>(groups)},
+                       .num_groups = static_cast<int32_t>(groups),
+                       .exact_prefill = exact},
                       requests, stream);
       },
       2);
   const double floor = 16.0 * static_cast<double>(rows) * kHeads * kDim / bandwidth * 1e-6;
-  std::printf("prefill (%2d x %5d): %9.1f us, %7.1f ns/token, floor of q,k,v,out %7.1f us\n", requests, tokens, us,
+  std::printf("prefill%s (%2d x %5d): %9.1f us, %7.1f ns/token, floor of q,k,v,out %7.1f us\n", exact ? ", exact" : "", requests, tokens, us,
               us * 1e3 / static_cast<double>(rows), floor);
 }
 
@@ -184,7 +185,7 @@ int main(int argc, char** argv) {
     const int requests = std::atoi(argv[2]), rows = std::atoi(argv[3]);
     if (std::strcmp(argv[1], "verify") == 0) BenchVerify("verify", &LaunchVerify, requests, rows, 1.0);
     if (std::strcmp(argv[1], "decode") == 0) BenchVerify("decode", &LaunchDecode, requests, rows, 1.0);
-    if (std::strcmp(argv[1], "prefill") == 0) BenchPrefill(requests, rows, 1.0);
+    if (std::strcmp(argv[1], "prefill") == 0) BenchPrefill(requests, rows, false, 1.0);
     return 0;
   }
   const double bandwidth = ReadBandwidth();
@@ -198,7 +199,8 @@ int main(int argc, char** argv) {
     for (const int requests : {1, 64, 256}) BenchCommit(requests, phase, bandwidth);
   }
   for (const auto& [requests, tokens] : {std::pair{1, 512}, {1, 2048}, {1, 8192}, {8, 512}, {64, 64}}) {
-    BenchPrefill(requests, tokens, bandwidth);
+    BenchPrefill(requests, tokens, false, bandwidth);
   }
+  BenchPrefill(1, 2048, true, bandwidth);
   return 0;
 }
