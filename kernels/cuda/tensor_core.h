@@ -16,13 +16,10 @@ __device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-__device__ __forceinline__ uint32_t HighPart(float x) { return __float_as_uint(x) & 0xFFFFE000u; }
-// The same, not moved out of loops: else the compiler splits loop-invariant operands ahead of them, too many to hold.
-__device__ __forceinline__ uint32_t PinnedHighPart(float x) {
-  uint32_t high;
-  asm volatile("and.b32 %0, %1, 0xFFFFE000;" : "=r"(high) : "r"(__float_as_uint(x)));
-  return high;
-}
+// The tensor cores ignore the low bits, and the assembler knows: it drops the mask, feeds x itself as hi, and to have x
+// in the order of an operand copies it right where it was loaded, which waits for loads in flight. kPinned: for such x, the
+// mask comes from memory and the statement stays where it is (else it is moved ahead of loops).
+static __constant__ uint32_t high_mask = 0xFFFFE000u;
 
 template <int kSize, bool kPinned = false>
 struct Split {
@@ -31,8 +28,14 @@ struct Split {
   __device__ __forceinline__ explicit Split(const float (&x)[kSize]) {
 #pragma unroll
     for (int i = 0; i < kSize; ++i) {
-      hi[i] = kPinned ? PinnedHighPart(x[i]) : HighPart(x[i]);
-      lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
+      if constexpr (kPinned) {
+        asm volatile("and.b32 %0, %2, %3; sub.f32 %1, %2, %0;"
+                     : "=&r"(hi[i]), "=r"(lo[i])
+                     : "r"(__float_as_uint(x[i])), "r"(high_mask));
+      } else {
+        hi[i] = __float_as_uint(x[i]) & 0xFFFFE000u;
+        lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
+      }
     }
   }
 };

@@ -176,8 +176,14 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   extern __shared__ __align__(16) float shared[];
   using Program = Verifier<kDim, kRows, kDecode>;
   const int index = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
-  const Task task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
-  const Item item(p.layer, task, index, work.splits, work.split_rows);
+  // In shared memory, because S takes most of the registers.
+  __shared__ Task task;
+  __shared__ Item item;
+  if (threadIdx.x == 0) {
+    task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
+    item = Item(p.layer, task, index, work.splits, work.split_rows);
+  }
+  __syncthreads();
   if (item.rows == 0) return;
   const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
   const Layout<kDim, kRows>& layout = program.layout;

@@ -21,6 +21,7 @@ struct Item {
   int phase, history, nodes;            // nodes: of the request that any row of the item can see
   bool folded;                          // S holds at least one group
 
+  __device__ Item() {}
   __device__ __forceinline__ Item(const LayerParams& layer, const Task& task, int index, int splits, int split_rows) {
     kv_head = index / splits % layer.num_kv_heads;
     heads = layer.num_heads / layer.num_kv_heads;
@@ -77,23 +78,21 @@ struct WindowTile {
       const float* k0 = keys + min(first + g, last) * kStride + channel;
       const float* k1 = keys + min(first + g + 8, last) * kStride + channel;
       const float* q = queries + (tile + min(g, kRows - 1)) * kQueryStride + channel;
-      Accumulators even, odd;
-#pragma unroll
-      for (int d = 0; d < kDim / 2; d += 32) {
-        AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), even);
-        AddProduct(Load4(k0 + d + 16), Load4(k1 + d + 16), Load4(q + d + 16), odd);
-      }
+      Accumulators sum;
+#pragma unroll 1
+      for (int d = 0; d < kDim / 2; d += 16) AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), sum);
       float* out = unit % 2 == 0 ? local : grouped;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int token = first + g + i / 2 * 8, row = 2 * c + i % 2;
-        if (row < kRows && token <= last) out[token * kRows + row] = even[i] + odd[i];
+        if (row < kRows && token <= last) out[token * kRows + row] = sum[i];
       }
     }
   }
 
   // Scores become weights in y (`local`) and in z (`grouped`).
   __device__ __forceinline__ void Weigh(int tile) const {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < item.tokens() * kRows; i += kThreads) {
       const int token = i / kRows, node = token - item.ring();
       const QueryRow r = Row(tile, i % kRows);
@@ -122,7 +121,7 @@ struct WindowTile {
     const int lane = static_cast<int>(threadIdx.x) % 32, own = static_cast<int>(threadIdx.x) / 32 % kClasses;
     float sum[kRows][kChannels] = {};
     const int ring = item.ring();
-#pragma unroll 4
+#pragma unroll 2
     for (int token = (own + item.history) & (kClasses - 1); token < ring; token += kClasses) {
       AddToken(weights, token, sum);
     }
