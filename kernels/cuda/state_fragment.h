@@ -70,14 +70,20 @@ struct StateFragment {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
     const int key_column = (Part() * kSteps + step) * 16 + g / 2 * 4 + g % 2;
     Accumulators sum[2][2];  // columns 0, 1 or 2, 3 of the lane; rows 0, 1 or 2, 3
-#pragma unroll 4
-    for (int token = c; token < tokens; token += 8) {
+    const auto add = [&](int token) {
       const Vec4 v0 = Load4(v + token * v_stride + Column()), v1 = Load4(v + (token + 4) * v_stride + Column());
       const float *k0 = k + token * k_stride + key_column, *k1 = k0 + 4 * k_stride;
       const Split<4> a[2] = {Split<4>({v0.x, v0.y, v1.x, v1.y}), Split<4>({v0.z, v0.w, v1.z, v1.w})};
       const Split<2> b[2] = {Split<2>({k0[0], k1[0]}), Split<2>({k0[2], k1[2]})};
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i / 2][i % 2].Add(a[i / 2], b[i % 2]);
+    };
+    if (tokens == 64) {  // known at compile time: no branches between the steps
+#pragma unroll
+      for (int token = 0; token < 64; token += 8) add(token + c);
+    } else {
+#pragma unroll 1
+      for (int token = 0; token < tokens; token += 8) add(token + c);
     }
 #pragma unroll
     for (int i = 0; i < 16; ++i) {

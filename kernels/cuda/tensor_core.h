@@ -16,9 +16,9 @@ __device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The tensor cores ignore the low bits, and the assembler knows: it drops the mask, feeds x itself as hi, and to have x
-// in the order of an operand copies it right where it was loaded, which waits for loads in flight. kPinned: for such x, the
-// mask comes from memory and the statement stays where it is (else it is moved ahead of loops).
+// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x itself
+// as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the mask comes
+// from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
 static __constant__ uint32_t high_mask = 0xFFFFE000u;
 
 template <int kSize, bool kPinned = false>
@@ -33,7 +33,7 @@ struct Split {
                      : "=&r"(hi[i]), "=r"(lo[i])
                      : "r"(__float_as_uint(x[i])), "r"(high_mask));
       } else {
-        hi[i] = __float_as_uint(x[i]) & 0xFFFFE000u;
+        hi[i] = __float_as_uint(x[i]) & high_mask;
         lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
       }
     }
@@ -53,7 +53,7 @@ struct Rounded {
 
   __device__ __forceinline__ explicit Rounded(const float (&values)[kSize]) {
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(x[i]) : "f"(values[i]));
+    for (int i = 0; i < kSize; ++i) x[i] = __float_as_uint(values[i]) + 0x1000u;  // to nearest; the rest is ignored
   }
 };
 __device__ __forceinline__ void MmaProduct(float (&c)[4], const Rounded<4>& a, const Rounded<2>& b) {
