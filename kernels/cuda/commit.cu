@@ -42,8 +42,7 @@ struct Commit {
     const int group = p.layer.group_size;
     for (int i = static_cast<int>(threadIdx.x); i < group * 2 * kColumns; i += kThreads) {
       const int slot = i / (2 * kColumns), value = i / kColumns % 2, c = i % kColumns * 4;
-      const float* from = slot < phase ? Ring(kv_head, value) + slot * kDim
-                                     : Row(begin + slot - phase, kv_head, value);
+      const float* from = slot < phase ? Ring(kv_head, value) + slot * kDim : Row(begin + slot - phase, kv_head, value);
       CopyAsync16((value != 0 ? values : keys) + slot * kStride + c, from + c);
     }
     CommitCopies();
@@ -113,8 +112,8 @@ void LaunchCommitTiles(const AttentionParams& p, int num_tasks, cudaStream_t str
 
 void LaunchCommitTilesOfLayers(const LayerParams& layer, const AttentionParams* params, int num_layers, int num_tasks,
                                cudaStream_t stream) {
-  Launch(layer.head_dim == 128 ? CommitLayersKernel<128> : CommitLayersKernel<64>, layer, params, num_tasks,
-         num_layers, stream);
+  Launch(layer.head_dim == 128 ? CommitLayersKernel<128> : CommitLayersKernel<64>, layer, params, num_tasks, num_layers,
+         stream);
 }
 
 }  // namespace linspec::cuda

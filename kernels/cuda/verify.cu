@@ -189,7 +189,8 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   const Layout<kDim, kRows>& layout = program.layout;
   const bool needs_state = program.NeedsState(item);
   StateFragment<kDim> s;
-  s.Load(needs_state ? program.Head(task, item.kv_head) : p.states.base);  // else any one matrix, for its copy in the L2
+  s.Load(needs_state ? program.Head(task, item.kv_head)
+                     : p.states.base);  // else any one matrix, for its copy in the L2
   program.Fetch(task, item);
   const WindowTile<kDim, kRows> tile{p.layer,
                                      item,

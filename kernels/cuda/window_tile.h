@@ -128,8 +128,7 @@ struct WindowTile {
 #pragma unroll 1
     for (int begin = 0; begin < item.nodes; begin += 32) {
       const int node = begin + lane;
-      const bool mine =
-          node < item.nodes && (seen >> node & 1) != 0 && (Position(node) & (kClasses - 1)) == own;
+      const bool mine = node < item.nodes && (seen >> node & 1) != 0 && (Position(node) & (kClasses - 1)) == own;
       for (unsigned set = __ballot_sync(0xFFFFFFFFu, mine); set != 0; set &= set - 1) {
         AddToken(weights, ring + begin + __ffs(static_cast<int>(set)) - 1, sum);
       }

@@ -50,8 +50,8 @@ struct Layer {
   LayerParams params;
 
   explicit Layer(std::mt19937& random) : taps(Normal(random, kHeads * kConv, 0.3f)) {
-    params = {kHeads, kHeads, kDim, kGroup, kConv, 1, Global::kRmsNorm, 1.0f, 1e-6f, gain.get(), decay.get(),
-              taps.get()};
+    params = {kHeads,           kHeads, kDim,  kGroup,     kConv,       1,
+              Global::kRmsNorm, 1.0f,   1e-6f, gain.get(), decay.get(), taps.get()};
   }
 };
 
@@ -86,15 +86,15 @@ void BenchVerify(const char* name, decltype(&LaunchVerify) launch, int requests,
   const DeviceArray<Task> device_tasks(tasks);
   const double us = GraphMicroseconds([&](int i, cudaStream_t stream) {
     launch({.layer = layer.params,
-                  .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
-                  .tasks = device_tasks.get(),
-                  .qkv = qkv.get(),
-                  .ancestors = device_ancestors.get(),
-                  .paths = nullptr,
-                  .out = out.get(),
-                  .out_bf16 = nullptr,
-                  .max_rows = nodes},
-                 requests, stream);
+            .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
+            .tasks = device_tasks.get(),
+            .qkv = qkv.get(),
+            .ancestors = device_ancestors.get(),
+            .paths = nullptr,
+            .out = out.get(),
+            .out_bf16 = nullptr,
+            .max_rows = nodes},
+           requests, stream);
   });
   const double bytes = 4.0 * kHeads * (requests * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows * 4.0 * kDim);
   const double floor = bytes / bandwidth * 1e-6;
@@ -170,8 +170,8 @@ void BenchPrefill(int requests, int tokens, bool exact, double bandwidth) {
       },
       2);
   const double floor = 16.0 * static_cast<double>(rows) * kHeads * kDim / bandwidth * 1e-6;
-  std::printf("prefill%s (%2d x %5d): %9.1f us, %7.1f ns/token, floor of q,k,v,out %7.1f us\n", exact ? ", exact" : "", requests, tokens, us,
-              us * 1e3 / static_cast<double>(rows), floor);
+  std::printf("prefill%s (%2d x %5d): %9.1f us, %7.1f ns/token, floor of q,k,v,out %7.1f us\n", exact ? ", exact" : "",
+              requests, tokens, us, us * 1e3 / static_cast<double>(rows), floor);
 }
 
 }  // namespace

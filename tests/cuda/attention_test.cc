@@ -1,13 +1,12 @@
 // The attention kernels against the definition in double, over every phase, trees across group boundaries, grouped
 // queries, head sizes, padding and every chunking; and the bit guarantees that speculation rests on. A plain program:
 // prints one line per check, a summary last, and exits 0 only if all passed.
-#include "tests/cuda/attention_reference.h"
-
 #include <cstdint>
 #include <cstring>
 #include <string>
 
 #include "kernels/cuda/launch.h"
+#include "tests/cuda/attention_reference.h"
 #include "tests/cuda/device_buffers.h"
 
 namespace linspec::cuda {
@@ -110,8 +109,8 @@ class Fixture {
     for (size_t r = 0; r < requests.size(); ++r) {
       const Request& request = requests[r];
       const auto count = static_cast<int32_t>(request.parents.size());
-      Task task{static_cast<int64_t>(request.history.size()) / layer_.stride(), Slot(static_cast<int>(r)), rows, count,
-                0, 0};
+      Task task{
+          static_cast<int64_t>(request.history.size()) / layer_.stride(), Slot(static_cast<int>(r)), rows, count, 0, 0};
       if (!accepted.empty()) {
         task.path_begin = static_cast<int32_t>(paths.size());
         task.path_length = static_cast<int32_t>(accepted[r].size());
@@ -133,9 +132,18 @@ class Fixture {
     const DeviceArray<uint64_t> device_ancestors(ancestors);
     const DeviceArray<int32_t> device_paths(paths);
     const DeviceArray<Task> device_tasks(tasks);
-    const LayerParams layer{layer_.heads, layer_.kv_heads, layer_.d, layer_.group, layer_.conv, layer_.local,
-                            static_cast<Global>(layer_.global), layer_.factor, layer_.norm_eps, gain.get(),
-                            layer_.decay.empty() ? nullptr : decay.get(), taps.get()};
+    const LayerParams layer{layer_.heads,
+                            layer_.kv_heads,
+                            layer_.d,
+                            layer_.group,
+                            layer_.conv,
+                            layer_.local,
+                            static_cast<Global>(layer_.global),
+                            layer_.factor,
+                            layer_.norm_eps,
+                            gain.get(),
+                            layer_.decay.empty() ? nullptr : decay.get(),
+                            taps.get()};
     const DeviceArray<float> scratch(PrefillScratchFloats(layer, groups));
     launch({.layer = layer,
             .states = {device_states.get(), floats_, 0},
@@ -238,7 +246,8 @@ void VerifyAndCommit(const Shape& shape, int length, uint32_t seed, Errors& erro
     const int others = step % 2 == 0 ? 0 : 3;  // every other time the only row of the call
     std::vector<Request> call = {f.Make(1, others, true), f.Make(3, 2 * others, true), alone};
     const std::vector<float> single = f.Call(&LaunchVerify, call, true, {}, walked);
-    errors.bits = std::max(errors.bits, Different(&single[3 * others * width], &out[int64_t{65 + node} * width], width));
+    errors.bits =
+        std::max(errors.bits, Different(&single[3 * others * width], &out[int64_t{65 + node} * width], width));
     call[0] = call[1] = f.Make(1, 0, true);
     std::vector<float> decoded = walked;
     const std::vector<float> row_out = f.Call(&LaunchDecode, {call[0], call[1], alone}, false, {}, decoded);
@@ -259,7 +268,8 @@ void Prefill(const Shape& shape, int length, uint32_t seed, Errors& errors) {
   errors.out = std::max(errors.out, RelativeError(out, expected));
   std::vector<float> rounded = f.States(requests);
   f.exact_prefill = false;
-  errors.rounded = std::max(errors.rounded, RelativeError(f.Call(&LaunchPrefill, requests, false, {}, rounded), expected));
+  errors.rounded =
+      std::max(errors.rounded, RelativeError(f.Call(&LaunchPrefill, requests, false, {}, rounded), expected));
   errors.fused = std::max(errors.fused, Different(rounded.data(), states.data(), states.size()));
   f.exact_prefill = true;
   std::vector<Request> after = requests;
