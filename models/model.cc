@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <utility>
 
+#include "models/cuda_model.h"
 #include "models/linear_transformer.h"
 #include "models/transformer_builder.h"
 #include "models/weights.h"
@@ -36,20 +37,27 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
 
 absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSource* source,
                                              const LoadOptions& options) {
-  BuildOptions build{.target = std::nullopt, .progress = options.progress};
+  BuildOptions build{.target = std::nullopt, .pack_embedding = options.cuda != nullptr, .progress = options.progress};
   if (options.weight_dtype == "f32") {
     build.target = DType::kF32;
   } else if (options.weight_dtype == "bf16") {
     build.target = DType::kBF16;
   } else if (options.weight_dtype == "int8") {
     build.target = DType::kI8;
+  } else if (options.weight_dtype == "fp8") {
+    build.target = DType::kF8;
   } else if (options.weight_dtype != "auto") {
     return absl::InvalidArgumentError(
-        fmt::format("weight dtype \"{}\": expected auto, f32, bf16 or int8", options.weight_dtype));
+        fmt::format("weight dtype \"{}\": expected auto, f32, bf16, int8 or fp8", options.weight_dtype));
+  }
+  if (options.cuda != nullptr) return BuildCudaModel(config, source, options.cuda, build, options.deterministic);
+  if (build.target == DType::kF8) {
+    return absl::InvalidArgumentError("weight dtype \"fp8\" needs a GPU; on the CPU use int8");
   }
   absl::StatusOr<std::shared_ptr<CpuOps>> ops = MakeOps(options);
   if (!ops.ok()) return ops.status();
-  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, ops->get(), build);
+  absl::StatusOr<TransformerWeights> weights =
+      BuildTransformer(config, source, MakeCpuPacker(ops->get()).get(), build);
   if (!weights.ok()) return weights.status();
   return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
 }
@@ -62,6 +70,20 @@ void VerifyBatch::Add(int32_t slot, const DraftTree& tree) {
   parents.insert(parents.end(), tree.parents.begin(), tree.parents.end());
   row_starts.push_back(num_rows());
   slots.push_back(slot);
+}
+
+absl::Status Model::StartVerify(const VerifyBatch& batch, const StatePool& pool) {
+  started_ = Verify(batch, pool);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<VerifyResult> Model::FinishVerify() {
+  if (!started_.has_value()) return absl::InternalError("no verify was started");
+  return *std::exchange(started_, std::nullopt);
+}
+
+absl::StatusOr<std::unique_ptr<StatePool>> Model::CreatePool(int num_slots) const {
+  return StatePool::Create(config(), num_slots);
 }
 
 absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&) {
@@ -87,7 +109,7 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options) {
 
 absl::StatusOr<std::unique_ptr<Model>> BuildRandomModel(const ModelConfig& config, uint64_t seed,
                                                         const LoadOptions& options) {
-  return Build(config, MakeRandomWeights(seed).get(), options);
+  return Build(config, MakeRandomWeights(seed, /*draw_matrices=*/options.cuda == nullptr).get(), options);
 }
 
 }  // namespace linspec
