@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <optional>
 #include <utility>
 
 #include "models/cuda_model.h"
 #include "models/linear_transformer.h"
+#include "models/tensor_reader.h"
 #include "models/transformer_builder.h"
 #include "models/weights.h"
 
@@ -37,19 +39,9 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
 
 absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSource* source,
                                              const LoadOptions& options) {
-  BuildOptions build{.target = std::nullopt, .pack_embedding = options.cuda != nullptr, .progress = options.progress};
-  if (options.weight_dtype == "f32") {
-    build.target = DType::kF32;
-  } else if (options.weight_dtype == "bf16") {
-    build.target = DType::kBF16;
-  } else if (options.weight_dtype == "int8") {
-    build.target = DType::kI8;
-  } else if (options.weight_dtype == "fp8") {
-    build.target = DType::kF8;
-  } else if (options.weight_dtype != "auto") {
-    return absl::InvalidArgumentError(
-        fmt::format("weight dtype \"{}\": expected auto, f32, bf16, int8 or fp8", options.weight_dtype));
-  }
+  const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(options.weight_dtype);
+  if (!dtype.ok()) return dtype.status();
+  BuildOptions build{.target = *dtype, .pack_embedding = false, .progress = options.progress};
   if (options.cuda != nullptr) return BuildCudaModel(config, source, options.cuda, build, options.deterministic);
   if (build.target == DType::kF8) {
     return absl::InvalidArgumentError("weight dtype \"fp8\" needs a GPU; on the CPU use int8");

@@ -11,6 +11,15 @@ bool IsFloat(DType dtype) { return dtype == DType::kF32 || dtype == DType::kF16 
 
 }  // namespace
 
+absl::StatusOr<std::optional<DType>> ParseWeightDType(const std::string& name) {
+  if (name == "auto") return std::optional<DType>();
+  if (name == "f32") return std::optional(DType::kF32);
+  if (name == "bf16") return std::optional(DType::kBF16);
+  if (name == "int8") return std::optional(DType::kI8);
+  if (name == "fp8") return std::optional(DType::kF8);
+  return absl::InvalidArgumentError(fmt::format("weight dtype \"{}\": expected auto, f32, bf16, int8 or fp8", name));
+}
+
 void TensorReader::Fail(const std::string& message) {
   if (status_.ok()) status_ = absl::InvalidArgumentError(message);
 }

@@ -31,6 +31,9 @@ struct MatrixShape {
   int64_t rows;
 };
 
+// "auto" (none), "f32", "bf16" or "int8".
+absl::StatusOr<std::optional<DType>> ParseWeightDType(const std::string& name);
+
 class TensorReader {
  public:
   // target: of every packed matrix; none: I8 stays, the rest becomes bf16.

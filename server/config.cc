@@ -78,6 +78,13 @@ void VisitFlags(Config& c, Visit&& visit) {
           g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
       c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
+  visit(FlagInfo{g,
+                 "medusa-tree",
+                 "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",
+                 0,
+                 0,
+                 {"dynamic", "mc_sim_7b_63"}},
+        c.engine.medusa_tree);
   g = "Security";
   visit(FlagInfo{g, "api-key-file", "one key a line, plain or sha256:<hex>; reread when it changes"},
         c.security.api_key_file);

@@ -50,6 +50,7 @@ struct ServerConfig {
     int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
+    std::string medusa_tree = "dynamic";
   } engine;
   struct SecurityOptions {
     std::string api_key_file;
