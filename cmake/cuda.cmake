@@ -44,3 +44,7 @@ target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_sta
 target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
 set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
 install(TARGETS linspec_cuda LIBRARY DESTINATION lib)
+
+# The model and the engine on the GPU: needs the shared libraries that the bundle carries, and the plugin beside it.
+add_executable(cuda_model_test tests/cuda/model_test.cc)
+target_link_libraries(cuda_model_test PRIVATE linspec_scheduler)

@@ -11,8 +11,8 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kPrefillRows = 2048;                 // of one pass: bounds the scratch; the bits do not depend on it
-constexpr int64_t kReservedBytes = int64_t{3} << 30;   // of device memory, for scratch and graphs, when slots fill it
+constexpr int64_t kPrefillRows = 2048;                // of one pass: bounds the scratch; the bits do not depend on it
+constexpr int64_t kReservedBytes = int64_t{3} << 30;  // of device memory, for scratch and graphs, when slots fill it
 
 class CudaStates final : public StateMemory {
  public:
@@ -78,6 +78,7 @@ class CudaModel final : public Model {
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
   bool chooses_tokens() const override { return true; }
+  bool exact_across_groups() const override { return false; }
   absl::Status health() const override { return device_->health(); }
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
   int64_t SlotsThatFit() const override;
@@ -95,9 +96,8 @@ class CudaModel final : public Model {
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
   LinspecCudaStates StatesOf(const StatePool& pool) const {
-    return {.base = pool.data(),
-            .floats_per_slot = pool.floats_per_slot(),
-            .floats_per_layer = pool.floats_per_layer()};
+    return {
+        .base = pool.data(), .floats_per_slot = pool.floats_per_slot(), .floats_per_layer = pool.floats_per_layer()};
   }
 
   const ModelConfig config_;
@@ -362,8 +362,7 @@ absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const S
   return result;
 }
 
-absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
-                               StatePool* pool) {
+absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
   if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
   std::vector<int32_t> nodes;
   std::vector<LinspecCudaTask> tasks;
@@ -395,8 +394,7 @@ absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float>
   }
   logits_.resize(rows * config_.vocab_size);
   if (rows == 0) return std::span<const float>();
-  const int32_t code =
-      device_->api().unembed(model_, hidden.data(), static_cast<int32_t>(rows), logits_.data());
+  const int32_t code = device_->api().unembed(model_, hidden.data(), static_cast<int32_t>(rows), logits_.data());
   if (absl::Status status = device_->Check(code, "unembed"); !status.ok()) return status;
   return std::span<const float>(logits_);
 }
@@ -407,8 +405,7 @@ absl::StatusOr<std::unique_ptr<Model>> BuildCudaModel(const ModelConfig& config,
                                                       std::shared_ptr<CudaDevice> device, BuildOptions options,
                                                       bool deterministic) {
   options.pack_embedding = true;
-  absl::StatusOr<TransformerWeights> weights =
-      BuildTransformer(config, source, MakeCudaPacker(device).get(), options);
+  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCudaPacker(device).get(), options);
   if (!weights.ok()) return weights.status();
   auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device));
   if (absl::Status status = model->Init(deterministic); !status.ok()) return status;

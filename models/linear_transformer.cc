@@ -131,7 +131,8 @@ VerifyResult LinearTransformer::Head(int64_t n) {
                  .dim = dim,
                  .eps = config_.rms_norm_eps});
   ops_->Matmul({.x = normed_.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
-  return {.logits = {logits, static_cast<size_t>(n * vocab)}, .hidden = {normed_.data(), static_cast<size_t>(n * dim)},
+  return {.logits = {logits, static_cast<size_t>(n * vocab)},
+          .hidden = {normed_.data(), static_cast<size_t>(n * dim)},
           .sampled = {}};
 }
 

@@ -48,8 +48,7 @@ absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSo
   }
   absl::StatusOr<std::shared_ptr<CpuOps>> ops = MakeOps(options);
   if (!ops.ok()) return ops.status();
-  absl::StatusOr<TransformerWeights> weights =
-      BuildTransformer(config, source, MakeCpuPacker(ops->get()).get(), build);
+  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCpuPacker(ops->get()).get(), build);
   if (!weights.ok()) return weights.status();
   return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
 }

@@ -88,6 +88,9 @@ class Model {
   // The same in two halves, so that the caller can work while a device does: nothing else may be called in between.
   virtual absl::Status StartVerify(const VerifyBatch& batch, const StatePool& pool);
   virtual absl::StatusOr<VerifyResult> FinishVerify();
+  // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
+  // not, the engine cuts trees there.
+  virtual bool exact_across_groups() const { return true; }
   // Verify fills VerifyResult::sampled.
   virtual bool chooses_tokens() const { return false; }
   // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first.
@@ -110,10 +113,10 @@ struct LoadOptions {
   std::string path = {};              // model folder
   std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8, fp8 (GPU)
   int num_threads = 0;
-  std::string isa = "auto";          // auto, scalar, avx2, avx512
-  std::shared_ptr<CpuOps> ops = {};  // null: made from the two above; models of one engine thread may share one
+  std::string isa = "auto";               // auto, scalar, avx2, avx512
+  std::shared_ptr<CpuOps> ops = {};       // null: made from the two above; models of one engine thread may share one
   std::shared_ptr<CudaDevice> cuda = {};  // where the model runs; null: on the CPU
-  bool deterministic = false;  // GPU: a row's bits never depend on the rows beside it, also in large batches
+  bool deterministic = false;             // GPU: a row's bits never depend on the rows beside it, also in large batches
   std::function<void(double)> progress = {};  // fraction loaded, may be empty
 };
 

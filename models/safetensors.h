@@ -30,7 +30,7 @@ struct TensorView {
   std::vector<int64_t> shape;
   const std::byte* data = nullptr;  // row-major, aligned to its element size
   int64_t num_bytes = 0;
-  std::shared_ptr<const void> owner;  // mapping or buffer
+  std::shared_ptr<const void> owner;   // mapping or buffer
   std::optional<RandomTensor> random;  // then data is null
 
   int64_t num_elements() const { return num_bytes / static_cast<int64_t>(DTypeSize(dtype)); }

@@ -14,7 +14,9 @@ bool HasPenalties(const SamplingParams& params) {
 
 using Edits = std::unordered_map<int32_t, LogitEdit>;
 
-LogitEdit& EditOf(int32_t token, Edits* edits) { return edits->try_emplace(token, LogitEdit{.token = token}).first->second; }
+LogitEdit& EditOf(int32_t token, Edits* edits) {
+  return edits->try_emplace(token, LogitEdit{.token = token}).first->second;
+}
 
 void Penalize(int32_t token, int output_count, const SamplingParams& params, Edits* edits) {
   LogitEdit& edit = EditOf(token, edits);

@@ -118,7 +118,8 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   for (const int index : plan.decode) decoding_.push_back(sequences_[index].get());
 
   const Clock::time_point start = Clock::now();
-  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
+  std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
+  if (!model_->exact_across_groups()) CutAtGroups(&trees);
   const VerifyBatch batch = Pack(plan, trees, stats);
   const Clock::time_point drafted = Clock::now();
 
@@ -141,6 +142,15 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   stats->accept_s = Seconds(verified, accepted);
   stats->commit_s = Seconds(accepted, committed);
   if (status.ok()) speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), Seconds(drafted, committed));
+}
+
+// No node at or past the position where the open group ends, but for a root.
+void EngineCore::CutAtGroups(std::vector<DraftTree>* trees) const {
+  const int64_t group = model_->config().linear_attention.group_size;
+  for (size_t i = 0; i < trees->size(); ++i) {
+    if ((*trees)[i].num_nodes() == 1) continue;
+    (*trees)[i] = (*trees)[i].CutBelow(static_cast<int>(group - 1 - decoding_[i]->num_committed() % group));
+  }
 }
 
 VerifyBatch EngineCore::Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats) {

@@ -35,6 +35,7 @@ class EngineCore {
   void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
   void Prefill(const StepPlan& plan, StepStats* stats);
   void Decode(const StepPlan& plan, StepStats* stats);
+  void CutAtGroups(std::vector<DraftTree>* trees) const;
   VerifyBatch Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats);
   void AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch);
   // Verify; the news of the step before are delivered while a device works.

@@ -158,6 +158,26 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   return best;
 }
 
+// config.json of LLaMA-2 at a size people know, linearized; or the file that `shape` names.
+absl::StatusOr<std::string> ShapeJson(const std::string& shape) {
+  struct Known {
+    const char* name;
+    int hidden, inner, layers, heads;
+  };
+  for (const Known& k : {Known{"7b", 4096, 11008, 32, 32}, Known{"13b", 5120, 13824, 40, 40}}) {
+    if (shape != k.name) continue;
+    return fmt::format(
+        R"({{"model_type": "llama", "hidden_size": {}, "intermediate_size": {}, "num_hidden_layers": {},
+        "num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": 128, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "bos_token_id": 1,
+        "eos_token_id": 2, "max_position_embeddings": 4096, "linear_attention": {{"version": 1, "group_size": 64,
+        "conv_kernel": 32, "local": "relu_squared", "global": "rms_norm", "decay": true, "qk_norm_eps": 1e-6,
+        "global_norm_eps": 1e-6}}}})",
+        k.hidden, k.inner, k.layers, k.heads, k.heads);
+  }
+  return ReadFile(shape);
+}
+
 absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options,
                                                   const Machine& machine) {
   LoadOptions load;
@@ -174,7 +194,7 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
     }
     return LoadModel(load);
   }
-  auto json = ReadFile(shape);
+  auto json = ShapeJson(shape);
   if (!json.ok()) return json.status();
   auto config = ParseModelConfig(*json);
   if (!config.ok()) return config.status();
@@ -206,8 +226,8 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f},\n\"decode\": [",
-      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
+      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes, (*model)->SlotsThatFit());
   Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
   const char* comma = "\n";
   for (const int batch : batches) {

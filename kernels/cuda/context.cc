@@ -9,14 +9,16 @@ int32_t Context::Create(int device, Context** context, std::string* error) {
   int count = 0;
   cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess || device < 0 || device >= count) {
-    *error = status != cudaSuccess ? std::string("no usable GPU: ") + cudaGetErrorString(status)
-                                   : "there is no GPU " + std::to_string(device) + "; " + std::to_string(count) + " found";
+    *error = status != cudaSuccess
+                 ? std::string("no usable GPU: ") + cudaGetErrorString(status)
+                 : "there is no GPU " + std::to_string(device) + "; " + std::to_string(count) + " found";
     return kLinspecCudaNoDevice;
   }
   std::unique_ptr<Context> made(new Context());
   made->device_ = device;
   int32_t code = made->Enter();
-  if (code == kLinspecCudaOk) code = made->Check(cudaGetDeviceProperties(&made->properties_, device), "device properties");
+  if (code == kLinspecCudaOk)
+    code = made->Check(cudaGetDeviceProperties(&made->properties_, device), "device properties");
   if (code == kLinspecCudaOk) {
     code = made->Check(cudaStreamCreateWithFlags(&made->stream_, cudaStreamNonBlocking), "stream");
   }

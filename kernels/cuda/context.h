@@ -70,8 +70,8 @@ class Buffer {
 };
 
 // Leaves the function with the code of a call that failed.
-#define LINSPEC_CUDA_TRY(call)                                                                      \
-  do {                                                                                              \
+#define LINSPEC_CUDA_TRY(call)                                                                    \
+  do {                                                                                            \
     if (const int32_t linspec_code = (call); linspec_code != kLinspecCudaOk) return linspec_code; \
   } while (false)
 

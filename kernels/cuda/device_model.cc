@@ -97,13 +97,13 @@ DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool
   layout.ancestors = layout.positions + Align(int64_t{num_rows} * 8);
   layout.edits = layout.ancestors + Align(int64_t{num_rows} * 8);
   layout.sampling = layout.edits + Align(sizeof(void*));
-  layout.size = layout.sampling + (sampling ? Align(int64_t{num_rows} * static_cast<int64_t>(sizeof(LinspecCudaSampling))) : 0);
+  layout.size =
+      layout.sampling + (sampling ? Align(int64_t{num_rows} * static_cast<int64_t>(sizeof(LinspecCudaSampling))) : 0);
   return layout;
 }
 
-DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows,
-                                              std::byte* host, std::byte* device,
-                                              const LinspecCudaLogitEdit* edits) const {
+DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host,
+                                              std::byte* device, const LinspecCudaLogitEdit* edits) const {
   static_assert(sizeof(Task) == sizeof(LinspecCudaTask));
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
@@ -149,13 +149,14 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
     LINSPEC_CUDA_TRY(edits_.Reserve(context_, bytes));
     LINSPEC_CUDA_TRY(host_edits_.Reserve(context_, bytes));
     std::memcpy(host_edits_.as<void>(), step.edits, bytes);
-    LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes,
-                                                     cudaMemcpyHostToDevice, context_->stream()),
-                                     "upload logit edits"));
+    LINSPEC_CUDA_TRY(context_->Check(
+        cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes, cudaMemcpyHostToDevice, context_->stream()),
+        "upload logit edits"));
   }
   const StepInput input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
                                     verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>());
-  LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states) : EnqueueVerify(input, block_bytes, step.states));
+  LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states)
+                         : EnqueueVerify(input, block_bytes, step.states));
   LINSPEC_CUDA_TRY(EnqueueResults(step));
   pending_ = true;
   return kLinspecCudaOk;
@@ -357,8 +358,7 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
       cudaMemcpyAsync(commit_block_.as<void>(), host, bytes, cudaMemcpyHostToDevice, context_->stream()),
       "upload a commit"));
   for (int i = 0; i < shape_.num_layers; ++i) {
-    AttentionParams params =
-        AttentionOf(i, states, kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width());
+    AttentionParams params = AttentionOf(i, states, kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width());
     params.tasks = commit_block_.as<Task>();
     params.paths = reinterpret_cast<const int32_t*>(commit_block_.as<std::byte>() + path_offset);
     LaunchCommit(params, num_tasks, context_->stream());
@@ -376,9 +376,9 @@ int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
   Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
-  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(logits, logits_.as<void>(), rows * shape_.vocab_size * f32,
-                                                   cudaMemcpyDeviceToHost, stream),
-                                   "download"));
+  LINSPEC_CUDA_TRY(context_->Check(
+      cudaMemcpyAsync(logits, logits_.as<void>(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
+      "download"));
   return context_->Sync("unembed");
 }
 

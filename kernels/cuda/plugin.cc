@@ -13,7 +13,7 @@
 struct LinspecCudaContext {
   explicit LinspecCudaContext(linspec::cuda::Context* context) : impl(context) {}
   std::unique_ptr<linspec::cuda::Context> impl;
-  linspec::cuda::Buffer staging;            // pieces of a matrix on their way to pack
+  linspec::cuda::Buffer staging;  // pieces of a matrix on their way to pack
   linspec::cuda::Buffer staging_scales;
   linspec::cuda::Buffer host_staging{true};
 };
@@ -110,8 +110,8 @@ int32_t Zero(LinspecCudaContext* context, void* device, int64_t bytes) {
   return context->impl->Check(cudaMemsetAsync(device, 0, bytes, context->impl->stream()), "zero");
 }
 
-int32_t CopyBytes(LinspecCudaContext* context, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind, bool wait,
-             const char* what) {
+int32_t CopyBytes(LinspecCudaContext* context, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind,
+                  bool wait, const char* what) {
   Context& c = *context->impl;
   LINSPEC_CUDA_TRY(c.Enter());
   LINSPEC_CUDA_TRY(c.Check(cudaMemcpyAsync(to, from, bytes, kind, c.stream()), what));
@@ -158,7 +158,8 @@ int32_t Pack(LinspecCudaContext* context, const LinspecCudaSource* source, const
                                                cudaMemcpyHostToDevice, c.stream()),
                                "upload scales"));
     }
-    const int32_t code = LaunchPack(*source, staged, context->staging_scales.as<float>(), row, rows, *matrix, c.stream());
+    const int32_t code =
+        LaunchPack(*source, staged, context->staging_scales.as<float>(), row, rows, *matrix, c.stream());
     if (code != kLinspecCudaOk) return c.Fail(code, "pack: no conversion between these types");
     LINSPEC_CUDA_TRY(c.CheckLaunch("pack"));
   }

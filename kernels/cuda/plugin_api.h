@@ -106,17 +106,17 @@ typedef struct LinspecCudaLogitEdit {
 // How the token after a row is chosen: the contract of models/sampler.h, less typical_p and logprobs.
 typedef struct LinspecCudaSampling {
   uint64_t seed;
-  int64_t position;                                // of the token to choose
-  float temperature, top_p, min_p;                 // temperature 0: argmax
-  int32_t top_k, edits_begin, edits_count;         // edits: into LinspecCudaStep::edits, each token once
+  int64_t position;                         // of the token to choose
+  float temperature, top_p, min_p;          // temperature 0: argmax
+  int32_t top_k, edits_begin, edits_count;  // edits: into LinspecCudaStep::edits, each token once
 } LinspecCudaSampling;
 
 typedef struct LinspecCudaStep {  // host arrays
   LinspecCudaStates states;
-  const LinspecCudaTask* tasks;         // [num_tasks]
-  const int32_t* tokens;                // [num_rows]
-  const int64_t* positions;             // [num_rows]
-  const uint64_t* ancestors;            // [num_rows] bit j: node j of the request is the row or above it; null in prefill
+  const LinspecCudaTask* tasks;  // [num_tasks]
+  const int32_t* tokens;         // [num_rows]
+  const int64_t* positions;      // [num_rows]
+  const uint64_t* ancestors;     // [num_rows] bit j: node j of the request is the row or above it; null in prefill
   const LinspecCudaSampling* sampling;  // [num_rows], or null: nothing is chosen
   const LinspecCudaLogitEdit* edits;    // [num_edits]
   int32_t num_tasks, num_rows, num_edits;

@@ -85,9 +85,7 @@ __device__ uint32_t OrderedKey(float value) {
   const uint32_t bits = __float_as_uint(value);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
-__device__ float FromOrderedKey(uint32_t key) {
-  return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key);
-}
+__device__ float FromOrderedKey(uint32_t key) { return __uint_as_float(key & 0x80000000u ? key & 0x7FFFFFFFu : ~key); }
 
 // One row: scores are (logit - max) / T; kept are those before the cut in the order of Better.
 struct Row {
@@ -106,7 +104,8 @@ __device__ double Weight(bool mass, float score) { return mass ? exp(static_cast
 // Lowers the cut to the shortest prefix of the kept set whose weight reaches target. Finds the score by bisection over
 // its key, then the last id among the equals.
 __device__ void Truncate(Row& row, bool mass, double target, RowShared& shared) {
-  uint32_t low = 0, high = OrderedKey(0.0f);  // weight(score > high) < target <= weight(score > low), if anything is cut
+  uint32_t low = 0,
+           high = OrderedKey(0.0f);  // weight(score > high) < target <= weight(score > low), if anything is cut
   const auto weight_from = [&](uint32_t key) {  // of kept tokens with a key of at least `key`
     double sum = 0;
     for (int v = threadIdx.x; v < row.vocab; v += kSampleThreads) {
@@ -173,7 +172,8 @@ __device__ int Draw(Row row, const LinspecCudaSampling& s, RowShared& shared) {
   const auto position = static_cast<uint64_t>(s.position);
   Candidate best{-INFINITY, INT_MAX};
   for (int block = threadIdx.x; block * 4 < row.vocab; block += kSampleThreads) {
-    const uint4 noise = Philox(make_uint4(block, 0, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)), key);
+    const uint4 noise =
+        Philox(make_uint4(block, 0, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)), key);
     const uint32_t words[4] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
