@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda_device.h"
 #include "kernels/ops.h"
+#include "models/device_stats.h"
 #include "models/draft_tree.h"
 #include "models/model_config.h"
 #include "models/state_pool.h"
@@ -79,6 +80,8 @@ class Model {
   virtual int64_t SlotsThatFit() const { return -1; }
   // Not OK once the device has failed: no call will succeed any more. Any thread.
   virtual absl::Status health() const { return absl::OkStatus(); }
+  // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
+  virtual std::vector<DeviceStats> device_stats() const { return {}; }
   virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
 
   // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.
