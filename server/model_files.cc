@@ -1,7 +1,6 @@
 #include "server/model_files.h"
 
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 
 #include <filesystem>
 #include <fstream>
@@ -121,8 +120,8 @@ absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options) {
     machine.cuda = *std::move(cuda);
   } else if (options.device == "cuda") {
     return InFile("--device cuda", cuda.status());
-  } else {
-    spdlog::info("serving on the CPU: {}", std::string(cuda.status().message()));
+  } else if (!absl::IsNotFound(cuda.status())) {  // without a plugin nobody expects a GPU
+    fmt::print(stderr, "linspec: computing on the CPU: {}\n", std::string(cuda.status().message()));
   }
   return machine;
 }

@@ -28,7 +28,7 @@ struct Machine {
   std::shared_ptr<CpuOps> ops;
   std::shared_ptr<CudaDevice> cuda;  // null: everything runs on the CPU
 };
-// --device auto takes a GPU if there is one and says in the log why there is none; cuda insists on it.
+// --device auto takes a GPU if there is one, and says on standard error why not where the plugin is; cuda insists on it.
 absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options);
 
 struct ModelFiles {
