@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace linspec::cuda {
 namespace {
@@ -36,7 +37,10 @@ int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, con
                          "intermediate_size and num_heads * head_dim that are multiples of 16");
   }
   std::unique_ptr<DeviceModel> made(new DeviceModel(context, shape, weights, deterministic));
-  LINSPEC_CUDA_TRY(context->Check(cudaEventCreateWithFlags(&made->prefill_uploaded_, cudaEventDisableTiming), "event"));
+  for (cudaEvent_t* event : {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_, &made->verify_begin_,
+                             &made->verify_end_}) {
+    LINSPEC_CUDA_TRY(context->Check(cudaEventCreate(event), "event"));
+  }
   *model = std::move(made);
   return kLinspecCudaOk;
 }
@@ -54,7 +58,9 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
 DeviceModel::~DeviceModel() {
   cudaStreamSynchronize(context_->stream());
   DropGraphs();
-  if (prefill_uploaded_ != nullptr) cudaEventDestroy(prefill_uploaded_);
+  for (const cudaEvent_t event : {prefill_uploaded_, prefill_begin_, prefill_end_, verify_begin_, verify_end_}) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
 }
 
 void DeviceModel::DropGraphs() {
@@ -153,13 +159,14 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
         cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes, cudaMemcpyHostToDevice, context_->stream()),
         "upload logit edits"));
   }
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(verify_begin_, context_->stream()), "event"));
   const StepInput input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
                                     verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>());
   LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states)
                          : EnqueueVerify(input, block_bytes, step.states));
   LINSPEC_CUDA_TRY(EnqueueResults(step));
   pending_ = true;
-  return kLinspecCudaOk;
+  return context_->Check(cudaEventRecord(verify_end_, context_->stream()), "event");
 }
 
 int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
@@ -226,6 +233,10 @@ int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
   if (!pending_) return context_->Fail(kLinspecCudaInvalid, "no verify was started");
   pending_ = false;
   LINSPEC_CUDA_TRY(context_->Sync("verify"));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.verify_ms, verify_begin_, verify_end_), "time"));
+  if (std::exchange(prefilled_, false)) {
+    LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.prefill_ms, prefill_begin_, prefill_end_), "time"));
+  }
   *result = result_;
   return kLinspecCudaOk;
 }
@@ -239,6 +250,9 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
   LINSPEC_CUDA_TRY(host_prefill_block_.Reserve(context_, block_bytes));
   // The upload of the prefill before this one may still be reading the host block.
   LINSPEC_CUDA_TRY(context_->Check(cudaEventSynchronize(prefill_uploaded_), "prefill upload"));
+  if (!std::exchange(prefilled_, true)) {
+    LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_begin_, context_->stream()), "event"));
+  }
   LinspecCudaStep chains = step;
   chains.ancestors = nullptr;
   chains.sampling = nullptr;
@@ -249,6 +263,7 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
                                    "upload a prefill"));
   LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_uploaded_, context_->stream()), "event"));
   Layers(input, step.states, Attention::kPrefill);
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_end_, context_->stream()), "event"));
   return context_->CheckLaunch("prefill");
 }
 

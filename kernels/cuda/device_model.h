@@ -89,7 +89,9 @@ class DeviceModel {
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
-  cudaEvent_t prefill_uploaded_ = nullptr;
+  cudaEvent_t prefill_uploaded_ = nullptr, prefill_begin_ = nullptr, prefill_end_ = nullptr;
+  cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
+  bool prefilled_ = false;  // since the verify before
 
   std::map<std::array<int, 3>, Graph> graphs_;  // by tasks, rows, sampling
   int graph_generation_ = 0;                    // of all buffers that graphs point into, when they were captured
