@@ -1,4 +1,10 @@
-// tree_verify and decode on tensor cores. A block takes one item: (request, kv head, split of the rows).
+// tree_verify and decode on tensor cores, grid of items: (request, kv head, split of the rows). One block of 256 threads an
+// item, two blocks a multiprocessor. S is asked for first, into registers (state_fragment.h), then ring, rows and queries
+// into shared memory; S is used last. Window product: window_tile.h.
+//
+// Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in and
+// 0.5 KB out. Rejected, measured slower: a persistent grid that loads the next item's S into the registers of the present
+// one (spills), S in predicated loads (the compiler copies, and waits).
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/window_tile.h"
 
