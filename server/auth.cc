@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <openssl/crypto.h>
 #include <openssl/sha.h>
-#include <spdlog/spdlog.h>
 #include <sys/stat.h>
 
 #include <charconv>
@@ -34,8 +33,9 @@ bool SameTime(const std::timespec& a, const std::timespec& b) { return a.tv_sec 
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Create(const std::string& path, bool public_metrics) {
-  std::unique_ptr<Authenticator> auth(new Authenticator(path, public_metrics));
+absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Create(const std::string& path, bool public_metrics,
+                                                                     Log* log) {
+  std::unique_ptr<Authenticator> auth(new Authenticator(path, public_metrics, log));
   if (!path.empty()) {
     if (absl::Status status = auth->Load(); !status.ok()) return status;
   }
@@ -78,8 +78,11 @@ void Authenticator::ReloadIfChanged() {
   if (stat(path_.c_str(), &info) != 0 || SameTime(info.st_mtim, modified_)) return;
   modified_ = info.st_mtim;  // a bad file is complained about once
   const absl::Status status = Load();
-  if (status.ok()) spdlog::info("--api-key-file: reread, {} keys", keys_.size());
-  if (!status.ok()) spdlog::error("{}; the keys read before stay in force", std::string(status.message()));
+  const std::string why(status.message());
+  if (log_ == nullptr) return;
+  if (status.ok()) log_->Write(LogLevel::kInfo, "keys reread", {{"keys", static_cast<int64_t>(keys_.size())}});
+  if (!status.ok())
+    log_->Write(LogLevel::kError, "keys not reread, the old ones stay", {{"why", std::string_view(why)}});
 }
 
 bool Authenticator::IsPublicRoute(std::string_view path) const {

@@ -64,7 +64,9 @@ absl::Status Candidates::StartPrompt(int index, const std::vector<int32_t>& toke
                       .detokenize = call_.detokenize,
                       .deadline = call_.deadline,
                       .tenant = call_.tenant,
-                      .name = call_.name};
+                      .name = call_.name,
+                      .log_id = call_.log_id,
+                      .n = call_.n};
     spec.sampling.seed = seed + static_cast<uint64_t>(i);  // candidates differ, and can be repeated
     spec.sampling.max_tokens = std::max(call_.sampling.max_tokens, 1);
     if (ranked()) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);

@@ -20,6 +20,9 @@ struct ServerConfig {
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
+    std::string device = "auto";
+    std::string cuda_plugin;
+    bool deterministic = false;
     std::string isa = "auto";
     int threads = 0;
   } model;
@@ -38,7 +41,7 @@ struct ServerConfig {
     std::string cors_origin;
   } network;
   struct EngineLimits {
-    int max_requests = 64;
+    int max_requests = 0;  // 0: as many as suit the machine
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
     int max_step_tokens = 512;
@@ -65,6 +68,7 @@ struct ServerConfig {
     double probe_interval_s = 10;
     std::string log_level = "info";
     std::string log_format = "text";
+    bool log_prompts = false;
     std::string metrics_alias;
   } operations;
 };
@@ -77,6 +81,7 @@ absl::Status ApplyYaml(const std::string& yaml, const std::string& source, Serve
 absl::Status ValidateConfig(const ServerConfig& config);
 
 std::string ServerHelp();                                // grouped, with defaults
+std::string ChangedFlags(const ServerConfig& config);    // "--name value ..." of those that differ from the default
 std::string DescribeConfig(const ServerConfig& config);  // one `--flag value` per line, those that differ marked with *
 
 }  // namespace linspec

@@ -47,6 +47,7 @@ struct GenerateCall {
   std::optional<Clock::time_point> deadline = {};
   std::string tenant = {};  // which API key asks; "" without keys
   std::string name = {};    // the client's request id, for Abort; "" for none
+  std::string log_id = {};  // what the log calls it
 
   bool chat() const { return !prompts.empty() && std::holds_alternative<std::vector<ChatMessage>>(prompts.front()); }
   bool scores_prompt() const { return echo && sampling.logprobs >= 0; }

@@ -1,7 +1,5 @@
 #include "server/generation_probe.h"
 
-#include <spdlog/spdlog.h>
-
 #include <limits>
 #include <utility>
 
@@ -26,8 +24,10 @@ void GenerationProbe::Run() {
     lock.unlock();
     if (!service_->draining()) {
       const bool ok = Look();
-      if (!ok && service_->can_generate()) spdlog::error("no token came within {} s of asking", interval_.count());
-      if (ok && !service_->can_generate()) spdlog::info("tokens come again");
+      if (!ok && service_->can_generate()) {
+        service_->log().Write(LogLevel::kError, "no token came", {{"seconds_since_asking", interval_.count()}});
+      }
+      if (ok && !service_->can_generate()) service_->log().Write(LogLevel::kInfo, "tokens come again");
       service_->SetCanGenerate(ok);
     }
     lock.lock();

@@ -19,6 +19,11 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     self_ = shared_from_this();
     const absl::Status status = Begin(request, auth, pump);
     if (status.ok()) return;
+    service_->log().Write(LogLevel::kInfo, "request refused",
+                          {{"request_id", request_id_},
+                           {"handler", "Generate"},
+                           {"status", absl::StatusCodeToString(status.code())},
+                           {"param", ErrorField(status)}});
     Finish(ToGrpcStatus(status));  // Advance does nothing for a call that never started
   }
 
@@ -27,6 +32,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     {
       std::lock_guard lock(mutex_);
       busy_ = false;
+      service_->metrics().OnWrite(std::chrono::duration<double>(Clock::now() - write_start_).count());
       if (!ok) candidates_.reset();
     }
     Advance();
@@ -61,7 +67,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       call->deadline =
           Clock::now() + std::chrono::duration_cast<Clock::duration>(deadline - std::chrono::system_clock::now());
     }
-    request_id_ = call->name;
+    request_id_ = call->log_id = call->name;
     auto candidates = Candidates::Start(service_, *std::move(call), [weak = weak_from_this(), pump] {
       pump->Post([weak] {
         if (auto self = weak.lock()) self->Advance();
@@ -100,6 +106,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
         write ? FillMessage(choice, last) : void(end = ToGrpcStatus(more.status()));
       }
       busy_ = write;
+      write_start_ = Clock::now();
       finishing_ = last;
     }
     if (!write) return Finish(end);
@@ -126,6 +133,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   std::mutex mutex_;           // guards the rest
   std::unique_ptr<Candidates> candidates_;
   bool started_ = false, cancelled_ = false, busy_ = false, finishing_ = false;
+  Clock::time_point write_start_;
 };
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include "server/errors.h"
 #include "server/grpc_convert.h"
 #include "server/grpc_generate.h"
+#include "server/grpc_metrics.h"
 #include "server/json_text.h"
 #include "server/model_files.h"
 
@@ -98,7 +99,7 @@ class LinSpecService final : public RawService {
     out->set_num_layers(model.num_layers);
     out->set_group_size(model.linear_attention.group_size);
     out->set_state_bytes_per_request(model.StateBytes());
-    out->set_max_requests(limits.max_requests);
+    out->set_max_requests(service_->engine().options().max_requests);
     out->set_max_prompt_tokens(limits.max_prompt_tokens);
     out->set_max_output_tokens(limits.max_output_tokens);
     for (const std::string& drafter : service_->drafters()) out->add_drafters(drafter);
@@ -209,6 +210,7 @@ absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> GrpcFrontEnd::Start(Service* servi
   const std::string address = fmt::format("{}:{}", config.network.host, config.network.grpc_port);
   grpc::ServerBuilder builder;
   SetLimits(config, &builder);
+  builder.experimental().SetInterceptorCreators(RpcMetricsInterceptors(&service->metrics()));
   builder.AddListeningPort(address, *credentials, &impl->port);
   builder.RegisterService(&impl->calls);
   impl->server = builder.BuildAndStart();

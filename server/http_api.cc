@@ -80,6 +80,12 @@ std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify n
   auto operation = Route(&request, route, std::move(notify));
   if (operation.ok()) return *std::move(operation);
   HttpReply reply = ErrorReply(operation.status());
+  // Field and code only: messages may quote what the client sent.
+  service_->log().Write(LogLevel::kInfo, "request refused",
+                        {{"request_id", request.request_id},
+                         {"handler", route == nullptr ? "other" : route->path},
+                         {"status", static_cast<int64_t>(reply.status)},
+                         {"param", ErrorField(operation.status())}});
   if (reply.status == 405) {
     reply.headers.emplace_back("Allow", std::string_view(route->method) == "GET" ? "GET, HEAD" : route->method);
   }
@@ -149,6 +155,7 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpReque
   if (!call.ok()) return call.status();
   if (absl::Status status = service_->CheckModelName(call->generate.model); !status.ok()) return status;
   call->generate.tenant = tenant;
+  call->generate.log_id = request.request_id;
   return StartGeneration(service_, *std::move(call), request.request_id, std::move(notify));
 }
 
@@ -199,6 +206,7 @@ absl::StatusOr<HttpReply> HttpApi::Model(const std::string& name) const {
 
 HttpReply HttpApi::Ready() const {
   if (service_->draining()) return {.status = 503, .body = "{\"status\":\"draining\"}"};
+  if (!service_->engine().health().ok()) return {.status = 503, .body = "{\"status\":\"failed\"}"};
   return {.body = "{\"status\":\"ready\"}"};
 }
 
@@ -213,6 +221,11 @@ void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {
       request.method == "GET" || request.method == "POST" || request.method == "HEAD" || request.method == "OPTIONS";
   service_->metrics().OnHttp(route == nullptr ? "other" : route->path, known ? request.method : "other", status,
                              seconds);
+  service_->log().Write(LogLevel::kDebug, "http",
+                        {{"request_id", request.request_id},
+                         {"handler", route == nullptr ? "other" : route->path},
+                         {"status", static_cast<int64_t>(status)},
+                         {"ms", seconds * 1e3}});
 }
 
 }  // namespace linspec

@@ -122,10 +122,11 @@ absl::Status Generate(std::span<const std::string> args) {
   if (!config.ok()) return config.status();
   config->engine.max_requests = 1;
 
-  Metrics metrics("generate", false);
+  Metrics metrics({.model_name = "generate"});
+  Log log(LogFormat::kText, LogLevel::kOff);
   auto parts = LoadParts(*config, nullptr);
   if (!parts.ok()) return parts.status();
-  Service service(*config, *std::move(parts), &metrics);
+  Service service(*config, *std::move(parts), &metrics, &log);
   service.engine().Start();
   auto tokens = service.ToTokens(chat ? PromptInput(std::vector<ChatMessage>{{"user", prompt}}) : PromptInput(prompt));
   if (!tokens.ok()) return tokens.status();
@@ -155,7 +156,7 @@ absl::Status Eval(std::span<const std::string> args) {
   if (!files.ok()) return files.status();
   auto tokens = files->tokenizer->Encode(*text, {.add_special_tokens = false, .parse_special = false});
   if (!tokens.ok()) return tokens.status();
-  auto pool = StatePool::Create(files->model->config(), 1);
+  auto pool = files->model->CreatePool(1);
   if (!pool.ok()) return pool.status();
   const int64_t trained_at = files->model->config().max_position_embeddings;
   const size_t context = context_flag > 0 ? context_flag : trained_at > 0 ? static_cast<size_t>(trained_at) : 1024;

@@ -1,6 +1,5 @@
 // `linspec serve`: load, listen, wait for a signal, drain.
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 
 #include <condition_variable>
 #include <csignal>
@@ -15,14 +14,13 @@
 namespace linspec {
 namespace {
 
-void SetUpLogging(const ServerConfig::OperationsOptions& options) {
-  if (options.log_format == "json") {
-    spdlog::set_pattern(R"({"time":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l","message":"%v"})");
-  } else {
-    spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %l %v");
+Log MakeLog(const ServerConfig::OperationsOptions& options) {
+  const LogFormat format = options.log_format == "json" ? LogFormat::kJson : LogFormat::kText;
+  for (const auto& [name, level] : {std::pair("debug", LogLevel::kDebug), std::pair("info", LogLevel::kInfo),
+                                    std::pair("warn", LogLevel::kWarn), std::pair("error", LogLevel::kError)}) {
+    if (options.log_level == name) return Log(format, level);
   }
-  const std::string level = options.log_level == "error" ? "err" : options.log_level;
-  spdlog::set_level(spdlog::level::from_str(level));
+  return Log(format, LogLevel::kOff);
 }
 
 // SIGINT and SIGTERM are waited for, never handled: blocked before any thread exists, so that all threads inherit it.
@@ -56,7 +54,8 @@ class SignalWatcher {
       sigwait(&signals_, &signal);
       std::lock_guard lock(mutex_);
       if (!loaded_ || first_ != 0) {
-        spdlog::warn("signal {}{}: ending at once", signal, loaded_ ? ", the second" : " while loading");
+        // Not to the log, which would not be written any more.
+        fmt::print(stderr, "linspec: {}: ending at once\n", loaded_ ? "second signal" : "signal while loading");
         std::_Exit(128 + signal);
       }
       first_ = signal;
@@ -92,25 +91,47 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
   std::fflush(stdout);
 }
 
+// With JSON logs every line of standard output is JSON, the greeting included.
+void LogReady(const ServerConfig& config, Service* service, int http_port, int grpc_port, Log* log) {
+  const EngineStats stats = service->engine().stats();
+  log->Write(LogLevel::kInfo, "ready",
+             {{"version", kVersion},
+              {"model", service->model_name()},
+              {"description", service->engine().Describe()},
+              {"capacity_requests", stats.slots_total},
+              {"state_bytes_per_request", stats.bytes_per_slot},
+              {"host", config.network.host},
+              {"http_port", int64_t{http_port}},
+              {"grpc_port", int64_t{grpc_port}},
+              {"flags", ChangedFlags(config)}});
+}
+
 }  // namespace
 
 absl::Status Serve(std::span<const std::string> args) {
   auto config = ParseServerConfig(args);
   if (!config.ok()) return config.status();
   static auto* const signals = new SignalWatcher;  // never destroyed: its thread runs to the end of the process
-  SetUpLogging(config->operations);
-  fmt::print("linspec {}\n", kVersion);
+  Log log(MakeLog(config->operations));
+  const bool json = log.format() == LogFormat::kJson;
+  if (!json) fmt::print("linspec {}\n", kVersion);
   std::fflush(stdout);
-  auto server = Server::Start(*config, LoadParts);
+  auto server = Server::Start(*config, LoadParts, &log);
   if (!server.ok()) return server.status();
   signals->Loaded();
-  PrintReady(*config, &(*server)->service(), (*server)->http_port(), (*server)->grpc_port());
+  Service* service = &(*server)->service();
+  const int http_port = (*server)->http_port(), grpc_port = (*server)->grpc_port();
+  if (json)
+    LogReady(*config, service, http_port, grpc_port, &log);
+  else
+    PrintReady(*config, service, http_port, grpc_port);
 
   const int signal = signals->WaitForFirst();
-  spdlog::info("signal {}: draining for at most {} s", signal, config->operations.drain_timeout_s);
+  log.Write(LogLevel::kInfo, "draining",
+            {{"signal", int64_t{signal}}, {"timeout_s", config->operations.drain_timeout_s}});
   (*server)->StopAdmitting();
   (*server)->Drain();
-  spdlog::info("drained; bye");
+  log.Write(LogLevel::kInfo, "drained");
   return absl::OkStatus();
 }
 

@@ -1,7 +1,5 @@
 #include "server/server.h"
 
-#include <spdlog/spdlog.h>
-
 #include <chrono>
 
 namespace linspec {
@@ -9,7 +7,7 @@ namespace {
 
 constexpr double kCloseGraceS = 2;  // for the last bytes of answers that are complete
 
-HttpServerOptions HttpOptions(const ServerConfig& config, HttpApi* api) {
+HttpServerOptions HttpOptions(const ServerConfig& config, HttpApi* api, Metrics* metrics) {
   HttpServerOptions options;
   options.host = config.network.host;
   options.port = config.network.http_port;
@@ -29,24 +27,28 @@ HttpServerOptions HttpOptions(const ServerConfig& config, HttpApi* api) {
   }
   options.error_reply = [api](const absl::Status& status) { return api->ErrorReply(status); };
   options.observer = [api](const HttpRequest& request, int status, double s) { api->Observe(request, status, s); };
+  options.write_observer = [metrics](double seconds) { metrics->OnWrite(seconds); };
   return options;
 }
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config, const PartsLoader& load) {
-  std::unique_ptr<Server> server(new Server);
-  auto auth = Authenticator::Create(config.security.api_key_file, config.security.public_metrics);
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config, const PartsLoader& load, Log* log) {
+  std::unique_ptr<Server> server(new Server(log));
+  auto auth = Authenticator::Create(config.security.api_key_file, config.security.public_metrics, log);
   if (!auth.ok()) return auth.status();
   server->auth_ = *std::move(auth);
   // The metrics carry the model's name, which is known after loading; the engine reports only once it runs.
   Server* raw = server.get();
   auto parts = load(config, [raw](const StepStats& step) { raw->metrics_->OnStep(step); });
   if (!parts.ok()) return parts.status();
-  server->metrics_ = std::make_unique<Metrics>(parts->model_name, config.operations.metrics_alias == "vllm");
-  server->service_ = std::make_unique<Service>(config, *std::move(parts), server->metrics_.get());
+  server->metrics_ = std::make_unique<Metrics>(MetricsOptions{.model_name = parts->model_name,
+                                                              .drafters = parts->drafters,
+                                                              .alias_vllm = config.operations.metrics_alias == "vllm"});
+  server->service_ = std::make_unique<Service>(config, *std::move(parts), server->metrics_.get(), log);
   server->service_->engine().Start();
   if (absl::Status status = server->Listen(config); !status.ok()) return status;
+  server->AddCollectors();
   server->probe_ = std::make_unique<GenerationProbe>(server->service_.get(), config.operations.probe_interval_s);
   return server;
 }
@@ -54,9 +56,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
 absl::Status Server::Listen(const ServerConfig& config) {
   api_ = std::make_unique<HttpApi>(service_.get(), auth_.get());
   if (config.network.http_port >= 0) {
-    auto http = HttpServer::Start(HttpOptions(config, api_.get()), [this](HttpRequest request, HttpNotify notify) {
-      return api_->Handle(std::move(request), std::move(notify));
-    });
+    auto http = HttpServer::Start(
+        HttpOptions(config, api_.get(), metrics_.get()),
+        [this](HttpRequest request, HttpNotify notify) { return api_->Handle(std::move(request), std::move(notify)); });
     if (!http.ok()) return http.status();
     http_ = *std::move(http);
   }
@@ -64,6 +66,20 @@ absl::Status Server::Listen(const ServerConfig& config) {
   if (!grpc.ok()) return grpc.status();
   grpc_ = *std::move(grpc);
   return absl::OkStatus();
+}
+
+void Server::AddCollectors() {
+  metrics_->AddCollector(ProcessSamples);
+  metrics_->AddCollector([this] { return DeviceSamples(service_->engine().device_stats()); });
+  metrics_->AddCollector([this]() -> std::vector<MetricSample> {
+    const double connections = http_ == nullptr ? 0 : http_->open_connections();
+    return {{"linspec_log_lines_lost_total",
+             "Log lines that could not be written",
+             true,
+             {},
+             static_cast<double>(log_->lines_lost())},
+            {"linspec_http_connections_open", "Open HTTP connections", false, {}, connections}};
+  });
 }
 
 Server::~Server() {
@@ -80,7 +96,7 @@ void Server::StopAdmitting() {
 void Server::Drain() {
   const double seconds = service_->config().operations.drain_timeout_s;
   if (!service_->engine().Drain(std::chrono::milliseconds(static_cast<int64_t>(seconds * 1000)))) {
-    spdlog::warn("drain timeout: the requests left were aborted");
+    log_->Write(LogLevel::kWarn, "drain timeout: the requests left were aborted");
   }
   if (http_) http_->Stop(kCloseGraceS);
   if (grpc_) grpc_->Stop(kCloseGraceS);

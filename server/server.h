@@ -14,6 +14,7 @@
 #include "server/grpc_service.h"
 #include "server/http_api.h"
 #include "server/http_server.h"
+#include "server/log.h"
 #include "server/metrics.h"
 #include "server/service.h"
 
@@ -24,8 +25,8 @@ using PartsLoader = std::function<absl::StatusOr<Service::Parts>(const ServerCon
 
 class Server {
  public:
-  // Loads, starts the engine, listens. Errors name the flag.
-  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerConfig& config, const PartsLoader& load);
+  // Loads, starts the engine, listens. The log must outlive the server. Errors name the flag.
+  static absl::StatusOr<std::unique_ptr<Server>> Start(const ServerConfig& config, const PartsLoader& load, Log* log);
   ~Server();  // ends at once what still runs
 
   Service& service() { return *service_; }
@@ -37,9 +38,11 @@ class Server {
   void Drain();
 
  private:
-  Server() = default;
+  explicit Server(Log* log) : log_(log) {}
   absl::Status Listen(const ServerConfig& config);
+  void AddCollectors();
 
+  Log* const log_;
   std::unique_ptr<Metrics> metrics_;
   std::unique_ptr<Authenticator> auth_;
   std::unique_ptr<Service> service_;

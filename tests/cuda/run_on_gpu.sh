@@ -18,12 +18,16 @@ run() {  # NAME TIME_LIMIT COMMAND...
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv | tee "$logs/gpu.csv"
 run device_test 240 "$binaries/cuda_device_test"
+run attention_test 120 "$binaries/cuda_attention_test"
 run device_bench 180 "$binaries/cuda_device_bench"
+run attention_bench 120 "$binaries/cuda_attention_bench"
 if command -v compute-sanitizer >/dev/null; then
   run memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$binaries/cuda_device_test" --quick
+  run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$binaries/cuda_attention_test" --quick
+  run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$binaries/cuda_attention_test" --quick
   run racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$binaries/cuda_device_test" --quick
 fi
-grep FAIL "$logs/device_test.log" | head -n 30
-cat "$logs/device_bench.log"
+grep -h FAIL "$logs/device_test.log" "$logs/attention_test.log" | head -n 30
+cat "$logs/device_bench.log" "$logs/attention_bench.log"
 printf '%s\n' "-- summary (logs in $logs)" "${summary[@]}"
 exit $failed

@@ -78,9 +78,11 @@ void Watch(SharedState* shared, pid_t child) {
 }
 
 absl::Status RunLinspec(ServerConfig config, std::chrono::microseconds pace, SharedState* shared, pid_t child) {
-  auto server = Server::Start(config, [&](const ServerConfig& c, StepObserver observer) {
+  Log log(LogFormat::kText, LogLevel::kWarn);
+  const auto load = [&](const ServerConfig& c, StepObserver observer) {
     return NullParts(c, pace, shared, std::move(observer));
-  });
+  };
+  auto server = Server::Start(config, load, &log);
   if (!server.ok()) return server.status();
   shared->grpc_port = (*server)->grpc_port();
   shared->http_port = (*server)->http_port();
@@ -106,7 +108,8 @@ absl::Status Main(std::vector<std::string> args) {
   if (std::ranges::find(known, options.scenario) == known.end()) {
     return absl::InvalidArgumentError("the first argument is one of streams, idle, slow, overload, cancel");
   }
-  std::vector<std::string> rest = {"--http-port=0", "--grpc-port=0", "--probe-interval=0", "--speculation=off"};
+  std::vector<std::string> rest = {"--http-port=0", "--grpc-port=0", "--probe-interval=0", "--speculation=off",
+                                   "--max-requests=512"};
   rest.insert(rest.end(), flags.rest().begin(), flags.rest().end());
   auto config = ParseServerConfig(rest);
   if (!config.ok()) return config.status();

@@ -43,6 +43,7 @@ struct Harness {
     shared.options.max_header_bytes = 2048;
     shared.options.error_reply = ErrorReply;
     shared.options.observer = [](const HttpRequest&, int status, double) { Require(status >= 100 && status < 600); };
+    shared.options.write_observer = [](double) {};
     shared.handler = [](HttpRequest request, HttpNotify) {
       Require(!request.method.empty() && request.body.size() <= 4096);
       return std::make_unique<Echo>(std::move(request));
