@@ -89,7 +89,9 @@ class NullModel : public Model {
     logits_.assign(static_cast<size_t>(batch.num_rows()) * kVocab, 0.0f);
     for (int row = 0; row < batch.num_rows(); ++row) logits_[static_cast<size_t>(row) * kVocab + token] = 1.0f;
     shared_->step_ns[token] = NowNs();
-    return VerifyResult{logits_, {}};
+    VerifyResult result;
+    result.logits = logits_;
+    return result;
   }
 
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override {
