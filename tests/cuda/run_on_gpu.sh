@@ -25,7 +25,9 @@ bench() {  # NAME FLAGS...: `linspec bench` on the GPU
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv | tee "$logs/gpu.csv"
 run device_test 240 "$here/cuda_device_test"
-run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models"
+run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
+run attention_test 120 "$here/cuda_attention_test"
+run attention_bench 120 "$here/cuda_attention_bench"
 run device_bench 180 "$here/cuda_device_bench"
 bench bench_7b_bf16 --shape 7b --batch 1,8,32,64,128,256 --context 1024,32768,1048576 --prefill 2048,8192,32768,131072 \
   --max-step-tokens 4096
@@ -35,8 +37,10 @@ bench bench_bundled --batch 1,8,64,256 --context 1024 --prefill 2048 --max-step-
 if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
   run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test" --quick
   run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test" --quick
+  run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
+  run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi
 grep -h FAIL "$logs"/*_test.log | head -n 30
-cat "$logs/device_bench.log" "$logs"/bench_*.log
+cat "$logs"/*_bench.log "$logs"/bench_*.log
 printf '%s\n' "-- summary (logs in $logs)" "${summary[@]}"
 exit $failed
