@@ -136,7 +136,8 @@ std::vector<DeviceStats> CudaModel::device_stats() const {
 absl::Status CudaModel::Init(bool deterministic) {
   const auto info = device_->Info();
   if (!info.ok()) return info.status();
-  device_name_ = fmt::format("{} (sm_{}{})", info->name, info->major, info->minor);
+  device_name_ =
+      fmt::format("{} (sm_{}{}{})", info->name, info->major, info->minor, info->has_cublas ? "" : ", without cuBLASLt");
   const LinearAttentionConfig& rule = config_.linear_attention;
   const LinspecCudaShape shape{.hidden_size = config_.hidden_size,
                                .intermediate_size = config_.intermediate_size,

@@ -273,9 +273,10 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
-      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes, (*model)->SlotsThatFit());
-  Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.1f},\n\"decode\": [",
+      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes, (*model)->SlotsThatFit(),
+      machinery.matrix_flops() / 1e12);
+  Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
   const char* comma = "\n";
   for (const int batch : batches) {
     const double step_bytes = weight_bytes + batch * state_read;
@@ -303,7 +304,10 @@ absl::Status Bench(std::span<const std::string> args) {
   for (const int prompt : prompts) {
     auto rate = bencher.PrefillTokensPerSecond(prompt);
     if (!rate.ok()) return rate.status();
-    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
+    const ModelConfig& c = (*model)->config();
+    const double flops = 2.0 * static_cast<double>(c.num_layers * c.NumLayerMatrixParameters()) * *rate;
+    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}, \"product_tflop_s\": {:.2f}}}", comma, prompt,
+               *rate, flops / 1e12);
     comma = ",\n";
   }
   fmt::print("]\n}}\n");
