@@ -203,7 +203,7 @@ std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& re
   html += fmt::format(
       "<h1>Load test of {}</h1><p class='sub'>{} requests, rate {}, burstiness {}, max concurrency {}, "
       "dataset {}, seed {}, {:.1f} s</p>",
-      Escape(report.at("model").get<std::string>()), report.at("num_prompts").dump(),
+      Escape(report.at("model_id").get<std::string>()), report.at("num_prompts").dump(),
       Escape(report.at("request_rate").dump()), report.at("burstiness").dump(), report.at("max_concurrency").dump(),
       Escape(report.at("dataset").get<std::string>()), report.at("seed").dump(), number("duration"));
   if (result.client_was_bottleneck()) {
