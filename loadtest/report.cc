@@ -130,6 +130,11 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   report["burstiness"] = options.burstiness;
   report["max_concurrency"] = options.max_concurrency;
   report["seed"] = options.seed;
+  report["goodput_ms"] = Json::object();  // the objectives
+  for (const auto& [name, bound] : {std::pair("ttft", options.goodput.ttft), std::pair("tpot", options.goodput.tpot),
+                                    std::pair("e2el", options.goodput.e2el)}) {
+    if (std::isfinite(bound)) report["goodput_ms"][name] = bound;
+  }
   report["duration"] = result.duration;
   report["completed"] = completed;
   report["failed"] = failed;
