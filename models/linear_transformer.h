@@ -58,6 +58,7 @@ class LinearTransformer final : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override;
   int64_t streamed_bytes() const override;
+  DType weight_dtype() const override { return weights_.lm_head->dtype(); }
   std::string Describe() const override;
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override;

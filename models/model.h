@@ -48,6 +48,7 @@ class Model {
   virtual int64_t weight_bytes() const = 0;  // held in memory
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
+  virtual DType weight_dtype() const { return DType::kF32; }  // of the matrices
   virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
 
   // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.

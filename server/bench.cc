@@ -1,11 +1,12 @@
-// `linspec bench`: decode and prefill speed of the model alone, beside the read bandwidth measured in the same run.
+// `linspec bench`: speed of the model alone (decode of batches, verification of one request's tree, prefill) beside the
+// floors that memory and multipliers set, measured in the same run.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <thread>
 
+#include "kernels/cpu/peak.h"
+#include "server/bench_floor.h"
 #include "server/commands.h"
 #include "server/config.h"
 #include "server/flags.h"
@@ -16,43 +17,26 @@ namespace {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-// Bytes/s that all threads together read, each going over its share of `bytes` again and again: what a step of that
-// working set could reach, be it in cache or in memory.
-double MeasureReadBandwidth(int num_threads, double bytes) {
-  using Lanes = uint64_t __attribute__((vector_size(64)));
-  const size_t per_thread = std::max<size_t>(1, static_cast<size_t>(bytes / num_threads / sizeof(Lanes)));
-  std::vector<std::vector<uint64_t>> sums(num_threads);
-  std::atomic<int64_t> total = 0;
-  constexpr double kSeconds = 0.3;
-  const auto work = [&](int t) {
-    std::vector<uint64_t> buffer(per_thread * 8 + 8, static_cast<uint64_t>(t));
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    const Lanes* data = reinterpret_cast<const Lanes*>((address + 63) / 64 * 64);
-    Lanes sum[4] = {};
-    int64_t read = 0;
-    const auto begin = Clock::now();
-    while (SecondsSince(begin) < kSeconds) {
-      for (size_t i = 0; i + 4 <= per_thread; i += 4) {
-        for (size_t lane = 0; lane < 4; ++lane) sum[lane] += data[i + lane];
-      }
-      read += static_cast<int64_t>(per_thread / 4 * 4 * sizeof(Lanes));
-    }
-    total += static_cast<int64_t>(static_cast<double>(read) / SecondsSince(begin));
-    for (const Lanes& lanes : sum) sums[t].push_back(lanes[0] + lanes[7]);  // used, so the reads stay
-  };
-  std::vector<std::thread> threads;
-  for (int t = 0; t < num_threads; ++t) threads.emplace_back(work, t);
-  for (std::thread& thread : threads) thread.join();
-  return static_cast<double>(total);
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<int64_t>(values.size()) / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
+
+// Medians over rounds. Machines are shared and noisy: each round reads the bandwidth and times one group of steps in turn.
+struct StepTimes {
+  double step = 0, best_step = 0;  // seconds
+  double bandwidth = 0;            // bytes/s
+};
 
 class Bencher {
  public:
-  Bencher(Model* model, double seconds) : model_(model), seconds_(seconds) {}
+  Bencher(Model* model, const CpuOps* ops, double seconds) : model_(model), ops_(ops), seconds_(seconds) {}
 
-  // Mean seconds of one decode step of `batch` requests that each have `context` tokens behind them.
-  absl::StatusOr<double> DecodeStep(int batch, int context);
-  absl::StatusOr<double> PrefillTokensPerSecond(int prompt);
+  // Steps of `batch` requests that each have `context` tokens behind them, verify a chain of `rows` nodes and commit its
+  // root. A round is one group of positions, so that every phase of a group weighs the same.
+  absl::StatusOr<StepTimes> Step(int batch, int rows, int context, double bytes);
+  absl::StatusOr<double> PrefillTokensPerSecond(int prompt);  // median
 
  private:
   std::vector<int32_t> Prompt(int length) const {
@@ -60,46 +44,73 @@ class Bencher {
     for (int i = 0; i < length; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % model_->config().vocab_size);
     return tokens;
   }
+  absl::Status FillSlot(int32_t slot, int context, StatePool* pool);
+  absl::Status OneStep(const std::vector<StateSlot>& slots, int rows, StatePool* pool);
 
   Model* const model_;
+  const CpuOps* const ops_;
   const double seconds_;
+  std::vector<int32_t> next_;  // [batch] pending token of each request
 };
 
-absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
-  auto pool = StatePool::Create(model_->config(), batch_size);
-  if (!pool.ok()) return pool.status();
+// The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
+absl::Status Bencher::FillSlot(int32_t slot, int context, StatePool* pool) {
   const int group = model_->config().linear_attention.group_size;
-  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
   const int computed = std::min(context, 4 * group);
   const std::vector<int32_t> prompt = Prompt(computed);
-  std::vector<StateSlot> slots;
-  for (int i = 0; i < batch_size; ++i) {
-    slots.push_back((*pool)->Acquire());
-    const PrefillChunk chunks[] = {{slots.back().id(), prompt}};
-    if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
-    const int skipped = (context - computed) / group * group;  // whole groups keep the phase
-    (*pool)->set_length(slots.back().id(), computed + skipped);
-  }
+  const PrefillChunk chunks[] = {{slot, prompt}};
+  if (absl::Status status = model_->Prefill(chunks, pool); !status.ok()) return status;
+  const int skipped = (context - computed) / group * group;  // whole groups keep the phase
+  pool->set_length(slot, computed + skipped);
+  return absl::OkStatus();
+}
+
+absl::Status Bencher::OneStep(const std::vector<StateSlot>& slots, int rows, StatePool* pool) {
   const auto vocab = static_cast<size_t>(model_->config().vocab_size);
-  const std::vector<std::vector<int32_t>> paths(batch_size, {0});
-  std::vector<int32_t> next(batch_size, 1);
-  double total = 0;
-  int steps = -3;  // warm-up
-  while (steps < 8 || total < seconds_) {
-    const auto start = Clock::now();
-    VerifyBatch batch;
-    batch.row_starts = {0};
-    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), DraftTree::Root(next[i]));
-    auto result = model_->Verify(batch, **pool);
-    if (!result.ok()) return result.status();
-    for (int i = 0; i < batch_size; ++i) {
-      const auto row = result->logits.subspan(i * vocab, vocab);
-      next[i] = static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
-    }
-    if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
-    if (++steps > 0) total += SecondsSince(start);
+  VerifyBatch batch;
+  batch.row_starts = {0};
+  for (size_t i = 0; i < slots.size(); ++i) {
+    DraftTree tree = DraftTree::Root(next_[i]);
+    for (int node = 1; node < rows; ++node) tree.Add(static_cast<int32_t>((next_[i] + node) % vocab), node - 1);
+    batch.Add(slots[i].id(), tree);
   }
-  return total / steps;
+  auto result = model_->Verify(batch, *pool);
+  if (!result.ok()) return result.status();
+  for (size_t i = 0; i < slots.size(); ++i) {
+    const auto row = result->logits.subspan(i * rows * vocab, vocab);
+    next_[i] = static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+  }
+  const std::vector<std::vector<int32_t>> paths(slots.size(), {0});
+  return model_->Commit(batch, paths, pool);
+}
+
+absl::StatusOr<StepTimes> Bencher::Step(int batch, int rows, int context, double bytes) {
+  auto pool = StatePool::Create(model_->config(), batch);
+  if (!pool.ok()) return pool.status();
+  std::vector<StateSlot> slots;
+  for (int i = 0; i < batch; ++i) {
+    slots.push_back((*pool)->Acquire());
+    if (absl::Status status = FillSlot(slots.back().id(), context, pool->get()); !status.ok()) return status;
+  }
+  next_.assign(batch, 1);
+  const int round = model_->config().linear_attention.group_size;
+  std::vector<double> steps, bandwidths;
+  StepTimes times{.best_step = 1e9};
+  const auto begin = Clock::now();
+  for (int i = -1; i < 3 || SecondsSince(begin) < seconds_; ++i) {  // round -1 warms up
+    bandwidths.push_back(MeasureReadBandwidth(ops_->isa(), ops_->num_threads(), static_cast<int64_t>(bytes)));
+    if (absl::Status status = OneStep(slots, rows, pool->get()); !status.ok()) return status;
+    const auto start = Clock::now();
+    for (int step = 1; step < round; ++step) {
+      const auto step_start = Clock::now();
+      if (absl::Status status = OneStep(slots, rows, pool->get()); !status.ok()) return status;
+      if (i >= 0) times.best_step = std::min(times.best_step, SecondsSince(step_start));
+    }
+    if (i >= 0) steps.push_back(SecondsSince(start) / (round - 1));
+  }
+  times.step = Median(steps);
+  times.bandwidth = Median(bandwidths);
+  return times;
 }
 
 absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
@@ -107,8 +118,9 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
   constexpr size_t kChunk = 512;  // the engine's default step budget
-  double best = 0, total = 0;
-  for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
+  std::vector<double> rates;
+  const auto first = Clock::now();
+  for (int pass = 0; pass < 4 || SecondsSince(first) < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
     const auto start = Clock::now();
     for (size_t begin = 0; begin < prompt.size(); begin += kChunk) {
@@ -116,19 +128,17 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
       const PrefillChunk chunks[] = {{slot.id(), part}};
       if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
     }
-    const double seconds = SecondsSince(start);
-    total += seconds;
-    best = std::max(best, length / seconds);
+    if (pass > 0) rates.push_back(length / SecondsSince(start));
   }
-  return best;
+  return Median(rates);
 }
 
-absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options) {
+absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options,
+                                                  std::shared_ptr<CpuOps> ops) {
   LoadOptions load;
   load.path = options.path;
   load.weight_dtype = options.weight_dtype;
-  load.num_threads = options.threads;
-  load.isa = options.isa;
+  load.ops = std::move(ops);
   if (shape.empty()) {
     if (load.path.empty()) {
       auto bundled = FindBundledModel("target");
@@ -144,49 +154,56 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
   return BuildRandomModel(*config, 1, load);
 }
 
-}  // namespace
-
-absl::Status Bench(std::span<const std::string> args) {
-  CommandFlags flags(args);
-  const std::string shape = flags.String("shape", "");
-  const auto batches = flags.Ints("batch", "1,4,16", 1, 4096);
-  const auto contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
-  const auto prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
-  const double seconds = flags.Double("seconds", 2, 0.01, 3600);
-  if (!flags.status().ok()) return flags.status();
-  auto config = ParseServerConfig(flags.rest());
-  if (!config.ok()) return config.status();
-  auto model = BenchModel(shape, config->model);
-  if (!model.ok()) return model.status();
-  const int threads =
-      config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
-  const double bandwidth = MeasureReadBandwidth(threads, 512e6);
-  const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
-  const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
+// One line of the result: what was measured and how far it is from the larger floor.
+void PrintStep(const char* comma, int batch, int rows, int context, const StepTimes& times, const Work& work,
+               const Peaks& peaks) {
+  const double memory = work.bytes / times.bandwidth, arithmetic = ArithmeticSeconds(work, peaks);
   fmt::print(
-      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f},\n\"decode\": [",
-      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
-  Bencher bencher(model->get(), seconds);
-  const char* comma = "\n";
-  for (const int batch : batches) {
-    const double step_bytes = weight_bytes + batch * state_bytes;
-    const double step_bandwidth = MeasureReadBandwidth(threads, step_bytes);
-    for (const int context : contexts) {
-      auto step = bencher.DecodeStep(batch, context);
-      if (!step.ok()) return step.status();
-      const double floor_s = step_bytes / step_bandwidth;
-      fmt::print(
-          "{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-          "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}",
-          comma, batch, context, batch / *step, *step * 1e3, step_bandwidth / 1e9, floor_s * 1e3, floor_s / *step);
-      std::fflush(stdout);
-      comma = ",\n";
+      "{}  {{\"batch\": {}, \"rows\": {}, \"context\": {}, \"rows_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
+      "\"best_ms\": {:.3f}, \"working_set_gb_s\": {:.1f}, \"memory_floor_ms\": {:.3f}, \"arithmetic_floor_ms\": "
+      "{:.3f}, "
+      "\"fraction_of_floor\": {:.3f}}}",
+      comma, batch, rows, context, batch * rows / times.step, times.step * 1e3, times.best_step * 1e3,
+      times.bandwidth / 1e9, memory * 1e3, arithmetic * 1e3, std::max(memory, arithmetic) / times.step);
+  std::fflush(stdout);
+}
+
+struct BenchOptions {
+  std::string shape;
+  std::vector<int> batches, contexts, rows, prompts;
+  double seconds;
+};
+
+absl::Status RunBench(const BenchOptions& options, Model* model, const Peaks& peaks, const CpuOps& ops) {
+  const ModelConfig& config = model->config();
+  const auto weight_bytes = static_cast<double>(model->streamed_bytes());
+  fmt::print(
+      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_gmac_s\": {:.1f}, "
+      "\"float_gmac_s\": {:.1f}, \"weight_bytes_per_step\": {:.0f}, \"state_bytes_per_request\": {},\n",
+      model->Describe(), ops.num_threads(), MeasureReadBandwidth(ops.isa(), ops.num_threads(), 512'000'000) / 1e9,
+      peaks.weights / 1e9, peaks.floats / 1e9, weight_bytes, config.StateBytes());
+  Bencher bencher(model, &ops, options.seconds);
+  const auto print_steps = [&](const char* name, const std::vector<int>& sizes, bool batched) -> absl::Status {
+    fmt::print("\"{}\": [", name);
+    const char* comma = "\n";
+    for (const int size : sizes) {
+      const int batch = batched ? size : 1, rows = batched ? 1 : size;
+      const Work work = StepWork(config, weight_bytes, batch, rows);
+      for (const int context : options.contexts) {
+        const auto times = bencher.Step(batch, rows, context, work.bytes);
+        if (!times.ok()) return times.status();
+        PrintStep(comma, batch, rows, context, *times, work, peaks);
+        comma = ",\n";
+      }
     }
-  }
-  fmt::print("],\n\"prefill\": [");
-  comma = "\n";
-  for (const int prompt : prompts) {
+    fmt::print("],\n");
+    return absl::OkStatus();
+  };
+  if (absl::Status status = print_steps("decode", options.batches, true); !status.ok()) return status;
+  if (absl::Status status = print_steps("verify", options.rows, false); !status.ok()) return status;
+  fmt::print("\"prefill\": [");
+  const char* comma = "\n";
+  for (const int prompt : options.prompts) {
     auto rate = bencher.PrefillTokensPerSecond(prompt);
     if (!rate.ok()) return rate.status();
     fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
@@ -194,6 +211,28 @@ absl::Status Bench(std::span<const std::string> args) {
   }
   fmt::print("]\n}}\n");
   return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Bench(std::span<const std::string> args) {
+  CommandFlags flags(args);
+  BenchOptions options;
+  options.shape = flags.String("shape", "");
+  options.batches = flags.Ints("batch", "1,4,16", 1, 4096);
+  options.contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
+  options.rows = flags.Ints("rows", "1,4,8", 1, kMaxTreeNodes);
+  options.prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
+  options.seconds = flags.Double("seconds", 2, 0.01, 3600);
+  if (!flags.status().ok()) return flags.status();
+  auto config = ParseServerConfig(flags.rest());
+  if (!config.ok()) return config.status();
+  auto ops = MakeCpuOps(config->model);
+  if (!ops.ok()) return ops.status();
+  auto model = BenchModel(options.shape, config->model, *ops);
+  if (!model.ok()) return model.status();
+  const Peaks peaks = MeasurePeaks((*ops)->isa(), (*model)->weight_dtype(), (*ops)->num_threads());
+  return RunBench(options, model->get(), peaks, **ops);
 }
 
 }  // namespace linspec

@@ -52,18 +52,6 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
   return parsed;
 }
 
-// Target and draft run on one engine thread, so they share one pool of worker threads.
-absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
-  CpuOps::Options ops;
-  ops.num_threads = options.threads;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
-    if (options.isa == IsaName(isa)) ops.isa = isa;
-  }
-  auto made = CpuOps::Create(ops);
-  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
-  return std::shared_ptr<CpuOps>(*std::move(made));
-}
-
 LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options,
                        std::shared_ptr<CpuOps> ops) {
   LoadOptions load;
@@ -92,6 +80,17 @@ std::string DraftPath(const ServerConfig& config) {
 }
 
 }  // namespace
+
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeCpuOps(const ServerConfig::ModelOptions& options) {
+  CpuOps::Options ops;
+  ops.num_threads = options.threads;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (options.isa == IsaName(isa)) ops.isa = isa;
+  }
+  auto made = CpuOps::Create(ops);
+  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
+  return std::shared_ptr<CpuOps>(*std::move(made));
+}
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -145,7 +144,7 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto chat = LoadChatTemplate(files.path);
   if (!chat.ok()) return chat.status();
   files.chat_template = *std::move(chat);
-  auto ops = MakeOps(options);
+  auto ops = MakeCpuOps(options);
   if (!ops.ok()) return ops.status();
   files.ops = *std::move(ops);
   auto model = LoadModel(OptionsFor(files.path, options, files.ops));

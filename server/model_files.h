@@ -22,6 +22,10 @@ namespace linspec {
 // working directory. NOT_FOUND lists where it looked.
 absl::StatusOr<std::string> FindBundledModel(const std::string& name);
 
+// The engine's arithmetic with the threads and instruction set of the options. Target and draft run on one engine thread,
+// so they share one.
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeCpuOps(const ServerConfig::ModelOptions& options);
+
 struct ModelFiles {
   std::string path;
   std::shared_ptr<CpuOps> ops;  // the model's, to share with its draft

@@ -174,16 +174,12 @@ void CpuOpsImpl::Matmul(const MatmulParams& p) {
 
 QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {
   const int64_t stride = PaddedCols(cols);
-  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) {
-    quantized_.resize(num_rows * stride);
-    biased_.resize(num_rows * stride);
-  }
+  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) quantized_.resize(num_rows * stride);
   if (static_cast<int64_t>(quantized_scales_.size()) < num_rows) quantized_scales_.resize(num_rows);
   ForRows(num_rows, cols, [&](int64_t m) {
-    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, biased_.data() + m * stride,
-                        &quantized_scales_[m]);
+    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, &quantized_scales_[m]);
   });
-  return {quantized_.data(), biased_.data(), quantized_scales_.data(), stride};
+  return {quantized_.data(), quantized_scales_.data(), stride};
 }
 
 void CpuOpsImpl::RmsNorm(const RmsNormParams& p) {

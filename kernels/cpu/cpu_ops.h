@@ -67,8 +67,7 @@ class CpuOpsImpl : public CpuOps {
   const Isa isa_;
   const IsaTable& table_;
   ThreadPool pool_;
-  std::vector<int8_t> quantized_;
-  std::vector<uint8_t> biased_;
+  std::vector<uint8_t> quantized_;
   std::vector<float> quantized_scales_;
   struct {
     int head_dim = 0;

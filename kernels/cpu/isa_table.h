@@ -20,10 +20,9 @@ struct PackedMatrix {
   int64_t rows, cols;
 };
 
-// x quantised per row for i8 weights: values in [-127, 127], cols padded with zeros to a multiple of 4.
+// x quantised per row for i8 weights to integers in [-127, 127], cols padded with zeros to a multiple of 4.
 struct QuantizedRows {
-  const int8_t* values;   // [num_rows, stride]
-  const uint8_t* biased;  // [num_rows, stride] value + 128: VNNI multiplies unsigned by signed
+  const uint8_t* values;  // [num_rows, stride] bytes as the table's own dots take them: signed, or plus 128
   const float* scales;    // [num_rows]
   int64_t stride;
 };
@@ -54,8 +53,7 @@ struct IsaTable {
                       int64_t block_end, bool accumulate);
   void (*matmul_i8)(const PackedMatrix&, const QuantizedRows&, float* y, int64_t num_rows, int64_t block_begin,
                     int64_t block_end, bool accumulate);
-  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased,
-                       float* scale);
+  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, uint8_t* values, float* scale);
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t dim, float eps);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t dim);
   void (*rope_normalize)(float* x, const float* cosines, const float* sines, int head_dim, float eps);

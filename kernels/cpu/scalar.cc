@@ -77,7 +77,8 @@ void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t n
       const int64_t block = n / kLanes, lane = n % kLanes;
       int32_t sum = 0;
       for (int64_t k = 0; k < x.stride; ++k) {
-        sum += x.values[m * x.stride + k] * data[((block * x.stride + k / 4 * 4) * kLanes) + lane * 4 + k % 4];
+        sum += static_cast<int8_t>(x.values[m * x.stride + k]) *
+               data[((block * x.stride + k / 4 * 4) * kLanes) + lane * 4 + k % 4];
       }
       const float value = static_cast<float>(sum) * x.scales[m] * w.scales[n];
       float& out = y[m * w.rows + n];
@@ -86,7 +87,7 @@ void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t n
   }
 }
 
-void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale) {
+void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, uint8_t* values, float* scale) {
   float max_abs = 0;
   for (int64_t i = 0; i < cols; ++i) max_abs = std::max(max_abs, std::fabs(x[i]));
   *scale = max_abs / 127.0f;
@@ -94,8 +95,7 @@ void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* valu
   for (int64_t i = 0; i < padded_cols; ++i) {
     // The clamp also turns NaN into a number; the scale or the sampler's check still tells of it.
     const float value = i < cols ? std::min(std::max(-127.0f, std::nearbyint(x[i] * inverse)), 127.0f) : 0.0f;
-    values[i] = static_cast<int8_t>(value);
-    biased[i] = static_cast<uint8_t>(values[i] + 128);
+    values[i] = static_cast<uint8_t>(static_cast<int8_t>(value));
   }
 }
 

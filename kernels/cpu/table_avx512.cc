@@ -11,7 +11,8 @@ using I = __m512i;
 using IntWeights = __m512i;
 using IntInput = __m512i;
 constexpr int kFloatRows = 4, kFloatBlocks = 4;
-constexpr int kIntRows = 6, kIntBlocks = 4;
+constexpr int kIntRows = 8, kIntBlocks = 2;
+constexpr int kWideIntRows = 6, kWideIntBlocks = 4;
 constexpr int kFoldRows = 8;
 
 V Zero() { return _mm512_setzero_ps(); }
@@ -43,9 +44,10 @@ V ScaleByExponent(V y, V shifted) {
       _mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
-void RoundToInt8(V v, int8_t* out) {
+void StoreQuantized(V v, uint8_t* out) {  // plus 128, which flips the sign bit
   v = Min(Max(v, Set1(-127.0f)), Set1(127.0f));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 
 V LoadWeights(const float* p) { return Load(p); }
@@ -61,7 +63,7 @@ I InitAcc(const int32_t* row_sums) {
 IntWeights LoadIntWeights(const int8_t* p) { return _mm512_loadu_si512(p); }
 IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
   int32_t four;
-  __builtin_memcpy(&four, x.biased + offset, 4);
+  __builtin_memcpy(&four, x.values + offset, 4);
   return _mm512_set1_epi32(four);
 }
 // As assembly because g++ 12 copies the accumulator around the intrinsic and then spills the tile: 2.5 times slower.
