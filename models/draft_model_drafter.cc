@@ -3,11 +3,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <utility>
 
-#include "models/sampler.h"
+#include "models/draft_candidates.h"
 
 namespace linspec {
 namespace {
@@ -15,33 +14,6 @@ namespace {
 // Up to this many tokens behind, they ride along as a chain above the pending token: a few rows more in a forward that
 // is needed anyway, instead of a prefill of their own.
 constexpr int64_t kMaxRideAlong = 4;
-
-float TopProbability(std::span<const float> logits, float temperature) {
-  const float max = *std::max_element(logits.begin(), logits.end());
-  const float scale = temperature > 0 ? 1.0f / temperature : 1.0f;
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp((logit - max) * scale);
-  return static_cast<float>(1.0 / sum);
-}
-
-// How likely each candidate is to be the target's choice. Greedy: the draft's probability. Sampled: the target will add
-// the same noise, so the odds are those of the noisy scores among the candidates.
-std::vector<float> Shares(std::span<const float> logits, std::span<const int32_t> tokens,
-                          const SamplingParams& sampling, int64_t position, float top_probability) {
-  std::vector<float> scores;
-  for (const int32_t token : tokens) {
-    const float score = sampling.temperature > 0
-                            ? logits[token] / sampling.temperature + GumbelNoise(sampling.seed, position, token)
-                            : logits[token];
-    scores.push_back(score);
-  }
-  std::vector<float> shares;
-  for (const float score : scores) shares.push_back(std::exp(score - scores[0]));
-  const float sum = std::accumulate(shares.begin(), shares.end(), 0.0f);
-  const bool among_candidates = sampling.temperature > 0 && tokens.size() > 1;
-  for (float& share : shares) share *= among_candidates ? 1.0f / sum : top_probability;
-  return shares;
-}
 
 }  // namespace
 
@@ -84,10 +56,12 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
                      [&](int a, int b) { return draft.candidates[a].probability > draft.candidates[b].probability; });
     order.resize(std::min<size_t>(order.size(), draft.budget));
     DraftTree& proposal = proposals[draft.index];
+    proposal.probabilities = {1.0f};
     std::vector<int> node_of(draft.candidates.size(), 0);
     for (const int candidate : order) {
       const int parent = draft.candidates[candidate].parent;
       node_of[candidate] = proposal.Add(draft.candidates[candidate].token, parent < 0 ? 0 : node_of[parent]);
+      proposal.probabilities.push_back(draft.candidates[candidate].probability);
     }
   }
   return proposals;
@@ -190,18 +164,14 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
 }
 
 void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const float> logits) const {
-  const SamplingParams& sampling = *draft.context->sampling;
-  const float confidence = TopProbability(logits, sampling.temperature);
-  if (!(confidence >= options_.min_confidence)) return;
   const int depth = parent < 0 ? 0 : draft.candidates[parent].depth;
   const float path = parent < 0 ? 1.0f : draft.candidates[parent].probability;
   const int64_t position = static_cast<int64_t>(draft.context->tokens.size()) + depth;
-  const std::vector<int32_t> tokens = CoupledTopK(logits, sampling, position, options_.top_k);
-  if (tokens.empty()) return;
-  const std::vector<float> shares = Shares(logits, tokens, sampling, position, confidence);
-  for (size_t i = 0; i < tokens.size(); ++i) {
+  const std::vector<DraftCandidate> choices = LikelyChoices(logits, *draft.context->sampling, position, options_.top_k);
+  if (choices.empty() || choices[0].probability < options_.min_confidence) return;
+  for (const DraftCandidate& choice : choices) {
     draft.candidates.push_back(
-        {.token = tokens[i], .parent = parent, .depth = depth + 1, .probability = path * std::min(shares[i], 1.0f)});
+        {.token = choice.token, .parent = parent, .depth = depth + 1, .probability = path * choice.probability});
   }
 }
 

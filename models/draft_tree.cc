@@ -35,6 +35,16 @@ absl::Status DraftTree::Validate(int64_t vocab_size) const {
       return absl::InvalidArgumentError(
           fmt::format("draft tree node {} has token {} outside the vocabulary of {}", node, tokens[node], vocab_size));
     }
+    if (probabilities.empty()) continue;
+    if (probabilities.size() != tokens.size()) {
+      return absl::InvalidArgumentError(
+          fmt::format("draft tree has {} tokens but {} probabilities", tokens.size(), probabilities.size()));
+    }
+    const float most = node == 0 ? 1.0f : probabilities[parent];
+    if (!(probabilities[node] >= 0 && probabilities[node] <= most)) {
+      return absl::InvalidArgumentError(
+          fmt::format("draft tree node {} has probability {}, its parent {}", node, probabilities[node], most));
+    }
   }
   return absl::OkStatus();
 }

@@ -13,6 +13,9 @@ inline constexpr int kMaxTreeNodes = 64;  // an ancestor set is one uint64_t
 struct DraftTree {
   std::vector<int32_t> tokens;   // [num_nodes]
   std::vector<int32_t> parents;  // [num_nodes]; parents[0] == -1, parents[i] < i
+  // [num_nodes] that the target will follow the path to the node, as the drafter sees it: 1 for the root, never rising
+  // along a path. Empty: the drafter does not know.
+  std::vector<float> probabilities = {};
 
   static DraftTree Root(int32_t pending_token) { return {{pending_token}, {-1}}; }
   int num_nodes() const { return static_cast<int>(tokens.size()); }
@@ -23,7 +26,7 @@ struct DraftTree {
   }
   std::vector<int> Depths() const;               // root 0
   int FindChild(int node, int32_t token) const;  // -1: none
-  // 1..64 nodes, parents topological, tokens inside the vocabulary. Drafters are not trusted: the engine checks.
+  // 1..64 nodes, parents topological, tokens inside the vocabulary, probabilities as above. Drafters are not trusted: the engine checks.
   absl::Status Validate(int64_t vocab_size) const;
 };
 

@@ -333,6 +333,18 @@ absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::span<const float>> LinearTransformer::Unembed(std::span<const float> hidden) {
+  const int64_t dim = config_.hidden_size, num_rows = std::ssize(hidden) / dim;
+  if (std::ssize(hidden) != num_rows * dim) {
+    return absl::InternalError(fmt::format("unembed: {} values are not rows of {}", hidden.size(), dim));
+  }
+  float* logits = Grow(logits_, num_rows * config_.vocab_size);
+  if (num_rows > 0) {
+    ops_->Matmul({.x = hidden.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = num_rows});
+  }
+  return std::span<const float>(logits, num_rows * config_.vocab_size);
+}
+
 absl::Status LinearTransformer::CheckTokens(std::span<const int32_t> tokens) const {
   for (const int32_t token : tokens) {
     if (token < 0 || token >= config_.vocab_size) {

@@ -65,6 +65,7 @@ class LinearTransformer final : public Model {
   absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
+  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
   // Attention of one layer: reads qkv [num_rows, (H + 2 Hkv) d] after RopeNormalize, writes out [num_rows, H d].

@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 
 #include <filesystem>
+#include <optional>
 #include <utility>
 
 #include "models/linear_transformer.h"
+#include "models/tensor_reader.h"
 #include "models/transformer_builder.h"
 #include "models/weights.h"
 
@@ -36,20 +38,12 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
 
 absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSource* source,
                                              const LoadOptions& options) {
-  BuildOptions build{.target = std::nullopt, .progress = options.progress};
-  if (options.weight_dtype == "f32") {
-    build.target = DType::kF32;
-  } else if (options.weight_dtype == "bf16") {
-    build.target = DType::kBF16;
-  } else if (options.weight_dtype == "int8") {
-    build.target = DType::kI8;
-  } else if (options.weight_dtype != "auto") {
-    return absl::InvalidArgumentError(
-        fmt::format("weight dtype \"{}\": expected auto, f32, bf16 or int8", options.weight_dtype));
-  }
+  const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(options.weight_dtype);
+  if (!dtype.ok()) return dtype.status();
   absl::StatusOr<std::shared_ptr<CpuOps>> ops = MakeOps(options);
   if (!ops.ok()) return ops.status();
-  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, ops->get(), build);
+  absl::StatusOr<TransformerWeights> weights =
+      BuildTransformer(config, source, ops->get(), {.target = *dtype, .progress = options.progress});
   if (!weights.ok()) return weights.status();
   return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
 }
@@ -66,6 +60,10 @@ void VerifyBatch::Add(int32_t slot, const DraftTree& tree) {
 
 absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&) {
   return absl::UnimplementedError("this model does not extend verified trees");
+}
+
+absl::StatusOr<std::span<const float>> Model::Unembed(std::span<const float>) {
+  return absl::UnimplementedError("this model does not lend its unembedding");
 }
 
 absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options) {

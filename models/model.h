@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
+#include "models/device_stats.h"
 #include "models/draft_tree.h"
 #include "models/model_config.h"
 #include "models/state_pool.h"
@@ -49,6 +50,8 @@ class Model {
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
   virtual DType weight_dtype() const { return DType::kF32; }  // of the matrices
+  // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
+  virtual std::vector<DeviceStats> device_stats() const { return {}; }
   virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
 
   // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.
@@ -63,6 +66,9 @@ class Model {
   // the last one verified, and is so once: INTERNAL for another batch or for a path that is not one.
   virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
                               StatePool* pool) = 0;
+  // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
+  // share it: hidden [rows, D], result [rows, V]. Leaves the verified batch alone. Optional.
+  virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden);
 };
 
 struct LoadOptions {

@@ -15,10 +15,7 @@ constexpr float kLn2 = 0.69314718f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 constexpr float kGumbelMax = 22.9f;  // 32 random bits bound the noise: 33 ln 2 = 22.87
 
-struct Scored {
-  int32_t token;
-  float score;
-};
+using Scored = ScoredToken;
 
 // The order of every choice in this file: higher score first, the lower id among equals.
 bool Better(const Scored& a, const Scored& b) { return a.score > b.score || (a.score == b.score && a.token < b.token); }
@@ -94,12 +91,6 @@ void OfferAllNoisy(std::span<const float> logits, float max, const SamplingParam
       OfferNoisy({v, Temper(logits[v], max, params.temperature)}, bits[v - begin], best);
     }
   }
-}
-
-std::vector<int32_t> Tokens(const Best& best) {
-  std::vector<int32_t> tokens;
-  for (const Scored& item : best.items()) tokens.push_back(item.token);
-  return tokens;
 }
 
 bool HasPenalties(const SamplingParams& params) {
@@ -223,21 +214,17 @@ float GumbelNoise(uint64_t seed, int64_t position, int32_t token) {
   return GumbelFromBits(NoiseBits(seed, position, token / 4)[token % 4]);
 }
 
-std::vector<int32_t> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position, int k) {
+std::vector<ScoredToken> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position,
+                                     int k) {
   Best best(k);
   if (params.temperature == 0) {
-    for (size_t v = 0; v < logits.size(); ++v) best.Offer({static_cast<int32_t>(v), logits[v]});
+    for (size_t v = 0; v < logits.size(); ++v) {
+      if (logits[v] >= best.floor()) best.Offer({static_cast<int32_t>(v), logits[v]});
+    }
   } else {
     OfferAllNoisy(logits, FindMaximum(logits).value, params, position, &best);
   }
-  return Tokens(best);
-}
-
-int32_t CoupledArgmax(std::span<const float> logits, const SamplingParams& params, int64_t position) {
-  if (params.temperature == 0) return std::max(FindMaximum(logits).token, 0);
-  Best best(1);
-  OfferAllNoisy(logits, FindMaximum(logits).value, params, position, &best);
-  return best.items().empty() ? 0 : best.items().front().token;
+  return best.items();
 }
 
 PenaltyHistory::PenaltyHistory(std::span<const int32_t> prompt) {

@@ -21,10 +21,16 @@ namespace linspec {
 
 float GumbelNoise(uint64_t seed, int64_t position, int32_t token);
 
-// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out. TopK is
-// best first and may be shorter than k (NaN and -Inf are never chosen); Argmax answers 0 when nothing can be chosen.
-int32_t CoupledArgmax(std::span<const float> logits, const SamplingParams& params, int64_t position);
-std::vector<int32_t> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position, int k);
+struct ScoredToken {
+  int32_t token;
+  float score;
+};
+
+// Unpenalised choice, for drafters: same noise and temperature as the target's, top_p and friends left out. Best first
+// and possibly fewer than k: NaN and -Inf are never chosen. Scores: the logit at temperature 0, else the tempered logit
+// less the highest, plus the noise.
+std::vector<ScoredToken> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position,
+                                     int k);
 
 struct TokenLogprob {
   int32_t token;

@@ -139,15 +139,21 @@ absl::StatusOr<std::unique_ptr<WeightMap>> WeightMap::Open(const std::string& fo
   return std::unique_ptr<WeightMap>(new WeightMap(folder, *std::move(tensors)));
 }
 
+absl::StatusOr<std::unique_ptr<WeightMap>> WeightMap::OpenFile(const std::string& path) {
+  absl::StatusOr<TensorMap> tensors = OpenSafetensors(path);
+  if (!tensors.ok()) return tensors.status();
+  return std::unique_ptr<WeightMap>(new WeightMap(path, *std::move(tensors)));
+}
+
 absl::StatusOr<TensorView> WeightMap::Take(const std::string& name, std::vector<int64_t> shape) {
   const auto it = tensors_.find(name);
-  if (it == tensors_.end()) return absl::InvalidArgumentError(fmt::format("{}: tensor {} is missing", folder_, name));
+  if (it == tensors_.end()) return absl::InvalidArgumentError(fmt::format("{}: tensor {} is missing", path_, name));
   if (it->second.shape != shape) {
-    return absl::InvalidArgumentError(fmt::format("{}: tensor {} has shape {}, expected {}", folder_, name,
+    return absl::InvalidArgumentError(fmt::format("{}: tensor {} has shape {}, expected {}", path_, name,
                                                   ShapeText(it->second.shape), ShapeText(shape)));
   }
   if (!IsFinite(it->second)) {
-    return absl::InvalidArgumentError(fmt::format("{}: tensor {} holds an infinity or NaN", folder_, name));
+    return absl::InvalidArgumentError(fmt::format("{}: tensor {} holds an infinity or NaN", path_, name));
   }
   TensorView tensor = std::move(it->second);
   tensors_.erase(it);
@@ -156,7 +162,7 @@ absl::StatusOr<TensorView> WeightMap::Take(const std::string& name, std::vector<
 
 absl::Status WeightMap::CheckAllTaken() const {
   if (tensors_.empty()) return absl::OkStatus();
-  return absl::InvalidArgumentError(fmt::format("{}: unexpected tensor {} ({} in all) for this configuration", folder_,
+  return absl::InvalidArgumentError(fmt::format("{}: unexpected tensor {} ({} in all) for this configuration", path_,
                                                 tensors_.begin()->first, tensors_.size()));
 }
 

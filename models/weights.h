@@ -31,14 +31,16 @@ class WeightMap final : public WeightSource {
   // Opens model.safetensors, or the shards that model.safetensors.index.json lists (plain file names in the folder).
   // NOT_FOUND if there is neither; FAILED_PRECONDITION if there are only pickled weights.
   static absl::StatusOr<std::unique_ptr<WeightMap>> Open(const std::string& folder);
+  // Opens one safetensors file.
+  static absl::StatusOr<std::unique_ptr<WeightMap>> OpenFile(const std::string& path);
 
   bool Has(const std::string& name) const override { return tensors_.contains(name); }
   absl::StatusOr<TensorView> Take(const std::string& name, std::vector<int64_t> shape) override;
   absl::Status CheckAllTaken() const override;
 
  private:
-  WeightMap(std::string folder, TensorMap tensors) : folder_(std::move(folder)), tensors_(std::move(tensors)) {}
-  std::string folder_;
+  WeightMap(std::string path, TensorMap tensors) : path_(std::move(path)), tensors_(std::move(tensors)) {}
+  std::string path_;   // folder or file
   TensorMap tensors_;  // not yet taken
 };
 

@@ -44,7 +44,7 @@ class Speculator {
   void ProposeWith(int drafter, std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                    std::vector<DraftTree>* trees, StepStats* stats);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
-  void CalibrateDrafter(int drafter, int max_contexts);
+  void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
 
   std::vector<std::unique_ptr<Drafter>> drafters_;
   const EngineOptions options_;

@@ -71,13 +71,14 @@ absl::Status Speculator::Calibrate(Model* model, StatePool* pool) {
     const double together = controller_.step_costs().Estimate(kProbeRequests, 1);
     controller_.step_costs().CalibratePerRequest(std::max(*apart - together, 0.0) / (kProbeRequests - 1));
   }
-  for (size_t d = 0; d < drafters_.size(); ++d) CalibrateDrafter(static_cast<int>(d), pool->capacity());
+  const std::vector<float> hidden(model->config().hidden_size, 1.0f);
+  for (size_t d = 0; d < drafters_.size(); ++d) CalibrateDrafter(static_cast<int>(d), pool->capacity(), hidden);
   return absl::OkStatus();
 }
 
 // Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
 // long catch-up, tells the cost of a token. A drafter that fails here is not used until a probe succeeds.
-void Speculator::CalibrateDrafter(int drafter, int max_contexts) {
+void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden) {
   const Clock::time_point start = Clock::now();
   const std::vector<int32_t> text = SomeTokens(kContext + 2 * kRepetitions, vocab_size_);
   SamplingParams greedy;
@@ -91,7 +92,7 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts) {
                             .tokens = tokens,
                             .num_prompt_tokens = kContext,
                             .sampling = &greedy,
-                            .hidden = {},
+                            .hidden = hidden,
                             .max_nodes = kScratchNodes});
       }
       const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);

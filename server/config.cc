@@ -72,6 +72,13 @@ void VisitFlags(Config& c, Visit&& visit) {
           g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
       c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
+  visit(FlagInfo{g,
+                 "medusa-tree",
+                 "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",
+                 0,
+                 0,
+                 {"dynamic", "mc_sim_7b_63"}},
+        c.engine.medusa_tree);
   g = "Security";
   visit(FlagInfo{g, "api-key-file", "one key a line, plain or sha256:<hex>; reread when it changes"},
         c.security.api_key_file);
@@ -85,6 +92,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.operations.drain_timeout_s);
   visit(FlagInfo{g, "log-level", "", 0, 0, {"debug", "info", "warn", "error", "off"}}, c.operations.log_level);
   visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
+  visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},
+        c.operations.log_prompts);
   visit(FlagInfo{g, "metrics-alias", "vllm: export the core metrics a second time as vllm:*", 0, 0, {"", "vllm"}},
         c.operations.metrics_alias);
 }
@@ -263,6 +272,19 @@ std::string ServerHelp() {
     const std::string value = Print(field);
     if (value != "\"\"") text += fmt::format(" (default {})", value);
     text += '\n';
+  });
+  return text;
+}
+
+std::string ChangedFlags(const ServerConfig& config) {
+  std::vector<std::string> defaults;
+  const ServerConfig fresh;
+  VisitFlags(fresh, [&](const FlagInfo&, auto& field) { defaults.push_back(Print(field)); });
+  std::string text;
+  size_t index = 0;
+  VisitFlags(config, [&](const FlagInfo& info, auto& field) {
+    const std::string value = Print(field);
+    if (value != defaults[index++]) text += fmt::format("{}--{} {}", text.empty() ? "" : " ", info.name, value);
   });
   return text;
 }

@@ -47,6 +47,7 @@ struct ServerConfig {
     int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
+    std::string medusa_tree = "dynamic";
   } engine;
   struct SecurityOptions {
     std::string api_key_file;
@@ -57,6 +58,7 @@ struct ServerConfig {
     double drain_timeout_s = 30;
     std::string log_level = "info";
     std::string log_format = "text";
+    bool log_prompts = false;
     std::string metrics_alias;
   } operations;
 };
@@ -69,6 +71,7 @@ absl::Status ApplyYaml(const std::string& yaml, const std::string& source, Serve
 absl::Status ValidateConfig(const ServerConfig& config);
 
 std::string ServerHelp();                                // grouped, with defaults
+std::string ChangedFlags(const ServerConfig& config);    // "--name value ..." of those that differ from the default
 std::string DescribeConfig(const ServerConfig& config);  // one `--flag value` per line, those that differ marked with *
 
 }  // namespace linspec

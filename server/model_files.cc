@@ -9,6 +9,7 @@
 
 #include "kernels/ops.h"
 #include "models/draft_model_drafter.h"
+#include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
 
 namespace linspec {
@@ -68,6 +69,18 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   auto drafter =
       DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
+  return std::unique_ptr<Drafter>(*std::move(drafter));
+}
+
+// The heads beside the target; null if there are none.
+absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
+  if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
+  auto heads = MedusaHeads::Load(files.path, files.model->config(), config.model.weight_dtype, files.ops);
+  if (!heads.ok()) return heads.status();
+  MedusaOptions options;
+  if (config.engine.medusa_tree == "mc_sim_7b_63") options.tree = MedusaTree::kMcSim7b63;
+  auto drafter = MedusaDrafter::Create(*std::move(heads), files.model.get(), options);
+  if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
@@ -166,6 +179,13 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
     drafters.push_back(*std::move(drafter));
   }
   const bool has_draft = !drafters.empty();
+  auto medusa = LoadMedusa(*files, config);
+  if (!medusa.ok()) return medusa.status();
+  if (*mode == SpeculationMode::kMedusa && *medusa == nullptr) {
+    return absl::InvalidArgumentError(
+        fmt::format("--speculation medusa needs {} and {} in {}", kMedusaConfigFile, kMedusaWeightsFile, files->path));
+  }
+  if (*medusa != nullptr) drafters.push_back(*std::move(medusa));
   drafters.push_back(std::make_unique<NgramDrafter>());
   for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
   if (*mode == SpeculationMode::kDraft && !has_draft) {

@@ -171,6 +171,10 @@ def stage_export(args):
         print(f"{args.out}/medusa.safetensors: {medusa.write(heads, args.out, not args.float32)} bytes")
 
 
+def stage_convert_medusa(args):
+    print(f"{args.out}/medusa.safetensors: {medusa.convert(args.heads, args.out, args.int8)} bytes")
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m linearize", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -233,6 +237,12 @@ def main():
     p.add_argument("--medusa", help="training folder of Medusa heads to put beside it")
     p.add_argument("--float32", action="store_true", help="keep full precision in place of 8-bit weights")
     p.set_defaults(run=stage_export)
+
+    p = stages.add_parser("convert-medusa", help="turn published (pickled) Medusa heads into what the server reads")
+    p.add_argument("--heads", required=True, help="folder with medusa_lm_head.pt and config.json")
+    p.add_argument("--out", required=True, help="folder of the target")
+    p.add_argument("--int8", action="store_true", help="8-bit weights, one scale a row")
+    p.set_defaults(run=stage_convert_medusa)
 
     p = stages.add_parser("all", help="the stages from data to export, several at once, resumable")
     pipeline.add_arguments(p)

@@ -50,6 +50,30 @@ def random_weights(cfg, rng):
     return {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in w.items()}
 
 
+# folder: (heads, blocks of each, whether they bring unembeddings of their own, as the published ones do)
+MEDUSA = {"full": (3, 2, False), "paper": (2, 1, True)}
+
+
+def write_medusa(folder, cfg, weights, rng, heads, layers, own):
+    """medusa.safetensors, its configuration, and the logits of five hidden states."""
+    d, w = cfg.hidden_size, {}
+    for n in range(heads):
+        for l in range(layers):
+            w[f"{n}.{l}.linear.weight"] = rng.standard_normal((d, d)) / np.sqrt(d)
+            w[f"{n}.{l}.linear.bias"] = 0.3 * rng.standard_normal(d)
+        if own:
+            w[f"{n}.{layers}.weight"] = rng.standard_normal((cfg.vocab_size, d)) / np.sqrt(d)
+    w = {name: value.astype(np.float32) for name, value in w.items()}
+    hidden = rng.standard_normal((5, d)).astype(np.float32)
+    unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
+    logits = reference.medusa_logits(w, heads, layers, hidden, unembedding).astype(np.float32)
+    save_file(w, os.path.join(folder, "medusa.safetensors"), metadata={"format": "pt"})
+    save_file({"hidden": hidden, "logits": logits}, os.path.join(folder, "medusa_golden.safetensors"))
+    with open(os.path.join(folder, "medusa_config.json"), "w") as f:
+        json.dump({"version": 1, "medusa_num_heads": heads, "medusa_num_layers": layers}, f, indent=2)
+        f.write("\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
@@ -68,6 +92,8 @@ def main():
         logits = reference.logits(hf, weights, tokens).astype(np.float32)
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         save_file({"tokens": tokens, "logits": logits}, os.path.join(folder, "golden.safetensors"))
+        if name in MEDUSA:
+            write_medusa(folder, cfg, weights, rng, *MEDUSA[name])
         print(f"{name}: {length} tokens, logits within +-{np.abs(logits).max():.2f}, deviation {logits.std():.2f}")
 
 

@@ -53,13 +53,38 @@ def write(heads, folder, int8=True):
             tensors[name], tensors[name + "_scale"] = quantize_rows(value)
         else:
             tensors[name] = value.contiguous()
+    return save(tensors, folder, len(heads.heads), heads.layers)
+
+
+def save(tensors, folder, count, layers):
     path = os.path.join(folder, "medusa.safetensors")
     save_file(tensors, path, metadata={"format": "pt"})
     os.chmod(path, 0o644)
     with open(os.path.join(folder, "medusa_config.json"), "w") as f:
-        json.dump({"version": 1, "medusa_num_heads": len(heads.heads), "medusa_num_layers": heads.layers}, f, indent=2)
+        json.dump({"version": 1, "medusa_num_heads": count, "medusa_num_layers": layers}, f, indent=2)
         f.write("\n")
     return os.path.getsize(path)
+
+
+def convert(source, folder, int8=False):
+    """Published heads, `medusa_lm_head.pt` and `config.json`, as the server reads them.
+
+    Their last member is an unembedding of their own: `{n}.{layers}.weight`. The pickle is read with weights only, so
+    nothing in it can run. Names and shapes are left for the server to check, which knows the target.
+    """
+    with open(os.path.join(source, "config.json")) as f:
+        config = json.load(f)
+    count, layers = int(config["medusa_num_heads"]), int(config["medusa_num_layers"])
+    stored = torch.load(os.path.join(source, "medusa_lm_head.pt"), map_location="cpu", weights_only=True)
+    if not all(isinstance(value, torch.Tensor) for value in stored.values()):
+        raise ValueError(f"{source}/medusa_lm_head.pt holds more than named tensors")
+    tensors = {}
+    for name, value in stored.items():
+        if int8 and value.dim() == 2:
+            tensors[name], tensors[name + "_scale"] = quantize_rows(value)
+        else:
+            tensors[name] = value.contiguous()
+    return save(tensors, folder, count, layers)
 
 
 @torch.no_grad()

@@ -21,6 +21,18 @@ def rope(x, position, theta):
     return out
 
 
+def medusa_logits(w, heads, layers, hidden, unembedding):
+    """[heads, rows, V] for hidden [rows, D]; a head without an unembedding of its own uses the target's."""
+    out = []
+    for n in range(heads):
+        x = np.array(hidden, dtype=np.float64)
+        for l in range(layers):
+            z = x @ w[f"{n}.{l}.linear.weight"].astype(np.float64).T + w[f"{n}.{l}.linear.bias"]
+            x = x + z / (1 + np.exp(-z))
+        out.append(x @ w.get(f"{n}.{layers}.weight", unembedding).astype(np.float64).T)
+    return np.stack(out)
+
+
 class LayerHistory:
     def __init__(self):
         self.k, self.v = [], []

@@ -55,7 +55,8 @@ class DraftModelDrafterTest : public ::testing::Test {
     std::vector<float> logits = Sequential(*model, *pool, slot.id(), tokens).back();
     std::vector<int32_t> said;
     for (int i = 0; i < count; ++i) {
-      said.push_back(CoupledArgmax(logits, sampling_, static_cast<int64_t>(tokens.size() + said.size())));
+      said.push_back(
+          CoupledTopK(logits, sampling_, static_cast<int64_t>(tokens.size() + said.size()), 1).front().token);
       logits = Sequential(*model, *pool, slot.id(), {said.back()}).back();
     }
     return said;

@@ -37,6 +37,10 @@ TEST(DraftTreeTest, ValidateNamesWhatIsWrong) {
   EXPECT_TRUE(tree.Validate(100).ok());
   tree.Add(1, 0);
   error(tree, "65 nodes");
+  error(DraftTree{{1, 2}, {-1, 0}, {1.0f}}, "2 tokens but 1 probabilities");
+  error(DraftTree{{1, 2}, {-1, 0}, {0.5f, 0.6f}}, "node 1 has probability 0.6, its parent 0.5");
+  error(DraftTree{{1, 2}, {-1, 0}, {1.0f, NAN}}, "node 1 has probability nan");
+  EXPECT_TRUE((DraftTree{{1, 2}, {-1, 0}, {1.0f, 0.2f}}.Validate(100).ok()));
 }
 
 TEST(DraftTreeTest, BatchIsRagged) {

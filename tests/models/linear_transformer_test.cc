@@ -300,6 +300,27 @@ TEST_F(CommitErrorTest, OnlyTheBatchVerifiedLastAndOnce) {
   ExpectError(model_->Commit(other, root, pool_.get()), absl::StatusCode::kInternal, "changed since");
 }
 
+TEST_F(CommitErrorTest, UnembedIsTheHeadOfVerifyAndLeavesTheBatchAlone) {
+  const auto verified = model_->Verify(batch_, *pool_);
+  ASSERT_TRUE(verified.ok());
+  const std::vector<float> logits(verified->logits.begin(), verified->logits.end());
+  const std::vector<float> hidden(verified->hidden.begin(), verified->hidden.end());
+  const size_t dim = TinyConfig().hidden_size, vocab = TinyConfig().vocab_size;
+  for (size_t row = 0; row < 4; ++row) {
+    const auto alone = model_->Unembed(std::span(hidden).subspan(row * dim, dim));
+    ASSERT_TRUE(alone.ok());
+    ASSERT_EQ(alone->size(), vocab);
+    EXPECT_TRUE(SameBits(alone->data(), logits.data() + row * vocab, vocab));
+  }
+  const auto all = model_->Unembed(hidden);
+  ASSERT_TRUE(all.ok());
+  EXPECT_TRUE(SameBits({all->begin(), all->end()}, logits));
+  ExpectError(model_->Unembed(std::span(hidden).first(dim + 1)).status(), absl::StatusCode::kInternal, "33 values");
+  const std::vector<std::vector<int32_t>> path = {{0, 1}};
+  ASSERT_OK(model_->Commit(batch_, path, pool_.get()));
+  EXPECT_EQ(pool_->length(slot_.id()), 2);
+}
+
 TEST_F(CommitErrorTest, BatchesAreChecked) {
   const auto refused = [&](const VerifyBatch& batch, absl::StatusCode code, const char* part) {
     ExpectError(model_->Verify(batch, *pool_).status(), code, part);
