@@ -1,6 +1,7 @@
 #include "models/state_pool.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -13,8 +14,8 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kAlignment = 64;
-constexpr int64_t kFloatsPerLine = kAlignment / sizeof(float);
+constexpr int64_t kHugePage = int64_t{2} << 20;
+constexpr int64_t kFloatsPerLine = 64 / sizeof(float);
 
 void FreeFloats(float* data) { std::free(data); }
 
@@ -57,11 +58,14 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
         fmt::format("state pool: {} slots of {} bytes exceed this machine's memory of {}", num_slots,
                     pool->bytes_per_slot(), PhysicalMemory()));
   }
-  auto* data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  auto* data = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
   if (data == nullptr) {
     return absl::ResourceExhaustedError(fmt::format("state pool: cannot allocate {} bytes", bytes));
   }
   pool->data_ = {data, FreeFloats};
+  madvise(data, bytes,
+          MADV_HUGEPAGE);  // a hint: a step streams whole states, small pages would miss the TLB on the way
   std::memset(data, 0, pool->bytes_per_slot());  // the padding slot; the others are zeroed when acquired
   pool->lengths_.assign(pool->num_slots_, 0);
   for (int id = num_slots; id >= 1; --id) pool->free_.push_back(id);

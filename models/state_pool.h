@@ -54,7 +54,7 @@ class StatePool {
   friend class StateSlot;
   StatePool() = default;
   void Free(int32_t id);
-  // [slot][layer][S | ring_k | ring_v], fp32, 64-byte aligned
+  // [slot][layer][S | ring_k | ring_v], fp32, layers aligned to 64 bytes
   std::unique_ptr<float[], void (*)(float*)> data_{nullptr, nullptr};
   ModelConfig config_;
   int64_t floats_per_layer_ = 0, floats_per_slot_ = 0;

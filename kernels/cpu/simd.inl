@@ -5,7 +5,8 @@
 // Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
 // ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, LoadWeights<T>, and for
 // int8: StoreQuantized, InitAcc, DotStep, ToFloat. Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and
-// for few rows kWideIntRows x kWideIntBlocks, kFoldRows rows of S.
+// for few rows kWideIntRows x kWideIntBlocks, kDotTile dots (reduced by ReduceDots), kWindowTile vectors of several
+// rows of attention, kFoldRows rows of S.
 
 // body(0) .. body(kCount - 1), written out. A tile stays in registers only if its indices are constants before the
 // compiler splits arrays into scalars; loops that it unrolls later (-O3, #pragma unroll) leave the accumulators on the
@@ -224,91 +225,7 @@ void RopeNormalize(float* x, const float* cosines, const float* sines, int head_
   ForLanes(head_dim, [&](int64_t i, int64_t lanes) { StoreLanes(x + i, Mul(LoadLanes(x + i, lanes), scale), lanes); });
 }
 
-float WindowWeight(const AttentionRow& row, int j) {
-  const int lag = row.window - 1 - j;
-  float weight = 0;
-  if (j >= row.local_begin) {
-    const float dot = DotProduct(row.q, row.k[j], row.head_dim);
-    const float score = dot > 0.0f ? dot : 0.0f;
-    weight = score * score;
-  }
-  if (lag < row.num_taps) weight += row.taps[lag];
-  return weight;
-}
-
-// Channels in tiles of kTile vectors that stay in registers over the whole window and all of S.
-template <int kTile>
-[[gnu::flatten]] void WindowTile(const AttentionRow& row, const float* weights, int64_t channel) {
-  V acc[kTile];
-  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
-  for (int j = 0; j < row.window; ++j) {
-    const V weight = Set1(weights[j]);
-    const float* v = row.v[j] + channel;
-    Unroll<kTile>([&](int t) { acc[t] = Fma(weight, Load(v + t * kLanes), acc[t]); });
-  }
-  Unroll<kTile>([&](int t) { Store(row.out + channel + t * kLanes, acc[t]); });
-  if (row.s == nullptr) return;
-  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
-  for (int i = 0; i < row.head_dim; ++i) {
-    const V q = Set1(row.q[i]);
-    const float* s = row.s + int64_t{i} * row.head_dim + channel;
-    Unroll<kTile>([&](int t) { acc[t] = Fma(q, Load(s + t * kLanes), acc[t]); });
-  }
-  Unroll<kTile>([&](int t) { Store(row.scratch + channel + t * kLanes, acc[t]); });
-}
-
-void WindowRest(const AttentionRow& row, const float* weights, int64_t channel) {  // fewer than 16 channels
-  const int64_t lanes = row.head_dim - channel;
-  V acc = Zero();
-  for (int j = 0; j < row.window; ++j) acc = Fma(Set1(weights[j]), LoadPartial(row.v[j] + channel, lanes), acc);
-  StorePartial(row.out + channel, acc, lanes);
-  if (row.s == nullptr) return;
-  acc = Zero();
-  for (int i = 0; i < row.head_dim; ++i) {
-    acc = Fma(Set1(row.q[i]), LoadPartial(row.s + int64_t{i} * row.head_dim + channel, lanes), acc);
-  }
-  StorePartial(row.scratch + channel, acc, lanes);
-}
-
-void ComputeAttentionRow(const AttentionRow& row) {
-  const int d = row.head_dim;
-  float weights[kMaxWindow];
-  for (int j = 0; j < row.window; ++j) weights[j] = WindowWeight(row, j);
-  int64_t channel = 0;
-  for (; channel + 4 * kLanes <= d; channel += 4 * kLanes) WindowTile<4>(row, weights, channel);
-  for (; channel + kLanes <= d; channel += kLanes) WindowTile<1>(row, weights, channel);
-  if (channel < d) WindowRest(row, weights, channel);
-  if (row.s == nullptr) return;
-  float scale = row.global_scale;
-  if (row.rms_norm) {
-    scale /= __builtin_sqrtf(DotProduct(row.scratch, row.scratch, d) / static_cast<float>(d) + row.eps);
-  }
-  ForLanes(d, [&](int64_t i, int64_t lanes) {
-    StoreLanes(row.out + i, Fma(Set1(scale), LoadLanes(row.scratch + i, lanes), LoadLanes(row.out + i, lanes)), lanes);
-  });
-}
-
-// s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
-template <int kRows>
-[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
-                               int head_dim, int i) {
-  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
-    float* target = s + int64_t{i} * head_dim + c;
-    V sums[kRows];
-    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
-    for (int j = 0; j < num_tokens; ++j) {
-      const V value = LoadLanes(v[j] + c, lanes);
-      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
-    }
-    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
-  });
-}
-
-void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
-  int i = 0;
-  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
-  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
-}
+#include "kernels/cpu/simd_attention.inl"
 
 constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,
-                             SiluMul,            RopeNormalize,         ComputeAttentionRow, Fold};
+                             SiluMul,            RopeNormalize,         ComputeAttentionTile, Fold};

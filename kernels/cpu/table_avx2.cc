@@ -20,6 +20,7 @@ using IntInput = __m256i;
 constexpr int kFloatRows = 2, kFloatBlocks = 2;
 constexpr int kIntRows = 2, kIntBlocks = 2;
 constexpr int kWideIntRows = 1, kWideIntBlocks = 2;
+constexpr int kDotTile = 4, kWindowTile = 4;
 constexpr int kFoldRows = 4;
 
 V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -54,6 +55,9 @@ float ReduceAdd(V v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+void ReduceDots(const V (&a)[kDotTile], float* dots) {
+  _mm_storeu_ps(dots, _mm_setr_ps(ReduceAdd(a[0]), ReduceAdd(a[1]), ReduceAdd(a[2]), ReduceAdd(a[3])));
 }
 float ReduceMax(V v) {
   float lanes[kLanes];

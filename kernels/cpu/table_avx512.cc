@@ -13,6 +13,7 @@ using IntInput = __m512i;
 constexpr int kFloatRows = 4, kFloatBlocks = 4;
 constexpr int kIntRows = 8, kIntBlocks = 2;
 constexpr int kWideIntRows = 6, kWideIntBlocks = 4;
+constexpr int kDotTile = 16, kWindowTile = 16;
 constexpr int kFoldRows = 8;
 
 V Zero() { return _mm512_setzero_ps(); }
@@ -36,6 +37,23 @@ float ReduceAdd(V v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// dots[i] = ReduceAdd(a[i]): the same additions, for all sixteen at once. Written out, because a loop over `a` would keep
+// it, and with it the accumulators of the caller's loop, in memory.
+V AddHalves(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); }
+V AddQuarters(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)); }
+V AddPairs(V a, V b) { return Add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE)); }
+V AddSingles(V a, V b) { return Add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD)); }
+void ReduceDots(const V (&a)[kDotTile], float* dots) {
+  const V four0 = AddQuarters(AddHalves(a[0], a[1]), AddHalves(a[2], a[3]));
+  const V four1 = AddQuarters(AddHalves(a[4], a[5]), AddHalves(a[6], a[7]));
+  const V four2 = AddQuarters(AddHalves(a[8], a[9]), AddHalves(a[10], a[11]));
+  const V four3 = AddQuarters(AddHalves(a[12], a[13]), AddHalves(a[14], a[15]));
+  const V sums = AddSingles(AddPairs(four0, four1), AddPairs(four2, four3));
+  // Lane 4 l + q holds dot 4 q + l.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Store(dots, _mm512_permutexvar_ps(order, sums));
 }
 float ReduceMax(V v) { return _mm512_reduce_max_ps(v); }
 
