@@ -10,6 +10,17 @@ std::vector<int> DraftTree::Depths() const {
   return depths;
 }
 
+DraftTree DraftTree::CutBelow(int max_depth) const {
+  const std::vector<int> depths = Depths();
+  DraftTree cut;
+  std::vector<int> kept(num_nodes(), -1);
+  for (int node = 0; node < num_nodes(); ++node) {
+    if (depths[node] > max_depth) continue;
+    kept[node] = cut.Add(tokens[node], parents[node] < 0 ? -1 : kept[parents[node]]);
+  }
+  return cut;
+}
+
 int DraftTree::FindChild(int node, int32_t token) const {
   for (int child = node + 1; child < num_nodes(); ++child) {
     if (parents[child] == node && tokens[child] == token) return child;

@@ -25,6 +25,7 @@ struct DraftTree {
     return num_nodes() - 1;
   }
   std::vector<int> Depths() const;               // root 0
+  DraftTree CutBelow(int max_depth) const;       // without the nodes deeper than max_depth >= 0
   int FindChild(int node, int32_t token) const;  // -1: none
   // 1..64 nodes, parents topological, tokens inside the vocabulary, probabilities as above. Drafters are not trusted: the engine checks.
   absl::Status Validate(int64_t vocab_size) const;

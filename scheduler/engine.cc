@@ -105,6 +105,7 @@ class Engine::Impl {
   }
 
   absl::Status Submit(Request request) {
+    if (absl::Status health = model_->health(); !health.ok()) return absl::UnavailableError(health.message());
     if (absl::Status status = CheckRequest(request); !status.ok()) return status;
     return queue_.Push(std::move(request), Clock::now());
   }
@@ -213,7 +214,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
                                                        EngineOptions options,
                                                        std::function<void(const StepStats&)> observer) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
-  auto pool = StatePool::Create(model->config(), options.max_requests);
+  auto pool = model->CreatePool(options.max_requests);
   if (!pool.ok()) return pool.status();
   auto impl =
       std::make_unique<Impl>(std::move(model), *std::move(pool), std::move(drafters), options, std::move(observer));
@@ -228,6 +229,7 @@ void Engine::Cancel(uint64_t request_id) { impl_->Cancel(request_id); }
 void Engine::StopAdmitting() { impl_->StopAdmitting(); }
 bool Engine::Drain(std::chrono::milliseconds timeout) { return impl_->Drain(timeout); }
 EngineStats Engine::stats() const { return impl_->stats(); }
+absl::Status Engine::health() const { return impl_->model().health(); }
 std::vector<DeviceStats> Engine::device_stats() const { return impl_->model().device_stats(); }
 const ModelConfig& Engine::model_config() const { return impl_->model().config(); }
 const EngineOptions& Engine::options() const { return impl_->options(); }

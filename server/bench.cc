@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <chrono>
 
-#include "kernels/cpu/peak.h"
 #include "server/bench_floor.h"
 #include "server/commands.h"
 #include "server/config.h"
@@ -23,6 +22,10 @@ double Median(std::vector<double> values) {
   return *middle;
 }
 
+int32_t ArgMax(std::span<const float> row) {
+  return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+}
+
 // Medians over rounds. Machines are shared and noisy: each round reads the bandwidth and times one group of steps in turn.
 struct StepTimes {
   double step = 0, best_step = 0;  // seconds
@@ -31,7 +34,8 @@ struct StepTimes {
 
 class Bencher {
  public:
-  Bencher(Model* model, const CpuOps* ops, double seconds) : model_(model), ops_(ops), seconds_(seconds) {}
+  Bencher(Model* model, const Machinery* machinery, double seconds, int chunk)
+      : model_(model), machinery_(machinery), seconds_(seconds), chunk_(chunk) {}
 
   // Steps of `batch` requests that each have `context` tokens behind them, verify a chain of `rows` nodes and commit its
   // root. A round is one group of positions, so that every phase of a group weighs the same.
@@ -48,8 +52,9 @@ class Bencher {
   absl::Status OneStep(const std::vector<StateSlot>& slots, int rows, StatePool* pool);
 
   Model* const model_;
-  const CpuOps* const ops_;
+  const Machinery* const machinery_;
   const double seconds_;
+  const int chunk_;            // tokens of one Prefill call
   std::vector<int32_t> next_;  // [batch] pending token of each request
 };
 
@@ -74,18 +79,23 @@ absl::Status Bencher::OneStep(const std::vector<StateSlot>& slots, int rows, Sta
     for (int node = 1; node < rows; ++node) tree.Add(static_cast<int32_t>((next_[i] + node) % vocab), node - 1);
     batch.Add(slots[i].id(), tree);
   }
+  if (model_->chooses_tokens()) {
+    batch.sampling.resize(batch.num_rows());
+    batch.want_logits = batch.want_hidden = false;
+  }
   auto result = model_->Verify(batch, *pool);
   if (!result.ok()) return result.status();
   for (size_t i = 0; i < slots.size(); ++i) {
-    const auto row = result->logits.subspan(i * rows * vocab, vocab);
-    next_[i] = static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+    const size_t row = i * rows;
+    next_[i] = model_->chooses_tokens() ? result->sampled[row] : ArgMax(result->logits.subspan(row * vocab, vocab));
+    if (next_[i] < 0) return absl::InternalError("bench: the logits are not finite");
   }
   const std::vector<std::vector<int32_t>> paths(slots.size(), {0});
   return model_->Commit(batch, paths, pool);
 }
 
 absl::StatusOr<StepTimes> Bencher::Step(int batch, int rows, int context, double bytes) {
-  auto pool = StatePool::Create(model_->config(), batch);
+  auto pool = model_->CreatePool(batch);
   if (!pool.ok()) return pool.status();
   std::vector<StateSlot> slots;
   for (int i = 0; i < batch; ++i) {
@@ -98,7 +108,7 @@ absl::StatusOr<StepTimes> Bencher::Step(int batch, int rows, int context, double
   StepTimes times{.best_step = 1e9};
   const auto begin = Clock::now();
   for (int i = -1; i < 3 || SecondsSince(begin) < seconds_; ++i) {  // round -1 warms up
-    bandwidths.push_back(MeasureReadBandwidth(ops_->isa(), ops_->num_threads(), static_cast<int64_t>(bytes)));
+    bandwidths.push_back(machinery_->ReadBandwidth(bytes));
     if (absl::Status status = OneStep(slots, rows, pool->get()); !status.ok()) return status;
     const auto start = Clock::now();
     for (int step = 1; step < round; ++step) {
@@ -114,31 +124,57 @@ absl::StatusOr<StepTimes> Bencher::Step(int batch, int rows, int context, double
 }
 
 absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
-  auto pool = StatePool::Create(model_->config(), 1);
+  auto pool = model_->CreatePool(1);
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
-  constexpr size_t kChunk = 512;  // the engine's default step budget
+  const auto chunk = static_cast<size_t>(chunk_);
   std::vector<double> rates;
   const auto first = Clock::now();
   for (int pass = 0; pass < 4 || SecondsSince(first) < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
     const auto start = Clock::now();
-    for (size_t begin = 0; begin < prompt.size(); begin += kChunk) {
-      const auto part = std::span<const int32_t>(prompt).subspan(begin, std::min(kChunk, prompt.size() - begin));
+    for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
+      const auto part = std::span<const int32_t>(prompt).subspan(begin, std::min(chunk, prompt.size() - begin));
       const PrefillChunk chunks[] = {{slot.id(), part}};
       if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
     }
+    // The first token: a device has then really done the prompt.
+    VerifyBatch first;
+    first.Add(slot.id(), DraftTree::Root(prompt.back()));
+    if (auto done = model_->Verify(first, **pool); !done.ok()) return done.status();
     if (pass > 0) rates.push_back(length / SecondsSince(start));
   }
   return Median(rates);
 }
 
+// config.json of LLaMA-2 at a size people know, linearized; or the file that `shape` names.
+absl::StatusOr<std::string> ShapeJson(const std::string& shape) {
+  struct Known {
+    const char* name;
+    int hidden, inner, layers, heads;
+  };
+  for (const Known& k : {Known{"7b", 4096, 11008, 32, 32}, Known{"13b", 5120, 13824, 40, 40}}) {
+    if (shape != k.name) continue;
+    return fmt::format(
+        R"({{"model_type": "llama", "hidden_size": {}, "intermediate_size": {}, "num_hidden_layers": {},
+        "num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": 128, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "bos_token_id": 1,
+        "eos_token_id": 2, "max_position_embeddings": 4096, "linear_attention": {{"version": 1, "group_size": 64,
+        "conv_kernel": 32, "local": "relu_squared", "global": "rms_norm", "decay": true, "qk_norm_eps": 1e-6,
+        "global_norm_eps": 1e-6}}}})",
+        k.hidden, k.inner, k.layers, k.heads, k.heads);
+  }
+  return ReadFile(shape);
+}
+
 absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options,
-                                                  std::shared_ptr<CpuOps> ops) {
+                                                  const Machine& machine) {
   LoadOptions load;
   load.path = options.path;
   load.weight_dtype = options.weight_dtype;
-  load.ops = std::move(ops);
+  load.ops = machine.ops;
+  load.cuda = machine.cuda;
+  load.deterministic = options.deterministic;
   if (shape.empty()) {
     if (load.path.empty()) {
       auto bundled = FindBundledModel("target");
@@ -147,7 +183,7 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
     }
     return LoadModel(load);
   }
-  auto json = ReadFile(shape);
+  auto json = ShapeJson(shape);
   if (!json.ok()) return json.status();
   auto config = ParseModelConfig(*json);
   if (!config.ok()) return config.status();
@@ -156,8 +192,8 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
 
 // One line of the result: what was measured and how far it is from the larger floor.
 void PrintStep(const char* comma, int batch, int rows, int context, const StepTimes& times, const Work& work,
-               const Peaks& peaks) {
-  const double memory = work.bytes / times.bandwidth, arithmetic = ArithmeticSeconds(work, peaks);
+               const Machinery& machinery) {
+  const double memory = work.bytes / times.bandwidth, arithmetic = machinery.ArithmeticSeconds(work);
   fmt::print(
       "{}  {{\"batch\": {}, \"rows\": {}, \"context\": {}, \"rows_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
       "\"best_ms\": {:.3f}, \"working_set_gb_s\": {:.1f}, \"memory_floor_ms\": {:.3f}, \"arithmetic_floor_ms\": "
@@ -172,17 +208,18 @@ struct BenchOptions {
   std::string shape;
   std::vector<int> batches, contexts, rows, prompts;
   double seconds;
+  int chunk;
 };
 
-absl::Status RunBench(const BenchOptions& options, Model* model, const Peaks& peaks, const CpuOps& ops) {
+absl::Status RunBench(const BenchOptions& options, Model* model, const Machinery& machinery) {
   const ModelConfig& config = model->config();
   const auto weight_bytes = static_cast<double>(model->streamed_bytes());
   fmt::print(
-      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_gmac_s\": {:.1f}, "
-      "\"float_gmac_s\": {:.1f}, \"weight_bytes_per_step\": {:.0f}, \"state_bytes_per_request\": {},\n",
-      model->Describe(), ops.num_threads(), MeasureReadBandwidth(ops.isa(), ops.num_threads(), 512'000'000) / 1e9,
-      peaks.weights / 1e9, peaks.floats / 1e9, weight_bytes, config.StateBytes());
-  Bencher bencher(model, &ops, options.seconds);
+      "{{\n\"model\": \"{}\",\n{}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
+      "\"state_bytes_per_request\": {}, \"requests_that_fit\": {},\n",
+      model->Describe(), machinery.Describe(), machinery.ReadBandwidth(512e6) / 1e9, weight_bytes, config.StateBytes(),
+      model->SlotsThatFit());
+  Bencher bencher(model, &machinery, options.seconds, options.chunk);
   const auto print_steps = [&](const char* name, const std::vector<int>& sizes, bool batched) -> absl::Status {
     fmt::print("\"{}\": [", name);
     const char* comma = "\n";
@@ -192,7 +229,7 @@ absl::Status RunBench(const BenchOptions& options, Model* model, const Peaks& pe
       for (const int context : options.contexts) {
         const auto times = bencher.Step(batch, rows, context, work.bytes);
         if (!times.ok()) return times.status();
-        PrintStep(comma, batch, rows, context, *times, work, peaks);
+        PrintStep(comma, batch, rows, context, *times, work, machinery);
         comma = ",\n";
       }
     }
@@ -227,12 +264,14 @@ absl::Status Bench(std::span<const std::string> args) {
   if (!flags.status().ok()) return flags.status();
   auto config = ParseServerConfig(flags.rest());
   if (!config.ok()) return config.status();
-  auto ops = MakeCpuOps(config->model);
-  if (!ops.ok()) return ops.status();
-  auto model = BenchModel(options.shape, config->model, *ops);
+  options.chunk = config->engine.max_step_tokens;
+  auto machine = OpenMachine(config->model);
+  if (!machine.ok()) return machine.status();
+  auto model = BenchModel(options.shape, config->model, *machine);
   if (!model.ok()) return model.status();
-  const Peaks peaks = MeasurePeaks((*ops)->isa(), (*model)->weight_dtype(), (*ops)->num_threads());
-  return RunBench(options, model->get(), peaks, **ops);
+  auto machinery = Machinery::Measure(*machine, (*model)->weight_dtype());
+  if (!machinery.ok()) return machinery.status();
+  return RunBench(options, model->get(), *machinery);
 }
 
 }  // namespace linspec

@@ -1,6 +1,9 @@
 #include "server/bench_floor.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <cstdint>
 
 #include "kernels/cpu/peak.h"
 
@@ -27,14 +30,36 @@ Work StepWork(const ModelConfig& config, double weight_bytes, int batch, int row
           .float_macs = num_rows * layers * heads * (state + (keys + values) * d)};
 }
 
-Peaks MeasurePeaks(Isa isa, DType weight_dtype, int num_threads) {
-  const double floats = MeasureMultiplyAddPeak(isa, DType::kF32, num_threads);
-  if (weight_dtype != DType::kI8) return {.weights = floats, .floats = floats};
-  return {.weights = MeasureMultiplyAddPeak(isa, DType::kI8, num_threads), .floats = floats};
+absl::StatusOr<Machinery> Machinery::Measure(const Machine& machine, DType weights) {
+  Machinery result;
+  result.isa_ = machine.ops->isa();
+  result.threads_ = machine.ops->num_threads();
+  if (machine.cuda != nullptr) {
+    const auto ceilings = machine.cuda->Measure();
+    if (!ceilings.ok()) return ceilings.status();
+    result.cuda_ = true;
+    result.bytes_per_s_ = ceilings->read_bytes_per_s;
+    result.weight_macs_per_s_ = ceilings->bf16_flops_per_s / 2;
+    return result;
+  }
+  result.float_macs_per_s_ = MeasureMultiplyAddPeak(result.isa_, DType::kF32, result.threads_);
+  result.weight_macs_per_s_ = weights == DType::kI8 ? MeasureMultiplyAddPeak(result.isa_, DType::kI8, result.threads_)
+                                                    : result.float_macs_per_s_;
+  return result;
 }
 
-double ArithmeticSeconds(const Work& work, const Peaks& peaks) {
-  return work.weight_macs / peaks.weights + work.float_macs / peaks.floats;
+double Machinery::ReadBandwidth(double bytes) const {
+  return cuda_ ? bytes_per_s_ : MeasureReadBandwidth(isa_, threads_, static_cast<int64_t>(bytes));
+}
+
+double Machinery::ArithmeticSeconds(const Work& work) const {
+  const auto seconds = [](double macs, double per_s) { return per_s > 0 ? macs / per_s : 0; };
+  return seconds(work.weight_macs, weight_macs_per_s_) + seconds(work.float_macs, float_macs_per_s_);
+}
+
+std::string Machinery::Describe() const {
+  return fmt::format("\"threads\": {}, \"weight_gmac_s\": {:.1f}, \"float_gmac_s\": {:.1f}", threads_,
+                     weight_macs_per_s_ / 1e9, float_macs_per_s_ / 1e9);
 }
 
 }  // namespace linspec

@@ -35,8 +35,14 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "served-model-name", "name that clients send as `model`; default: the folder's name"},
         c.model.served_name);
   visit(FlagInfo{g, "threads", "threads of the engine's arithmetic; 0: one per core", 0, 1024}, c.model.threads);
-  visit(FlagInfo{g, "isa", "instruction set", 0, 0, {"auto", "scalar", "avx2", "avx512"}}, c.model.isa);
-  visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8"}},
+  visit(FlagInfo{g, "device", "where the models run; auto: a GPU if there is one", 0, 0, {"auto", "cpu", "cuda"}},
+        c.model.device);
+  visit(FlagInfo{g, "cuda-plugin", "liblinspec_cuda.so; default: where an installation or a build has it"},
+        c.model.cuda_plugin);
+  visit(FlagInfo{g, "deterministic", "GPU: a reply never depends on what else runs, at any batch; costs speed"},
+        c.model.deterministic);
+  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512"}}, c.model.isa);
+  visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
   g = "Network";
   visit(FlagInfo{g, "host", "address to listen on"}, c.network.host);
@@ -57,7 +63,10 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.network.stream_buffer_bytes);
   visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, c.network.cors_origin);
   g = "Limits";
-  visit(FlagInfo{g, "max-requests", "requests that run at once (state slots)", 1, 1e6}, c.engine.max_requests);
+  visit(FlagInfo{g, "max-requests",
+                 "requests that run at once (state slots); 0: what fits on the GPU (at most 2048), or 64 on a CPU", 0,
+                 1e6},
+        c.engine.max_requests);
   visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step", 1, 65536}, c.engine.max_step_tokens);

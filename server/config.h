@@ -20,6 +20,9 @@ struct ServerConfig {
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
+    std::string device = "auto";
+    std::string cuda_plugin;
+    bool deterministic = false;
     std::string isa = "auto";
     int threads = 0;
   } model;
@@ -37,7 +40,7 @@ struct ServerConfig {
     std::string cors_origin;
   } network;
   struct EngineLimits {
-    int max_requests = 64;
+    int max_requests = 0;  // 0: as many as suit the machine
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
     int max_step_tokens = 512;

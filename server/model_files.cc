@@ -1,7 +1,10 @@
 #include "server/model_files.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -53,21 +56,51 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
   return parsed;
 }
 
-LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options,
-                       std::shared_ptr<CpuOps> ops) {
+// Target and draft run on one engine thread, so they share one pool of worker threads.
+absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
+  CpuOps::Options ops;
+  ops.num_threads = options.threads;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    if (options.isa == IsaName(isa)) ops.isa = isa;
+  }
+  auto made = CpuOps::Create(ops);
+  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
+  return std::shared_ptr<CpuOps>(*std::move(made));
+}
+
+// A line that is rewritten as the loading goes on; nothing for models that load at once.
+std::function<void(double)> LoadProgress(const std::string& path) {
+  return [path, start = Clock::now(), shown = false](double fraction) mutable {
+    shown |= fraction < 0.9 && Clock::now() - start > std::chrono::milliseconds(500);
+    if (!shown) return;
+    fmt::print(stderr, "\rloading {}: {:3.0f} %{}", path, 100 * fraction, fraction < 1 ? "" : "\n");
+  };
+}
+
+LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, const Machine& machine) {
   LoadOptions load;
   load.path = path;
   load.weight_dtype = options.weight_dtype;
-  load.ops = std::move(ops);
+  load.ops = machine.ops;
+  load.cuda = machine.cuda;
+  load.deterministic = options.deterministic;
+  if (isatty(STDERR_FILENO)) load.progress = LoadProgress(path);
   return load;
 }
 
+// Slots when nobody said: what a GPU holds, less a reserve for drafters' states, or a number that suits a CPU.
+int MaxRequests(const ServerConfig& config, const Model& model) {
+  constexpr int kOnCpu = 64, kMostOnGpu = 2048;
+  if (config.engine.max_requests > 0) return config.engine.max_requests;
+  const int64_t fit = model.SlotsThatFit();
+  return fit < 0 ? kOnCpu : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10, 1, kMostOnGpu));
+}
+
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
-                                                   std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
-  auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
+                                                   const Machine& machine, int64_t vocab_size, int max_sequences) {
+  auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter =
-      DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = max_sequences});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -75,7 +108,9 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
 // The heads beside the target; null if there are none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
-  auto heads = MedusaHeads::Load(files.path, files.model->config(), config.model.weight_dtype, files.ops);
+  // The heads run on the CPU, whatever the target runs on.
+  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
+  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
   if (!heads.ok()) return heads.status();
   MedusaOptions options;
   if (config.engine.medusa_tree == "mc_sim_7b_63") options.tree = MedusaTree::kMcSim7b63;
@@ -94,15 +129,21 @@ std::string DraftPath(const ServerConfig& config) {
 
 }  // namespace
 
-absl::StatusOr<std::shared_ptr<CpuOps>> MakeCpuOps(const ServerConfig::ModelOptions& options) {
-  CpuOps::Options ops;
-  ops.num_threads = options.threads;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
-    if (options.isa == IsaName(isa)) ops.isa = isa;
+absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options) {
+  Machine machine;
+  auto ops = MakeOps(options);
+  if (!ops.ok()) return ops.status();
+  machine.ops = *std::move(ops);
+  if (options.device == "cpu") return machine;
+  auto cuda = CudaDevice::Open(options.cuda_plugin);
+  if (cuda.ok()) {
+    machine.cuda = *std::move(cuda);
+  } else if (options.device == "cuda") {
+    return InFile("--device cuda", cuda.status());
+  } else if (!absl::IsNotFound(cuda.status())) {  // without a plugin nobody expects a GPU
+    fmt::print(stderr, "linspec: computing on the CPU: {}\n", std::string(cuda.status().message()));
   }
-  auto made = CpuOps::Create(ops);
-  if (!made.ok()) return InFile("--isa " + options.isa, made.status());
-  return std::shared_ptr<CpuOps>(*std::move(made));
+  return machine;
 }
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
@@ -157,10 +198,10 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto chat = LoadChatTemplate(files.path);
   if (!chat.ok()) return chat.status();
   files.chat_template = *std::move(chat);
-  auto ops = MakeCpuOps(options);
-  if (!ops.ok()) return ops.status();
-  files.ops = *std::move(ops);
-  auto model = LoadModel(OptionsFor(files.path, options, files.ops));
+  auto machine = OpenMachine(options);
+  if (!machine.ok()) return machine.status();
+  files.machine = *std::move(machine);
+  auto model = LoadModel(OptionsFor(files.path, options, files.machine));
   if (!model.ok()) return InFile("--model " + files.path, model.status());
   files.model = *std::move(model);
   return files;
@@ -171,10 +212,11 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   if (!mode.ok()) return mode.status();
   auto files = LoadModelFiles(config.model);
   if (!files.ok()) return files.status();
+  const int max_requests = MaxRequests(config, *files->model);
   Service::Parts parts;
   std::vector<std::unique_ptr<Drafter>> drafters;
   if (const std::string draft = DraftPath(config); !draft.empty()) {
-    auto drafter = LoadDraft(draft, config, files->ops, files->model->config().vocab_size);
+    auto drafter = LoadDraft(draft, config, files->machine, files->model->config().vocab_size, max_requests);
     if (!drafter.ok()) return drafter.status();
     drafters.push_back(*std::move(drafter));
   }
@@ -192,7 +234,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
     return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
   }
   EngineOptions options;
-  options.max_requests = config.engine.max_requests;
+  options.max_requests = max_requests;
   options.max_queue_requests = config.engine.max_queue_requests;
   options.max_queue_tokens = config.engine.max_queue_tokens;
   options.max_step_tokens = config.engine.max_step_tokens;

@@ -57,5 +57,18 @@ TEST(DraftTreeTest, BatchIsRagged) {
   EXPECT_EQ(batch.slots, (std::vector<int32_t>{2, 7}));
 }
 
+TEST(DraftTreeTest, CutBelowKeepsWhatIsShallowEnough) {
+  DraftTree tree = DraftTree::Root(1);
+  const int a = tree.Add(2, 0), b = tree.Add(3, a);
+  tree.Add(4, b);
+  const int c = tree.Add(5, 0);
+  tree.Add(6, c);
+  const DraftTree cut = tree.CutBelow(1);
+  EXPECT_EQ(cut.tokens, (std::vector<int32_t>{1, 2, 5}));
+  EXPECT_EQ(cut.parents, (std::vector<int32_t>{-1, 0, 0}));
+  EXPECT_EQ(tree.CutBelow(0).num_nodes(), 1);
+  EXPECT_EQ(tree.CutBelow(9).tokens, tree.tokens);
+}
+
 }  // namespace
 }  // namespace linspec
