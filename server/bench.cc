@@ -1,11 +1,13 @@
-// `linspec bench`: speed of the model alone (decode of batches, verification of one request's tree, prefill) beside the
-// floors that memory and multipliers set, measured in the same run.
+// `linspec bench`: decode and prefill speed of the model alone, beside the floors that memory and multipliers set,
+// measured in the same run.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <random>
 
-#include "server/bench_floor.h"
+#include "kernels/cpu/peak.h"
 #include "server/commands.h"
 #include "server/config.h"
 #include "server/flags.h"
@@ -16,31 +18,93 @@ namespace {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-double Median(std::vector<double> values) {
-  const auto middle = values.begin() + static_cast<int64_t>(values.size()) / 2;
-  std::nth_element(values.begin(), middle, values.end());
-  return *middle;
+// A device has chosen a token for each row; from a CPU come logits, of which the host takes the best, as a server does.
+absl::Status CheckChosen(const VerifyResult& result) {
+  const bool on_device = !result.sampled.empty();
+  const bool ok = on_device ? *std::min_element(result.sampled.begin(), result.sampled.end()) >= 0
+                            : std::isfinite(*std::max_element(result.logits.begin(), result.logits.end()));
+  return ok ? absl::OkStatus() : absl::InternalError("bench: the logits are not finite");
 }
 
-int32_t ArgMax(std::span<const float> row) {
-  return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+// Bytes of one request's state that a step reads: S, and of the ring what lies in the open group or in reach of the
+// convolution, averaged over the places in a group.
+double StateBytesRead(const ModelConfig& config) {
+  const int group = config.linear_attention.group_size, reach = config.linear_attention.conv_kernel - 1;
+  double slots = 0;
+  for (int phase = 0; phase < group; ++phase)
+    slots += std::max(phase, std::min(reach, group)) / static_cast<double>(group);
+  const double d = config.head_dim;
+  return config.num_layers * config.num_kv_heads * (d * d + 2 * slots * d) * sizeof(float);
 }
 
-// Medians over rounds. Machines are shared and noisy: each round reads the bandwidth and times one group of steps in turn.
-struct StepTimes {
-  double step = 0, best_step = 0;  // seconds
-  double bandwidth = 0;            // bytes/s
+// Multiply-adds of one row: with weights, and of attention in fp32, averaged likewise.
+struct RowWork {
+  double weights, floats;
+};
+RowWork WorkOfRow(const ModelConfig& config) {
+  const LinearAttentionConfig& attention = config.linear_attention;
+  double window = 0;  // keys and values that a row is multiplied with
+  for (int phase = 0; phase < attention.group_size; ++phase) {
+    const int local = attention.local ? phase + 1 : 0;
+    window += local + std::max(local, attention.conv_kernel);
+  }
+  window /= attention.group_size;
+  const double d = config.head_dim, heads = config.num_heads, layers = config.num_layers;
+  const double dim = static_cast<double>(config.hidden_size), inner = static_cast<double>(config.intermediate_size);
+  const double layer = dim * (2 * heads + 2 * config.num_kv_heads) * d + 3 * dim * inner;
+  const double state = attention.global == GlobalBranch::kNone ? 0 : d * d;
+  return {.weights = layers * layer + static_cast<double>(config.vocab_size) * dim,
+          .floats = layers * heads * (state + window * d)};
+}
+
+// The ceilings of the machine that the model runs on.
+class Machinery {
+ public:
+  explicit Machinery(const Machine& machine) : machine_(machine) {}
+  absl::Status Measure(DType weights) {
+    if (machine_.cuda == nullptr) {
+      float_macs_per_s_ = MeasureMultiplyAddPeak(machine_.ops->isa(), DType::kF32, machine_.ops->num_threads());
+      weight_macs_per_s_ = weights != DType::kI8
+                               ? float_macs_per_s_
+                               : MeasureMultiplyAddPeak(machine_.ops->isa(), DType::kI8, machine_.ops->num_threads());
+      return absl::OkStatus();
+    }
+    const auto ceilings = machine_.cuda->Measure();
+    if (ceilings.ok()) {
+      device_bytes_per_s_ = ceilings->read_bytes_per_s;
+      weight_macs_per_s_ = float_macs_per_s_ = ceilings->bf16_flops_per_s / 2;
+    }
+    return ceilings.status();
+  }
+  // Bytes/s that a step of `bytes` could read: from cache or memory on a CPU, from memory on a GPU.
+  double ReadBandwidth(double bytes) const {
+    if (machine_.cuda != nullptr) return device_bytes_per_s_;
+    return MeasureReadBandwidth(machine_.ops->isa(), machine_.ops->num_threads(), static_cast<int64_t>(bytes));
+  }
+  // The products of so many rows alone; 0 where no ceiling was measured.
+  double ArithmeticSeconds(const RowWork& row, double rows) const {
+    if (weight_macs_per_s_ <= 0) return 0;
+    return rows * (row.weights / weight_macs_per_s_ + row.floats / float_macs_per_s_);
+  }
+
+ private:
+  const Machine machine_;
+  double device_bytes_per_s_ = 0, weight_macs_per_s_ = 0, float_macs_per_s_ = 0;
 };
 
 class Bencher {
  public:
-  Bencher(Model* model, const Machinery* machinery, double seconds, int chunk)
-      : model_(model), machinery_(machinery), seconds_(seconds), chunk_(chunk) {}
+  Bencher(Model* model, double seconds, int chunk) : model_(model), seconds_(seconds), chunk_(chunk) {}
 
-  // Steps of `batch` requests that each have `context` tokens behind them, verify a chain of `rows` nodes and commit its
-  // root. A round is one group of positions, so that every phase of a group weighs the same.
-  absl::StatusOr<StepTimes> Step(int batch, int rows, int context, double bytes);
-  absl::StatusOr<double> PrefillTokensPerSecond(int prompt);  // median
+  struct Step {
+    double seconds = 0, device_seconds = 0;  // mean of a step; device_seconds 0 on a CPU
+    double best_seconds = 1e9;               // of the fastest step: what a shared machine can do when it is quiet
+    double tokens = 1;                       // mean, of one request
+  };
+  // Steps of `batch` requests that each have `context` tokens behind them. nodes > 1: each brings a chain of so many
+  // rows, of which a draft at depth d is accepted with probability acceptance[d - 1] once those before it were.
+  absl::StatusOr<Step> DecodeStep(int batch, int context, int nodes, const std::vector<double>& acceptance);
+  absl::StatusOr<double> PrefillTokensPerSecond(int prompt);
 
  private:
   std::vector<int32_t> Prompt(int length) const {
@@ -48,79 +112,76 @@ class Bencher {
     for (int i = 0; i < length; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % model_->config().vocab_size);
     return tokens;
   }
-  absl::Status FillSlot(int32_t slot, int context, StatePool* pool);
-  absl::Status OneStep(const std::vector<StateSlot>& slots, int rows, StatePool* pool);
+
+  double DeviceSeconds() const {
+    for (const DeviceStats& device : model_->device_stats()) {
+      for (const auto& [what, seconds] : device.busy_seconds) {
+        if (what == "verify") return seconds;
+      }
+    }
+    return 0;
+  }
 
   Model* const model_;
-  const Machinery* const machinery_;
   const double seconds_;
-  const int chunk_;            // tokens of one Prefill call
-  std::vector<int32_t> next_;  // [batch] pending token of each request
+  const int chunk_;  // tokens of one Prefill call
 };
 
-// The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
-absl::Status Bencher::FillSlot(int32_t slot, int context, StatePool* pool) {
+absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, int nodes,
+                                                  const std::vector<double>& acceptance) {
+  auto pool = model_->CreatePool(batch_size);
+  if (!pool.ok()) return pool.status();
   const int group = model_->config().linear_attention.group_size;
+  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
   const int computed = std::min(context, 4 * group);
   const std::vector<int32_t> prompt = Prompt(computed);
-  const PrefillChunk chunks[] = {{slot, prompt}};
-  if (absl::Status status = model_->Prefill(chunks, pool); !status.ok()) return status;
-  const int skipped = (context - computed) / group * group;  // whole groups keep the phase
-  pool->set_length(slot, computed + skipped);
-  return absl::OkStatus();
-}
-
-absl::Status Bencher::OneStep(const std::vector<StateSlot>& slots, int rows, StatePool* pool) {
-  const auto vocab = static_cast<size_t>(model_->config().vocab_size);
-  VerifyBatch batch;
-  batch.row_starts = {0};
-  for (size_t i = 0; i < slots.size(); ++i) {
-    DraftTree tree = DraftTree::Root(next_[i]);
-    for (int node = 1; node < rows; ++node) tree.Add(static_cast<int32_t>((next_[i] + node) % vocab), node - 1);
-    batch.Add(slots[i].id(), tree);
-  }
-  if (model_->chooses_tokens()) {
-    batch.sampling.resize(batch.num_rows());
-    batch.want_logits = batch.want_hidden = false;
-  }
-  auto result = model_->Verify(batch, *pool);
-  if (!result.ok()) return result.status();
-  for (size_t i = 0; i < slots.size(); ++i) {
-    const size_t row = i * rows;
-    next_[i] = model_->chooses_tokens() ? result->sampled[row] : ArgMax(result->logits.subspan(row * vocab, vocab));
-    if (next_[i] < 0) return absl::InternalError("bench: the logits are not finite");
-  }
-  const std::vector<std::vector<int32_t>> paths(slots.size(), {0});
-  return model_->Commit(batch, paths, pool);
-}
-
-absl::StatusOr<StepTimes> Bencher::Step(int batch, int rows, int context, double bytes) {
-  auto pool = model_->CreatePool(batch);
-  if (!pool.ok()) return pool.status();
   std::vector<StateSlot> slots;
-  for (int i = 0; i < batch; ++i) {
+  for (int i = 0; i < batch_size; ++i) {
     slots.push_back((*pool)->Acquire());
-    if (absl::Status status = FillSlot(slots.back().id(), context, pool->get()); !status.ok()) return status;
+    // Requests stand at different places of their groups, as they do in a server.
+    const PrefillChunk chunks[] = {
+        {slots.back().id(), std::span(prompt).first(computed - i * 7 % std::min(computed, group))}};
+    if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
+    const int64_t skipped = (context - computed) / group * group;  // whole groups keep the phase
+    (*pool)->set_length(slots.back().id(), (*pool)->length(slots.back().id()) + skipped);
   }
-  next_.assign(batch, 1);
-  const int round = model_->config().linear_attention.group_size;
-  std::vector<double> steps, bandwidths;
-  StepTimes times{.best_step = 1e9};
-  const auto begin = Clock::now();
-  for (int i = -1; i < 3 || SecondsSince(begin) < seconds_; ++i) {  // round -1 warms up
-    bandwidths.push_back(machinery_->ReadBandwidth(bytes));
-    if (absl::Status status = OneStep(slots, rows, pool->get()); !status.ok()) return status;
-    const auto start = Clock::now();
-    for (int step = 1; step < round; ++step) {
-      const auto step_start = Clock::now();
-      if (absl::Status status = OneStep(slots, rows, pool->get()); !status.ok()) return status;
-      if (i >= 0) times.best_step = std::min(times.best_step, SecondsSince(step_start));
+  DraftTree chain = DraftTree::Root(1);
+  for (int node = 1; node < nodes; ++node) chain.Add(node, node - 1);
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> uniform;
+  Step mean;
+  double tokens = 0, device_begin = 0;
+  int steps = -3;  // warm-up: graphs are made
+  while (steps < 8 || mean.seconds < seconds_) {
+    std::vector<std::vector<int32_t>> paths(batch_size, {0});
+    for (std::vector<int32_t>& path : paths) {
+      for (int node = 1; node < nodes && uniform(random) < acceptance[std::min<size_t>(node, acceptance.size()) - 1];
+           ++node) {
+        path.push_back(node);
+      }
+      if (steps >= 0) tokens += static_cast<double>(path.size());
     }
-    if (i >= 0) steps.push_back(SecondsSince(start) / (round - 1));
+    const auto start = Clock::now();
+    VerifyBatch batch;
+    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), chain);
+    if (model_->chooses_tokens()) {
+      batch.sampling.resize(batch.num_rows());
+      batch.want_logits = batch.want_hidden = false;
+    }
+    auto result = model_->Verify(batch, **pool);
+    if (!result.ok()) return result.status();
+    if (absl::Status chosen = CheckChosen(*result); !chosen.ok()) return chosen;
+    if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
+    if (++steps == 0) device_begin = DeviceSeconds();
+    if (steps <= 0) continue;
+    const double seconds = SecondsSince(start);
+    mean.seconds += seconds;
+    mean.best_seconds = std::min(mean.best_seconds, seconds);
   }
-  times.step = Median(steps);
-  times.bandwidth = Median(bandwidths);
-  return times;
+  mean.device_seconds = (DeviceSeconds() - device_begin) / steps;
+  mean.seconds /= steps;
+  mean.tokens = tokens / steps / batch_size;
+  return mean;
 }
 
 absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
@@ -128,9 +189,8 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
   const auto chunk = static_cast<size_t>(chunk_);
-  std::vector<double> rates;
-  const auto first = Clock::now();
-  for (int pass = 0; pass < 4 || SecondsSince(first) < seconds_; ++pass) {
+  double best = 0, total = 0;
+  for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
     const auto start = Clock::now();
     for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
@@ -142,9 +202,11 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
     VerifyBatch first;
     first.Add(slot.id(), DraftTree::Root(prompt.back()));
     if (auto done = model_->Verify(first, **pool); !done.ok()) return done.status();
-    if (pass > 0) rates.push_back(length / SecondsSince(start));
+    const double seconds = SecondsSince(start);
+    total += seconds;
+    best = std::max(best, length / seconds);
   }
-  return Median(rates);
+  return best;
 }
 
 // config.json of LLaMA-2 at a size people know, linearized; or the file that `shape` names.
@@ -190,57 +252,63 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
   return BuildRandomModel(*config, 1, load);
 }
 
-// One line of the result: what was measured and how far it is from the larger floor.
-void PrintStep(const char* comma, int batch, int rows, int context, const StepTimes& times, const Work& work,
-               const Machinery& machinery) {
-  const double memory = work.bytes / times.bandwidth, arithmetic = machinery.ArithmeticSeconds(work);
-  fmt::print(
-      "{}  {{\"batch\": {}, \"rows\": {}, \"context\": {}, \"rows_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-      "\"best_ms\": {:.3f}, \"working_set_gb_s\": {:.1f}, \"memory_floor_ms\": {:.3f}, \"arithmetic_floor_ms\": "
-      "{:.3f}, "
-      "\"fraction_of_floor\": {:.3f}}}",
-      comma, batch, rows, context, batch * rows / times.step, times.step * 1e3, times.best_step * 1e3,
-      times.bandwidth / 1e9, memory * 1e3, arithmetic * 1e3, std::max(memory, arithmetic) / times.step);
-  std::fflush(stdout);
-}
+}  // namespace
 
-struct BenchOptions {
-  std::string shape;
-  std::vector<int> batches, contexts, rows, prompts;
-  double seconds;
-  int chunk;
-};
-
-absl::Status RunBench(const BenchOptions& options, Model* model, const Machinery& machinery) {
-  const ModelConfig& config = model->config();
-  const auto weight_bytes = static_cast<double>(model->streamed_bytes());
+absl::Status Bench(std::span<const std::string> args) {
+  CommandFlags flags(args);
+  const std::string shape = flags.String("shape", "");
+  const auto batches = flags.Ints("batch", "1,4,16", 1, 4096);
+  const auto contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
+  const auto prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
+  const auto draft_nodes = flags.Ints("draft-nodes", "1", 1, kMaxTreeNodes);
+  const std::vector<double> acceptance = flags.Doubles("acceptance", "0.7", 0, 1);
+  const double seconds = flags.Double("seconds", 2, 0.01, 3600);
+  if (!flags.status().ok()) return flags.status();
+  auto config = ParseServerConfig(flags.rest());
+  if (!config.ok()) return config.status();
+  auto machine = OpenMachine(config->model);
+  if (!machine.ok()) return machine.status();
+  auto model = BenchModel(shape, config->model, *machine);
+  if (!model.ok()) return model.status();
+  Machinery machinery(*machine);
+  if (absl::Status measured = machinery.Measure((*model)->weight_dtype()); !measured.ok()) return measured;
+  const double bandwidth = machinery.ReadBandwidth(512e6);
+  const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
+  const double state_read = StateBytesRead((*model)->config());
+  const RowWork row_work = WorkOfRow((*model)->config());
+  const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
-      "{{\n\"model\": \"{}\",\n{}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {}, \"requests_that_fit\": {},\n",
-      model->Describe(), machinery.Describe(), machinery.ReadBandwidth(512e6) / 1e9, weight_bytes, config.StateBytes(),
-      model->SlotsThatFit());
-  Bencher bencher(model, &machinery, options.seconds, options.chunk);
-  const auto print_steps = [&](const char* name, const std::vector<int>& sizes, bool batched) -> absl::Status {
-    fmt::print("\"{}\": [", name);
-    const char* comma = "\n";
-    for (const int size : sizes) {
-      const int batch = batched ? size : 1, rows = batched ? 1 : size;
-      const Work work = StepWork(config, weight_bytes, batch, rows);
-      for (const int context : options.contexts) {
-        const auto times = bencher.Step(batch, rows, context, work.bytes);
-        if (!times.ok()) return times.status();
-        PrintStep(comma, batch, rows, context, *times, work, machinery);
+      "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
+      (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, state_bytes,
+      (*model)->SlotsThatFit());
+  Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
+  const char* comma = "\n";
+  for (const int batch : batches) {
+    const double step_bytes = weight_bytes + batch * state_read;
+    const double step_bandwidth = machinery.ReadBandwidth(step_bytes);
+    for (const int context : contexts) {
+      for (const int nodes : draft_nodes) {
+        auto step = bencher.DecodeStep(batch, context, nodes, acceptance);
+        if (!step.ok()) return step.status();
+        const double memory_s = step_bytes / step_bandwidth;
+        const double arithmetic_s = machinery.ArithmeticSeconds(row_work, static_cast<double>(batch) * nodes);
+        fmt::print(
+            "{}  {{\"batch\": {}, \"context\": {}, \"nodes\": {}, \"tokens_per_s\": {:.1f}, "
+            "\"tokens_per_step\": {:.2f}, \"ms_per_step\": {:.3f}, \"best_ms\": {:.3f}, \"device_ms\": {:.3f}, "
+            "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"arithmetic_floor_ms\": {:.3f}, "
+            "\"fraction_of_floor\": {:.3f}}}",
+            comma, batch, context, nodes, batch * step->tokens / step->seconds, step->tokens, step->seconds * 1e3,
+            step->best_seconds * 1e3, step->device_seconds * 1e3, step_bandwidth / 1e9, memory_s * 1e3,
+            arithmetic_s * 1e3, std::max(memory_s, arithmetic_s) / step->seconds);
+        std::fflush(stdout);
         comma = ",\n";
       }
     }
-    fmt::print("],\n");
-    return absl::OkStatus();
-  };
-  if (absl::Status status = print_steps("decode", options.batches, true); !status.ok()) return status;
-  if (absl::Status status = print_steps("verify", options.rows, false); !status.ok()) return status;
-  fmt::print("\"prefill\": [");
-  const char* comma = "\n";
-  for (const int prompt : options.prompts) {
+  }
+  fmt::print("],\n\"prefill\": [");
+  comma = "\n";
+  for (const int prompt : prompts) {
     auto rate = bencher.PrefillTokensPerSecond(prompt);
     if (!rate.ok()) return rate.status();
     fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
@@ -248,30 +316,6 @@ absl::Status RunBench(const BenchOptions& options, Model* model, const Machinery
   }
   fmt::print("]\n}}\n");
   return absl::OkStatus();
-}
-
-}  // namespace
-
-absl::Status Bench(std::span<const std::string> args) {
-  CommandFlags flags(args);
-  BenchOptions options;
-  options.shape = flags.String("shape", "");
-  options.batches = flags.Ints("batch", "1,4,16", 1, 4096);
-  options.contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
-  options.rows = flags.Ints("rows", "1,4,8", 1, kMaxTreeNodes);
-  options.prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
-  options.seconds = flags.Double("seconds", 2, 0.01, 3600);
-  if (!flags.status().ok()) return flags.status();
-  auto config = ParseServerConfig(flags.rest());
-  if (!config.ok()) return config.status();
-  options.chunk = config->engine.max_step_tokens;
-  auto machine = OpenMachine(config->model);
-  if (!machine.ok()) return machine.status();
-  auto model = BenchModel(options.shape, config->model, *machine);
-  if (!model.ok()) return model.status();
-  auto machinery = Machinery::Measure(*machine, (*model)->weight_dtype());
-  if (!machinery.ok()) return machinery.status();
-  return RunBench(options, model->get(), *machinery);
 }
 
 }  // namespace linspec

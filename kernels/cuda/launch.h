@@ -10,10 +10,27 @@
 
 namespace linspec::cuda {
 
-// head_dim % 4 == 0 and <= 128. One block per (kv head, task); tasks with slot -1 do nothing.
+// Attention: head_dim % 4 == 0 and <= 128; tasks with slot -1 do nothing, tasks without rows leave everything as it is.
+// Slots need not be cleared: nothing of a slot is read before it was written.
+//
+// Verify reads state and never writes it. Commit appends accepted rows and folds. Decode is both in one launch for
+// calls whose tasks have exactly one row, always accepted: the same bits as verify, then commit. Prefill is verify and
+// commit of a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchDecode(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+
+// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`.
+void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
+                        cudaStream_t stream);
+
+// Groups that a prefill task of `rows` rows touches, for AttentionParams::num_groups.
+constexpr int64_t PrefillGroups(int64_t length, int64_t rows, int group_size) {
+  return rows == 0 ? 0 : (length % group_size + rows + group_size - 1) / group_size;
+}
+// Size of AttentionParams::scratch: S before each group, fp32. One scratch serves all layers, one call at a time.
+int64_t PrefillScratchFloats(const LayerParams& layer, int64_t num_groups);
 
 struct EmbedParams {
   LinspecCudaMatrix table;  // [V, D]
