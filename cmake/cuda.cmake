@@ -25,7 +25,9 @@ if(CMAKE_CXX_COMPILER_LAUNCHER)
 endif()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS kernels/cuda/*.cu)
-add_library(linspec_cuda_kernels STATIC ${cuda_sources})
+add_library(linspec_cuda_kernels STATIC ${cuda_sources} kernels/cuda/cublas_gemm.cc)
+target_include_directories(linspec_cuda_kernels SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})  # cublasLt.h; never linked
+target_link_libraries(linspec_cuda_kernels PUBLIC ${CMAKE_DL_LIBS})
 set_target_properties(linspec_cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
 
 # Programs that run on a GPU machine as they are: Abseil, fmt, cudart and the C++ runtime inside, only glibc outside.

@@ -77,6 +77,11 @@ int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
 
 int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
   const int64_t rows = num_rows, f32 = sizeof(float), bf16 = sizeof(uint16_t);
+  if (gemm_workspace_.as<void>() == nullptr) {
+    LINSPEC_CUDA_TRY(gemm_workspace_.Reserve(context_, StreamingGemmWorkspaceBytes()));
+    LINSPEC_CUDA_TRY(context_->Check(
+        cudaMemsetAsync(gemm_workspace_.as<void>(), 0, StreamingGemmWorkspaceBytes(), context_->stream()), "zero"));
+  }
   LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
   LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
@@ -285,7 +290,8 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
 }
 
 void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
-  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate}, rows, context_->stream());
+  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()}, rows,
+                      context_->stream());
 }
 
 LayerParams DeviceModel::ShapeOf(int index) const {

@@ -89,7 +89,7 @@ class DeviceModel {
 
   // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
   Buffer x_, normed_, kept_qkv_, prefill_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
-      hidden_, sampled_;
+      hidden_, sampled_, gemm_workspace_;
   int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
