@@ -76,6 +76,7 @@ class CudaModel final : public Model {
 
   const ModelConfig& config() const override { return config_; }
   int64_t streamed_bytes() const override;
+  DType weight_dtype() const override { return weights_.lm_head->dtype(); }
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
   bool chooses_tokens() const override { return true; }

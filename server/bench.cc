@@ -280,8 +280,7 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.2f},
-\"decode\": [",
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.2f},\n\"decode\": [",
       (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, state_bytes,
       (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
   Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
