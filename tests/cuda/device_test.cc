@@ -22,6 +22,7 @@ void Report(const std::string& name, double error, double tolerance) {
 }
 
 void TestGemm(bool quick) {
+  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(static_cast<size_t>(StreamingGemmWorkspaceBytes()), 0));
   std::mt19937 random(3);
   for (const int type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {
     for (const auto& [n, k] : {std::pair{16, 64}, {33, 48}, {1000, 272}, {4096, 4096}, {7, 11008}}) {
@@ -65,7 +66,8 @@ void TestGemm(bool quick) {
         const DeviceArray<float> device_y(y);
         const LinspecCudaMatrix matrix{
             device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         std::vector<float> out = device_y.Read();
         out.resize(int64_t{std::min(rows, 9)} * n);
@@ -73,7 +75,8 @@ void TestGemm(bool quick) {
         const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " +
                                  std::to_string(k) + " rows " + std::to_string(rows);
         Report(name, RelativeError(out, expected), 5e-5);
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         out = device_y.Read();
         out.resize(n);
@@ -86,7 +89,7 @@ void TestGemm(bool quick) {
 
 void TestRows(CpuOps& ops) {
   std::mt19937 random(11);
-  for (const auto& [rows, dim] : {std::pair{1, 16}, {3, 1000}, {17, 4096}, {65, 176}}) {
+  for (const auto& [rows, dim] : {std::pair{1, 16}, {3, 1008}, {17, 4096}, {65, 176}}) {
     const std::string size = " rows " + std::to_string(rows) + " dim " + std::to_string(dim);
     const std::vector<float> x = Normal(random, int64_t{rows} * dim, 2.0f), weight = Normal(random, dim, 1.0f);
     std::vector<float> expected(x.size());
@@ -98,8 +101,13 @@ void TestRows(CpuOps& ops) {
 
     std::vector<float> activated(x.size() / 2);
     ops.SiluMul({x.data(), activated.data(), rows, dim / 2});
+    std::vector<float> in_turn(x.size());  // 8 of gate, 8 of up
+    for (int64_t i = 0; i < std::ssize(x); ++i) {
+      in_turn[i] = x[i / dim * dim + PackedGateUpRow(i % dim, dim / 2)];
+    }
+    const DeviceArray<float> device_in_turn(in_turn);
     const DeviceArray<uint16_t> bits(activated.size());
-    LaunchSiluMul(device_x.get(), bits.get(), dim / 2, rows, nullptr);
+    LaunchSiluMul(device_in_turn.get(), bits.get(), dim / 2, rows, nullptr);
     Sync();
     std::vector<float> widened;
     for (const uint16_t value : bits.Read()) widened.push_back(BFloat16ToFloat(value));
