@@ -79,7 +79,7 @@ absl::Status CheckCall(const GenerateCall& call, const CallLimits& limits) {
     return FieldError("min_tokens",
                       fmt::format("{} is more than max_tokens {}", sampling.min_tokens, sampling.max_tokens));
   }
-  if (sampling.temperature > kMaxTemperature) {
+  if (!(sampling.temperature <= kMaxTemperature)) {  // NaN too
     return FieldError("temperature", fmt::format("{} is not in [0, {}]", sampling.temperature, kMaxTemperature));
   }
   if (sampling.logit_bias.size() > static_cast<size_t>(limits.max_logit_bias)) {
