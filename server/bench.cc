@@ -81,6 +81,7 @@ class Machinery {
     if (machine_.cuda != nullptr) return device_bytes_per_s_;
     return MeasureReadBandwidth(machine_.ops->isa(), machine_.ops->num_threads(), static_cast<int64_t>(bytes));
   }
+  double weight_macs_per_s() const { return weight_macs_per_s_; }  // 0: not measured
   // The products of so many rows alone; 0 where no ceiling was measured.
   double ArithmeticSeconds(const RowWork& row, double rows) const {
     if (weight_macs_per_s_ <= 0) return 0;
@@ -279,10 +280,10 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.2f},\n\"decode\": [",
       (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, state_bytes,
-      (*model)->SlotsThatFit());
-  Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
+      (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
+  Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
   const char* comma = "\n";
   for (const int batch : batches) {
     const double step_bytes = weight_bytes + batch * state_read;
@@ -311,7 +312,10 @@ absl::Status Bench(std::span<const std::string> args) {
   for (const int prompt : prompts) {
     auto rate = bencher.PrefillTokensPerSecond(prompt);
     if (!rate.ok()) return rate.status();
-    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
+    const ModelConfig& c = (*model)->config();
+    const double flops = 2.0 * static_cast<double>(c.num_layers * c.NumLayerMatrixParameters()) * *rate;
+    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}, \"product_tflop_s\": {:.2f}}}", comma, prompt,
+               *rate, flops / 1e12);
     comma = ",\n";
   }
   fmt::print("]\n}}\n");
