@@ -71,31 +71,36 @@ struct Verifier {
     return item.folded && p.layer.global != Global::kNone;
   }
 
-  // Starts the copies of the item's window, queries, masks and taps.
-  __device__ __forceinline__ void Fetch(const Task& task, const Item& item) const {
-    const int thread = static_cast<int>(threadIdx.x), c = thread % kColumns * 4, ring = item.ring();
-    float *keys = shared + layout.Keys() + c, *values = shared + layout.Values() + c;
-    const float* from = Ring(task, item.kv_head) + c;
-#pragma unroll 2
-    for (int token = thread / kColumns; token < ring; token += kThreads / kColumns) {
-      const int slot = (token - item.history) & (p.layer.group_size - 1);
-      if (token >= item.history) CopyAsync16(keys + token * Tile::kStride, from + slot * kDim);
-      CopyAsync16(values + token * Tile::kStride, from + RingValues() + slot * kDim);
+  // Starts the copies of ring, rows and queries; by one warp.
+  __device__ __forceinline__ void FetchWindow(const Task& task, const Item& item, CopyBarrier& barrier) const {
+    constexpr uint32_t kRowBytes = kDim * sizeof(float);
+    const int lane = static_cast<int>(threadIdx.x) % 32, ring = item.ring(), phase = item.phase;
+    const uint32_t copied = phase + ring + 2 * item.nodes + item.rows;
+    if (lane == 0) barrier.Start(copied * kRowBytes);
+    __syncwarp();
+    float *keys = shared + layout.Keys(), *values = shared + layout.Values();
+    const float *ring_k = Ring(task, item.kv_head), *ring_v = ring_k + RingValues();
+    if (lane == 0 && phase > 0) barrier.Copy(keys + item.history * kDim, ring_k, phase * kRowBytes);
+    if (lane == 1 && phase > 0) barrier.Copy(values + item.history * kDim, ring_v, phase * kRowBytes);
+    if (lane == 2 && item.history > 0) {
+      barrier.Copy(values, ring_v + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
     }
-    from = Keys(task, item.kv_head) + c;
-#pragma unroll 1
-    for (int node = thread / kColumns; node < item.nodes; node += kThreads / kColumns) {
-      CopyAsync16(keys + (ring + node) * Tile::kStride, from + node * Stride());
-      CopyAsync16(values + (ring + node) * Tile::kStride,
-                  from + static_cast<int64_t>(p.layer.num_kv_heads) * kDim + node * Stride());
+    const float *row_k = Keys(task, item.kv_head), *row_v = row_k + static_cast<int64_t>(p.layer.num_kv_heads) * kDim;
+    for (int node = lane; node < item.nodes; node += 32) {
+      barrier.Copy(keys + (ring + node) * kDim, row_k + node * Stride(), kRowBytes);
+      barrier.Copy(values + (ring + node) * kDim, row_v + node * Stride(), kRowBytes);
     }
-    float* queries = shared + layout.Queries() + c;
-    from = p.qkv + task.row_begin * Stride() + static_cast<int64_t>(item.kv_head) * item.heads * kDim + c;
-#pragma unroll 1
-    for (int i = thread / kColumns; i < item.rows; i += kThreads / kColumns) {
+    const float* row_q = p.qkv + task.row_begin * Stride() + static_cast<int64_t>(item.kv_head) * item.heads * kDim;
+    for (int i = lane; i < item.rows; i += 32) {
       const int row = item.first_row + i;
-      CopyAsync16(queries + i * Tile::kQueryStride, from + row / item.heads * Stride() + row % item.heads * kDim);
+      barrier.Copy(shared + layout.Queries() + i * Tile::kQueryStride,
+                   row_q + row / item.heads * Stride() + row % item.heads * kDim, kRowBytes);
     }
+  }
+
+  // Starts the copies of masks and taps.
+  __device__ __forceinline__ void FetchConstants(const Task& task, const Item& item) const {
+    const int thread = static_cast<int>(threadIdx.x), taps = item.heads * p.layer.conv_kernel;
     auto* masks = reinterpret_cast<uint64_t*>(shared + layout.Masks());
     if (thread < item.nodes) {
       if (p.ancestors != nullptr) {
@@ -104,7 +109,6 @@ struct Verifier {
         masks[thread] = ~uint64_t{0} >> (63 - thread);
       }
     }
-    const int taps = item.heads * p.layer.conv_kernel;
 #pragma unroll 1
     for (int i = thread; i < taps; i += kThreads) {
       CopyAsync4(shared + layout.Taps() + i, p.layer.conv_taps + item.kv_head * taps + i);
@@ -185,19 +189,24 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   // In shared memory, because S takes most of the registers.
   __shared__ Task task;
   __shared__ Item item;
-  if (threadIdx.x == 0) {
-    task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
-    item = Item(p.layer, task, index, work.splits, work.split_rows);
+  __shared__ CopyBarrier barrier;
+  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
+  const Layout<kDim, kRows>& layout = program.layout;
+  if (warp == 0) {
+    if (threadIdx.x == 0) {
+      task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
+      item = Item(p.layer, task, index, work.splits, work.split_rows);
+    }
+    __syncwarp();
+    if (item.rows > 0) program.FetchWindow(task, item, barrier);
   }
   __syncthreads();
   if (item.rows == 0) return;
-  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
-  const Layout<kDim, kRows>& layout = program.layout;
   const bool needs_state = program.NeedsState(item);
   StateFragment<kDim> s;
   s.Load(needs_state ? program.Head(task, item.kv_head)
                      : p.states.base);  // else any one matrix, for its copy in the L2
-  program.Fetch(task, item);
+  program.FetchConstants(task, item);
   const WindowTile<kDim, kRows> tile{p.layer,
                                      item,
                                      shared + layout.Keys(),
@@ -210,6 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
                                      shared + layout.Partial(),
                                      __ffs(p.layer.group_size) - 1};
   WaitCopies<0>();
+  barrier.Wait();
   __syncthreads();
   for (int first = 0; first < item.rows; first += kRows) {
     tile.Score(first);

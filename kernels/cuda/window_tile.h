@@ -44,8 +44,8 @@ struct QueryRow {
 
 template <int kDim, int kRows>
 struct WindowTile {
-  // Rows of keys and values in floats: at most two of a warp's reads meet in a bank, in folds as well.
-  static constexpr int kStride = kDim + 8, kQueryStride = kDim + 4, kChannels = kDim / 64;
+  // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads meet in a bank.
+  static constexpr int kStride = kDim, kQueryStride = kDim + 4, kChannels = kDim / 64;
 
   const LayerParams& layer;
   const Item& item;
