@@ -91,16 +91,20 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// One-shot barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only).
+// Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
+// each round, announces the bytes; any thread of its warp may then copy.
 struct CopyBarrier {
   uint64_t word;
 
   __device__ __forceinline__ uint32_t Address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&word)); }
-  // By one thread, which then expects `bytes` in all.
-  __device__ __forceinline__ void Start(uint32_t bytes) {
+  __device__ __forceinline__ void Make() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Address()) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void Expect(uint32_t bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
 #endif
   }
@@ -113,11 +117,13 @@ struct CopyBarrier {
                  : "memory");
 #endif
   }
-  __device__ __forceinline__ void Wait() const {
+  // Round 0, 1, ...: only its parity counts.
+  __device__ __forceinline__ void Wait(int round) const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile(
-        "{.reg .pred done; RETRY%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0; @done bra DONE%=; bra RETRY%=; DONE%=:}"
-        ::"r"(Address())
+        "{.reg .pred done; RETRY%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra DONE%=;"
+        "bra RETRY%=; DONE%=:}" ::"r"(Address()),
+        "r"(round & 1)
         : "memory");
 #endif
   }

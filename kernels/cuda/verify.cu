@@ -76,8 +76,9 @@ struct Verifier {
     constexpr uint32_t kRowBytes = kDim * sizeof(float);
     const int lane = static_cast<int>(threadIdx.x) % 32, ring = item.ring(), phase = item.phase;
     const uint32_t copied = phase + ring + 2 * item.nodes + item.rows;
-    if (lane == 0) barrier.Start(copied * kRowBytes);
+    if (lane == 0) barrier.Expect(item.rows > 0 ? copied * kRowBytes : 0);
     __syncwarp();
+    if (item.rows == 0) return;
     float *keys = shared + layout.Keys(), *values = shared + layout.Values();
     const float *ring_k = Ring(task, item.kv_head), *ring_v = ring_k + RingValues();
     if (lane == 0 && phase > 0) barrier.Copy(keys + item.history * kDim, ring_k, phase * kRowBytes);
@@ -98,22 +99,23 @@ struct Verifier {
     }
   }
 
-  // Starts the copies of masks and taps.
+  // Starts the copies of masks and taps; by one warp.
   __device__ __forceinline__ void FetchConstants(const Task& task, const Item& item) const {
-    const int thread = static_cast<int>(threadIdx.x), taps = item.heads * p.layer.conv_kernel;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int nodes = item.rows > 0 ? item.nodes : 0, taps = nodes > 0 ? item.heads * p.layer.conv_kernel : 0;
     auto* masks = reinterpret_cast<uint64_t*>(shared + layout.Masks());
-    if (thread < item.nodes) {
+#pragma unroll 1
+    for (int node = lane; node < nodes; node += 32) {
       if (p.ancestors != nullptr) {
-        CopyAsync8(masks + thread, p.ancestors + task.row_begin + thread);
+        CopyAsync8(masks + node, p.ancestors + task.row_begin + node);
       } else {
-        masks[thread] = ~uint64_t{0} >> (63 - thread);
+        masks[node] = ~uint64_t{0} >> (63 - node);
       }
     }
 #pragma unroll 1
-    for (int i = thread; i < taps; i += kThreads) {
+    for (int i = lane; i < taps; i += 32) {
       CopyAsync4(shared + layout.Taps() + i, p.layer.conv_taps + item.kv_head * taps + i);
     }
-    CommitCopies();
   }
 
   __device__ __forceinline__ void Add(const float* partial, int parts, int row, float (&sum)[kChannels]) const {
@@ -123,11 +125,16 @@ struct Verifier {
       for (int i = 0; i < kChannels; ++i) sum[i] += from[part * kRows * kDim + i];
     }
   }
+  __device__ __forceinline__ static void Reset(float (&local)[kChannels], float (&z)[kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) local[i] = z[i] = 0.0f;
+  }
   __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
 
   // y of one row by one warp, lane l having channels l * kChannels + 0..
   __device__ __forceinline__ void Finish(const Task& task, const Item& item, int tile_row, int group,
                                          const float (&local)[kChannels], float (&z)[kChannels]) const {
+    if (static_cast<int>(threadIdx.x) / 32 >= kRows || tile_row >= item.rows) return;
     const int row = item.first_row + tile_row, head = item.kv_head * item.heads + row % item.heads;
     float scale = p.layer.global_factor;
     if (p.layer.global == Global::kRmsNorm) scale = p.layer.global_gain[head];
@@ -175,79 +182,123 @@ struct Verifier {
     for (int step = 0; step < s.kSteps; ++step) {
       s.LoadStep(step, matrix);
       if (!item.folded) s.Clear();
-      s.Fold(step, decay, keys, Tile::kStride, values, Tile::kStride, p.layer.group_size);
+      s.template Fold<false>(step, decay, keys, Tile::kStride, values, Tile::kStride, p.layer.group_size);
       s.StoreStep(step, matrix);
     }
   }
 };
 
+// What a block shares about its present and its next item.
+struct Schedule {
+  Task tasks[2];
+  Item items[2];
+  CopyBarrier barrier;
+};
+
 template <int kDim, int kRows, bool kDecode>
 __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const Work work) {
   extern __shared__ __align__(16) float shared[];
+  __shared__ __align__(16) Schedule schedule;
   using Program = Verifier<kDim, kRows, kDecode>;
-  const int index = static_cast<int>(blockIdx.x), warp = static_cast<int>(threadIdx.x) / 32;
-  // In shared memory, because S takes most of the registers.
-  __shared__ Task task;
-  __shared__ Item item;
-  __shared__ CopyBarrier barrier;
   const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
   const Layout<kDim, kRows>& layout = program.layout;
-  if (warp == 0) {
-    if (threadIdx.x == 0) {
-      task = p.tasks[index / (p.layer.num_kv_heads * work.splits)];
-      item = Item(p.layer, task, index, work.splits, work.split_rows);
-    }
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, stride = static_cast<int>(gridDim.x);
+  const int per_task = p.layer.num_kv_heads * work.splits;
+  const auto fetch = [&](int index, int buffer) {  // by one warp
+    const Task& task = schedule.tasks[buffer];
+    Item& item = schedule.items[buffer];
+    if (thread == 0) item = Item(p.layer, task, index, work.splits, work.split_rows);
     __syncwarp();
-    if (item.rows > 0) program.FetchWindow(task, item, barrier);
+    program.FetchWindow(task, item, schedule.barrier);
+    program.FetchConstants(task, item);
+  };
+  const auto matrix = [&](int index, int buffer) {  // some matrix at least, for what is never used
+    const Task& task = schedule.tasks[buffer];
+    const bool wanted = task.slot >= 0 && task.length >= p.layer.group_size && p.layer.global != Global::kNone;
+    return wanted ? program.Head(task, index / work.splits % p.layer.num_kv_heads) : p.states.base;
+  };
+  int index = static_cast<int>(blockIdx.x);
+  if (thread == 0) {
+    schedule.barrier.Make();
+    schedule.tasks[0] = p.tasks[index / per_task];
   }
   __syncthreads();
-  if (item.rows == 0) return;
-  const bool needs_state = program.NeedsState(item);
   StateFragment<kDim> s;
-  s.Load(needs_state ? program.Head(task, item.kv_head)
-                     : p.states.base);  // else any one matrix, for its copy in the L2
-  program.FetchConstants(task, item);
-  const WindowTile<kDim, kRows> tile{p.layer,
-                                     item,
-                                     shared + layout.Keys(),
-                                     shared + layout.Values(),
-                                     shared + layout.Queries(),
-                                     reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
-                                     shared + layout.Taps(),
-                                     shared + layout.Local(),
-                                     shared + layout.Grouped(),
-                                     shared + layout.Partial(),
-                                     __ffs(p.layer.group_size) - 1};
-  WaitCopies<0>();
-  barrier.Wait();
-  __syncthreads();
-  for (int first = 0; first < item.rows; first += kRows) {
-    tile.Score(first);
+  s.Load(matrix(index, 0));
+  if (warp == 0) fetch(index, 0);
+  CommitCopies();
+  for (int round = 0;; index += stride, ++round) {
+    const int buffer = round & 1, next = index + stride;
+    WaitCopies<0>();
+    schedule.barrier.Wait(round);
     __syncthreads();
-    tile.Weigh(first);
-    __syncthreads();
-    const QueryRow own = tile.Row(first, static_cast<int>(threadIdx.x) % kRows);
-    const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));
-    const uint64_t seen = high << 32 | __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask));
-    tile.Accumulate(tile.local, seen);
-    if (needs_state) {
-      s.template Multiply<kRows>(tile.queries + first * tile.kQueryStride, tile.kQueryStride, shared + layout.State());
+    if (thread < 2 && next < work.items) {
+      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[buffer ^ 1]) + 4 * thread,
+                  reinterpret_cast<const float*>(p.tasks + next / per_task) + 4 * thread);
     }
-    __syncthreads();
-    const bool finishes = warp < min(kRows, item.rows - first);
+    CommitCopies();
+    const Task& task = schedule.tasks[buffer];
+    const Item& item = schedule.items[buffer];
+    const bool needs_state = item.rows > 0 && program.NeedsState(item);
+    const WindowTile<kDim, kRows> tile{p.layer,
+                                       item,
+                                       shared + layout.Keys(),
+                                       shared + layout.Values(),
+                                       shared + layout.Queries(),
+                                       reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
+                                       shared + layout.Taps(),
+                                       shared + layout.Local(),
+                                       shared + layout.Grouped(),
+                                       shared + layout.Partial(),
+                                       __ffs(p.layer.group_size) - 1};
     float local[Program::kChannels] = {}, z[Program::kChannels] = {};
-    if (finishes) program.Add(tile.partial, kClasses, warp, local);
-    if (__any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone) {
+    int first = 0, group = 0;
+    for (; item.rows > 0; first += kRows) {
+      tile.Score(first);
       __syncthreads();
-      tile.Accumulate(tile.grouped, seen);
+      tile.Weigh(first);
       __syncthreads();
-      if (finishes) program.Add(tile.partial, kClasses, warp, z);
+      const QueryRow own = tile.Row(first, thread % kRows);
+      const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));
+      const uint64_t seen = high << 32 | __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask));
+      tile.Accumulate(tile.local, seen);
+      if (needs_state) {
+        s.template Multiply<kRows>(tile.queries + first * tile.kQueryStride, tile.kQueryStride,
+                                   shared + layout.State());
+      }
+      group = __shfl_sync(0xFFFFFFFFu, own.group, warp % kRows);
+      const bool crosses = __any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone;
+      WaitCopies<0>();
+      __syncthreads();
+      program.Reset(local, z);
+      if (warp < kRows) program.Add(tile.partial, kClasses, warp, local);
+      if (crosses) {
+        __syncthreads();
+        tile.Accumulate(tile.grouped, seen);
+        __syncthreads();
+        if (warp < kRows) program.Add(tile.partial, kClasses, warp, z);
+      }
+      if (first + kRows >= item.rows) break;
+      program.Finish(task, item, first + warp, group, local, z);
     }
-    if (finishes) program.Finish(task, item, first + warp, tile.Row(first, warp).group, local, z);
-  }
-  if constexpr (kDecode) {
-    program.Append(task, item);
-    if (item.phase + 1 == p.layer.group_size) program.Fold(task, item);
+    if (item.rows == 0) {
+      WaitCopies<0>();
+      __syncthreads();
+    } else if constexpr (kDecode) {
+      program.Append(task, item);
+      if (item.phase + 1 == p.layer.group_size) {
+        program.Fold(task, item);
+        __syncthreads();
+      }
+    }
+    if (next >= work.items) {
+      if (item.rows > 0) program.Finish(task, item, first + warp, group, local, z);
+      return;
+    }
+    s.Load(matrix(next, buffer ^ 1));
+    if (warp == 0) fetch(next, buffer ^ 1);
+    CommitCopies();
+    if (item.rows > 0) program.Finish(task, item, first + warp, group, local, z);
   }
 }
 
@@ -266,7 +317,8 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
   const auto kernel = VerifyTileKernel<kDim, kRows, kDecode>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  kernel<<<work.items, kThreads, bytes, stream>>>(p, work);
+  const int resident = device.multiprocessors * (2 * (bytes + 2048) <= device.shared_bytes ? 2 : 1);
+  kernel<<<work.items < resident ? work.items : resident, kThreads, bytes, stream>>>(p, work);
 }
 
 template <int kDim>
