@@ -35,6 +35,7 @@ void BenchGemm(int n, int k, int type, double bandwidth) {
   const DeviceArray<uint8_t> w(copies * bytes);
   for (int i = 0; i < copies; ++i)
     Check(cudaMemcpy(w.get() + i * bytes, host.data(), bytes, cudaMemcpyHostToDevice), "upload");
+  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(static_cast<size_t>(StreamingGemmWorkspaceBytes()), 0));
   const DeviceArray<float> scales(std::vector<float>(n, 0.01f)), y(int64_t{256} * n);
   std::vector<uint16_t> activations(int64_t{256} * k);
   for (uint16_t& x : activations) x = static_cast<uint16_t>(0x3F00 | (random() & 0x80FF));
@@ -43,7 +44,7 @@ void BenchGemm(int n, int k, int type, double bandwidth) {
     const double us = MedianMicroseconds([&](int i) {
       const LinspecCudaMatrix matrix{
           w.get() + i % copies * bytes, type == kLinspecCudaBf16 ? nullptr : scales.get(), n, k, type, 0};
-      LaunchStreamingGemm({matrix, x.get(), y.get(), false}, rows, nullptr);
+      LaunchStreamingGemm({matrix, x.get(), y.get(), false, nullptr, false, workspace.get()}, rows, nullptr);
     });
     const double floor = static_cast<double>(bytes) / bandwidth * 1e-6;
     std::printf("gemm type %d %5d x %5d rows %3d: %8.1f us, weight floor %7.1f us, %5.1f %%, %6.1f TFLOP/s\n", type, n,

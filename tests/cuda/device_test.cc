@@ -22,6 +22,7 @@ void Report(const std::string& name, double error, double tolerance) {
 }
 
 void TestGemm(bool quick) {
+  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(static_cast<size_t>(StreamingGemmWorkspaceBytes()), 0));
   std::mt19937 random(3);
   for (const int type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {
     for (const auto& [n, k] : {std::pair{16, 64}, {33, 48}, {1000, 272}, {4096, 4096}, {7, 11008}}) {
@@ -65,7 +66,8 @@ void TestGemm(bool quick) {
         const DeviceArray<float> device_y(y);
         const LinspecCudaMatrix matrix{
             device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         std::vector<float> out = device_y.Read();
         out.resize(int64_t{std::min(rows, 9)} * n);
@@ -73,7 +75,8 @@ void TestGemm(bool quick) {
         const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " +
                                  std::to_string(k) + " rows " + std::to_string(rows);
         Report(name, RelativeError(out, expected), 5e-5);
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         out = device_y.Read();
         out.resize(n);
