@@ -6,6 +6,7 @@
 // 0.5 KB out. Rejected, measured slower: a persistent grid that loads the next item's S into the registers of the present
 // one (spills), S in predicated loads (the compiler copies, and waits).
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/pdl.h"
 #include "kernels/cuda/window_tile.h"
 
 namespace linspec::cuda {
@@ -14,29 +15,30 @@ namespace {
 constexpr int kQueryRows = 8;  // columns of the tensor cores' B operand
 
 struct Work {
-  int items, splits, split_rows;  // split_rows: rows of an item, a multiple of the tile
-  int tokens;                     // capacity: ring and nodes
+  int items, splits;  // splits: tiles of the largest task
+  int tokens;         // capacity: ring and nodes
 };
 
 // Shared memory, in floats.
-template <int kDim, int kRows>
+template <int kDim, int kRows, bool kDecode>
 struct Layout {
   using Tile = WindowTile<kDim, kRows>;
-  int tokens, split_rows, taps;
+  int tokens, taps;
   __host__ __device__ Layout(const Work& work, const LayerParams& layer)
-      : tokens(work.tokens),
-        split_rows(work.split_rows),
-        taps((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
+      : tokens(work.tokens), taps((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
   __host__ __device__ int Masks() const { return 0; }
   __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
   __host__ __device__ int Queries() const { return Taps() + taps; }
-  __host__ __device__ int Keys() const { return Queries() + split_rows * Tile::kQueryStride; }
+  __host__ __device__ int Keys() const { return Queries() + kRows * Tile::kQueryStride; }
   __host__ __device__ int Values() const { return Keys() + tokens * Tile::kStride; }
   __host__ __device__ int Local() const { return Values() + tokens * Tile::kStride; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
-  __host__ __device__ int Partial() const { return Grouped() + tokens * kRows; }
+  __host__ __device__ int End() const { return Grouped() + tokens * kRows; }
+  // Sums of the warps: in place of the keys, which are scored by then; decoding may need the keys for a fold.
+  __host__ __device__ int Partial() const { return kDecode ? End() : Keys(); }
   __host__ __device__ int State() const { return Partial() + kClasses * kRows * kDim; }
-  __host__ __device__ int Size() const { return State() + StateFragment<kDim>::kParts * kRows * kDim; }
+  __host__ __device__ int PartialEnd() const { return State() + StateFragment<kDim>::kParts * kRows * kDim; }
+  __host__ __device__ int Size() const { return End() > PartialEnd() ? End() : PartialEnd(); }
 };
 
 template <int kDim, int kRows, bool kDecode>
@@ -46,7 +48,7 @@ struct Verifier {
 
   const AttentionParams& p;
   const Work& work;
-  Layout<kDim, kRows> layout;
+  Layout<kDim, kRows, kDecode> layout;
   float* shared;
 
   __device__ __forceinline__ float* Head(const Task& task, int kv_head) const {
@@ -118,39 +120,36 @@ struct Verifier {
     }
   }
 
-  __device__ __forceinline__ void Add(const float* partial, int parts, int row, float (&sum)[kChannels]) const {
-    const float* from = partial + row * kDim + Channel();
+  // Sums of the warps for the row of this warp.
+  __device__ __forceinline__ void Add(const float* partial, int parts, float (&sum)[kChannels]) const {
+    const float* from = partial + static_cast<int>(threadIdx.x) / 32 * kDim + Channel();
     for (int part = 0; part < parts; ++part) {
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) sum[i] += from[part * kRows * kDim + i];
     }
   }
-  __device__ __forceinline__ static void Reset(float (&local)[kChannels], float (&z)[kChannels]) {
+  __device__ __forceinline__ void AddState(int kv_head, int group, float (&z)[kChannels]) const {
+    float q_s[kChannels] = {};
+    Add(shared + layout.State(), StateFragment<kDim>::kParts, q_s);
+    const float decay = group > 0 && p.layer.decay != nullptr ? Power(p.layer.decay[kv_head], group) : 1.0f;
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) local[i] = z[i] = 0.0f;
+    for (int i = 0; i < kChannels; ++i) z[i] = fmaf(decay, q_s[i], z[i]);
   }
   __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
 
-  // y of one row by one warp, lane l having channels l * kChannels + 0..
-  __device__ __forceinline__ void Finish(const Task& task, const Item& item, int tile_row, int group,
-                                         const float (&local)[kChannels], float (&z)[kChannels]) const {
-    if (static_cast<int>(threadIdx.x) / 32 >= kRows || tile_row >= item.rows) return;
-    const int row = item.first_row + tile_row, head = item.kv_head * item.heads + row % item.heads;
+  // y of one row by one warp, lane l having channels l * kChannels + 0..; z is complete.
+  __device__ __forceinline__ void Finish(const Task& task, const Item& item, const float (&local)[kChannels],
+                                         const float (&z)[kChannels]) const {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    if (warp >= kRows || warp >= item.rows) return;
+    const int row = item.first_row + warp, head = item.kv_head * item.heads + row % item.heads;
     float scale = p.layer.global_factor;
-    if (p.layer.global == Global::kRmsNorm) scale = p.layer.global_gain[head];
-    if (NeedsState(item)) {
-      float q_s[kChannels] = {};
-      Add(shared + layout.State(), StateFragment<kDim>::kParts, static_cast<int>(threadIdx.x) / 32, q_s);
-      const float decay = group > 0 && p.layer.decay != nullptr ? Power(p.layer.decay[item.kv_head], group) : 1.0f;
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) z[i] = fmaf(decay, q_s[i], z[i]);
-    }
     if (p.layer.global == Global::kRmsNorm) {
       float squares = 0.0f;
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) squares = fmaf(z[i], z[i], squares);
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
-      scale = scale / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      scale = p.layer.global_gain[head] / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
     }
     const int64_t at =
         (static_cast<int64_t>(task.row_begin + row / item.heads) * p.layer.num_heads + head) * kDim + Channel();
@@ -200,14 +199,14 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule schedule;
   using Program = Verifier<kDim, kRows, kDecode>;
-  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
-  const Layout<kDim, kRows>& layout = program.layout;
+  const Program program{p, work, Layout<kDim, kRows, kDecode>(work, p.layer), shared};
+  const Layout<kDim, kRows, kDecode>& layout = program.layout;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, stride = static_cast<int>(gridDim.x);
   const int per_task = p.layer.num_kv_heads * work.splits;
   const auto fetch = [&](int index, int buffer) {  // by one warp
     const Task& task = schedule.tasks[buffer];
     Item& item = schedule.items[buffer];
-    if (thread == 0) item = Item(p.layer, task, index, work.splits, work.split_rows);
+    if (thread == 0) item = Item(p.layer, task, index, work.splits, kRows);
     __syncwarp();
     program.FetchWindow(task, item, schedule.barrier);
     program.FetchConstants(task, item);
@@ -252,72 +251,59 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
                                        shared + layout.Partial(),
                                        __ffs(p.layer.group_size) - 1};
     float local[Program::kChannels] = {}, z[Program::kChannels] = {};
-    int first = 0, group = 0;
-    for (; item.rows > 0; first += kRows) {
-      tile.Score(first);
+    if (item.rows > 0) {
+      tile.Score();
       __syncthreads();
-      tile.Weigh(first);
+      tile.Weigh();
       __syncthreads();
-      const QueryRow own = tile.Row(first, thread % kRows);
+      const QueryRow own = tile.Row(thread % kRows);
       const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));
       const uint64_t seen = high << 32 | __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask));
+      const int group = __shfl_sync(0xFFFFFFFFu, own.group, warp % kRows);
       tile.Accumulate(tile.local, seen);
       if (needs_state) {
-        s.template Multiply<kRows>(tile.queries + first * tile.kQueryStride, tile.kQueryStride,
-                                   shared + layout.State());
+        s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
       }
-      group = __shfl_sync(0xFFFFFFFFu, own.group, warp % kRows);
-      const bool crosses = __any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone;
-      WaitCopies<0>();
       __syncthreads();
-      program.Reset(local, z);
-      if (warp < kRows) program.Add(tile.partial, kClasses, warp, local);
-      if (crosses) {
+      if (warp < kRows) program.Add(tile.partial, kClasses, local);
+      if (__any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone) {
         __syncthreads();
         tile.Accumulate(tile.grouped, seen);
         __syncthreads();
-        if (warp < kRows) program.Add(tile.partial, kClasses, warp, z);
+        if (warp < kRows) program.Add(tile.partial, kClasses, z);
       }
-      if (first + kRows >= item.rows) break;
-      program.Finish(task, item, first + warp, group, local, z);
+      if (warp < kRows && needs_state) program.AddState(item.kv_head, group, z);
     }
-    if (item.rows == 0) {
-      WaitCopies<0>();
-      __syncthreads();
-    } else if constexpr (kDecode) {
-      program.Append(task, item);
-      if (item.phase + 1 == p.layer.group_size) {
-        program.Fold(task, item);
-        __syncthreads();
-      }
+    if constexpr (kDecode) {
+      if (item.rows > 0) program.Append(task, item);
+      if (item.rows > 0 && item.phase + 1 == p.layer.group_size) program.Fold(task, item);
     }
+    WaitCopies<0>();
+    __syncthreads();
     if (next >= work.items) {
-      if (item.rows > 0) program.Finish(task, item, first + warp, group, local, z);
+      program.Finish(task, item, local, z);
       return;
     }
     s.Load(matrix(next, buffer ^ 1));
     if (warp == 0) fetch(next, buffer ^ 1);
     CommitCopies();
-    if (item.rows > 0) program.Finish(task, item, first + warp, group, local, z);
+    program.Finish(task, item, local, z);
   }
 }
 
 template <int kDim, int kRows, bool kDecode>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  const DeviceLimits& device = CurrentDeviceLimits();
+  const Device& device = CurrentDevice();
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
   const int nodes = kDecode ? 1 : p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   Work work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
-  const int tiles = (nodes * heads + kRows - 1) / kRows, blocks = num_tasks * p.layer.num_kv_heads;
-  const int tiles_per_item = blocks * tiles > 4 * device.multiprocessors && tiles > 1 ? 2 : 1;
-  work.splits = (tiles + tiles_per_item - 1) / tiles_per_item;
-  work.split_rows = tiles_per_item * kRows;
-  work.items = blocks * work.splits;
-  const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
+  work.splits = (nodes * heads + kRows - 1) / kRows;
+  work.items = num_tasks * p.layer.num_kv_heads * work.splits;
+  const int bytes = Layout<kDim, kRows, kDecode>(work, p.layer).Size() * static_cast<int>(sizeof(float));
   const auto kernel = VerifyTileKernel<kDim, kRows, kDecode>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const int resident = device.multiprocessors * (2 * (bytes + 2048) <= device.shared_bytes ? 2 : 1);
+  const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
   kernel<<<work.items < resident ? work.items : resident, kThreads, bytes, stream>>>(p, work);
 }
 
