@@ -108,13 +108,15 @@ struct CopyBarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
 #endif
   }
-  // 16-byte aligned ends, a multiple of 16 bytes.
+  // 16-byte aligned ends, a multiple of 16 bytes; 0: nothing.
   __device__ __forceinline__ void Copy(float* shared, const float* global, uint32_t bytes) {
+    if (bytes == 0) return;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
-                 "l"(global), "r"(bytes), "r"(Address())
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+        "l"(global), "r"(bytes), "r"(Address())
+        : "memory");
 #endif
   }
   // Round 0, 1, ...: only its parity counts.

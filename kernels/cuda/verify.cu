@@ -5,6 +5,8 @@
 // Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in and
 // 0.5 KB out. Rejected, measured slower: a persistent grid that loads the next item's S into the registers of the present
 // one (spills), S in predicated loads (the compiler copies, and waits).
+#include <algorithm>
+
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/pdl.h"
 #include "kernels/cuda/window_tile.h"
@@ -41,6 +43,12 @@ struct Layout {
   __host__ __device__ int Size() const { return End() > PartialEnd() ? End() : PartialEnd(); }
 };
 
+struct BulkCopy {
+  int to;  // in shared memory, in floats
+  uint32_t bytes;
+  const float* from;
+};
+
 template <int kDim, int kRows, bool kDecode>
 struct Verifier {
   static constexpr int kColumns = kDim / 4, kChannels = kDim / 32;
@@ -73,31 +81,42 @@ struct Verifier {
     return item.folded && p.layer.global != Global::kNone;
   }
 
-  // Starts the copies of ring, rows and queries; by one warp.
-  __device__ __forceinline__ void FetchWindow(const Task& task, const Item& item, CopyBarrier& barrier) const {
+  // Copy i of an item's window: ring of keys, of values, values of the history, then rows of keys, values and queries.
+  __device__ __forceinline__ BulkCopy Describe(const Task& task, const Item& item, int i) const {
     constexpr uint32_t kRowBytes = kDim * sizeof(float);
-    const int lane = static_cast<int>(threadIdx.x) % 32, ring = item.ring(), phase = item.phase;
-    const uint32_t copied = phase + ring + 2 * item.nodes + item.rows;
-    if (lane == 0) barrier.Expect(item.rows > 0 ? copied * kRowBytes : 0);
+    const float* ring = Ring(task, item.kv_head);
+    const int keys = layout.Keys(), values = layout.Values(), begin = item.history * kDim, node = (i - 3) / 2;
+    if (i == 0) return {keys + begin, item.phase * kRowBytes, ring};
+    if (i == 1) return {values + begin, item.phase * kRowBytes, ring + RingValues()};
+    if (i == 2) {
+      return {values, item.history * kRowBytes, ring + RingValues() + (p.layer.group_size - item.history) * kDim};
+    }
+    const float* row = p.qkv + task.row_begin * Stride();
+    if (node < item.nodes) {
+      const int value = (i - 3) % 2, head = p.layer.num_heads + value * p.layer.num_kv_heads + item.kv_head;
+      return {(value != 0 ? values : keys) + (item.ring() + node) * kDim, kRowBytes,
+              row + node * Stride() + head * kDim};
+    }
+    const int query = i - 3 - 2 * item.nodes, at = item.first_row + query;
+    return {layout.Queries() + query * Tile::kQueryStride, kRowBytes,
+            row + at / item.heads * Stride() + (item.kv_head * item.heads + at % item.heads) * kDim};
+  }
+  __device__ __forceinline__ static int NumCopies(const Item& item) {
+    return item.rows > 0 ? 3 + 2 * item.nodes + item.rows : 0;
+  }
+
+  // Starts the copies, by one warp whose lanes hold copy `lane` ready.
+  __device__ __forceinline__ void FetchWindow(const Task& task, const Item& item, const BulkCopy& ready,
+                                              CopyBarrier& barrier) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, copies = NumCopies(item);
+    const int rows = item.phase + item.ring() + 2 * item.nodes + item.rows;
+    if (lane == 0) barrier.Expect(copies > 0 ? rows * static_cast<int>(kDim * sizeof(float)) : 0);
     __syncwarp();
-    if (item.rows == 0) return;
-    float *keys = shared + layout.Keys(), *values = shared + layout.Values();
-    const float *ring_k = Ring(task, item.kv_head), *ring_v = ring_k + RingValues();
-    if (lane == 0 && phase > 0) barrier.Copy(keys + item.history * kDim, ring_k, phase * kRowBytes);
-    if (lane == 1 && phase > 0) barrier.Copy(values + item.history * kDim, ring_v, phase * kRowBytes);
-    if (lane == 2 && item.history > 0) {
-      barrier.Copy(values, ring_v + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
-    }
-    const float *row_k = Keys(task, item.kv_head), *row_v = row_k + static_cast<int64_t>(p.layer.num_kv_heads) * kDim;
-    for (int node = lane; node < item.nodes; node += 32) {
-      barrier.Copy(keys + (ring + node) * kDim, row_k + node * Stride(), kRowBytes);
-      barrier.Copy(values + (ring + node) * kDim, row_v + node * Stride(), kRowBytes);
-    }
-    const float* row_q = p.qkv + task.row_begin * Stride() + static_cast<int64_t>(item.kv_head) * item.heads * kDim;
-    for (int i = lane; i < item.rows; i += 32) {
-      const int row = item.first_row + i;
-      barrier.Copy(shared + layout.Queries() + i * Tile::kQueryStride,
-                   row_q + row / item.heads * Stride() + row % item.heads * kDim, kRowBytes);
+    if (lane < copies) barrier.Copy(shared + ready.to, ready.from, ready.bytes);
+#pragma unroll 1
+    for (int i = lane + 32; i < copies; i += 32) {
+      const BulkCopy copy = Describe(task, item, i);
+      barrier.Copy(shared + copy.to, copy.from, copy.bytes);
     }
   }
 
@@ -136,6 +155,56 @@ struct Verifier {
     for (int i = 0; i < kChannels; ++i) z[i] = fmaf(decay, q_s[i], z[i]);
   }
   __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
+
+  // The item of an index, and what the lane copies for it; by one warp.
+  __device__ __forceinline__ BulkCopy Prepare(int index, const Task& task, Item& item) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane == 0) item = Item(p.layer, task, index, work.splits, kRows);
+    __syncwarp();
+    return lane < NumCopies(item) ? Describe(task, item, lane) : BulkCopy{};
+  }
+  // S of the item, or some matrix where it is not used.
+  __device__ __forceinline__ const float* Matrix(const Task& task, const Item& item) const {
+    return item.rows > 0 && NeedsState(item) ? Head(task, item.kv_head) : p.states.base;
+  }
+
+  // The two sums of the warp's row. All threads.
+  __device__ __forceinline__ void Compute(const Item& item, const StateFragment<kDim>& s, float (&local)[kChannels],
+                                          float (&z)[kChannels]) const {
+    constexpr unsigned kAll = 0xFFFFFFFFu;
+    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+    const bool needs_state = NeedsState(item);
+    const Tile tile{p.layer,
+                    item,
+                    shared + layout.Keys(),
+                    shared + layout.Values(),
+                    shared + layout.Queries(),
+                    reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
+                    shared + layout.Taps(),
+                    shared + layout.Local(),
+                    shared + layout.Grouped(),
+                    shared + layout.Partial(),
+                    __ffs(p.layer.group_size) - 1};
+    tile.Score();
+    __syncthreads();
+    tile.Weigh();
+    __syncthreads();
+    const QueryRow own = tile.Row(thread % kRows);
+    const uint64_t high = __reduce_or_sync(kAll, static_cast<uint32_t>(own.mask >> 32));
+    const uint64_t seen = high << 32 | __reduce_or_sync(kAll, static_cast<uint32_t>(own.mask));
+    const int group = __shfl_sync(kAll, own.group, warp % kRows);
+    tile.Accumulate(tile.local, seen);
+    if (needs_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
+    __syncthreads();
+    if (warp < kRows) Add(tile.partial, kClasses, local);
+    if (__any_sync(kAll, own.group > 0) && p.layer.global != Global::kNone) {  // the same in every warp
+      __syncthreads();
+      tile.Accumulate(tile.grouped, seen);
+      __syncthreads();
+      if (warp < kRows) Add(tile.partial, kClasses, z);
+    }
+    if (warp < kRows && needs_state) AddState(item.kv_head, group, z);
+  }
 
   // y of one row by one warp, lane l having channels l * kChannels + 0..; z is complete.
   __device__ __forceinline__ void Finish(const Task& task, const Item& item, const float (&local)[kChannels],
@@ -187,9 +256,9 @@ struct Verifier {
   }
 };
 
-// What a block shares about its present and its next item.
+// What a block shares about its present and its next items; round r is in tasks[r % 3] and items[r % 2].
 struct Schedule {
-  Task tasks[2];
+  Task tasks[3];
   Item items[2];
   CopyBarrier barrier;
 };
@@ -200,92 +269,56 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   __shared__ __align__(16) Schedule schedule;
   using Program = Verifier<kDim, kRows, kDecode>;
   const Program program{p, work, Layout<kDim, kRows, kDecode>(work, p.layer), shared};
-  const Layout<kDim, kRows, kDecode>& layout = program.layout;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, stride = static_cast<int>(gridDim.x);
   const int per_task = p.layer.num_kv_heads * work.splits;
-  const auto fetch = [&](int index, int buffer) {  // by one warp
-    const Task& task = schedule.tasks[buffer];
-    Item& item = schedule.items[buffer];
-    if (thread == 0) item = Item(p.layer, task, index, work.splits, kRows);
-    __syncwarp();
-    program.FetchWindow(task, item, schedule.barrier);
-    program.FetchConstants(task, item);
-  };
-  const auto matrix = [&](int index, int buffer) {  // some matrix at least, for what is never used
-    const Task& task = schedule.tasks[buffer];
-    const bool wanted = task.slot >= 0 && task.length >= p.layer.group_size && p.layer.global != Global::kNone;
-    return wanted ? program.Head(task, index / work.splits % p.layer.num_kv_heads) : p.states.base;
-  };
+  const bool fetches = warp == kThreads / 32 - 1;  // the last warp: it has the least to score and to finish
   int index = static_cast<int>(blockIdx.x);
-  if (thread == 0) {
-    schedule.barrier.Make();
-    schedule.tasks[0] = p.tasks[index / per_task];
+  if (thread == 0) schedule.barrier.Make();
+  if (thread < 2 && index + thread * stride < work.items) {
+    schedule.tasks[thread] = p.tasks[(index + thread * stride) / per_task];
   }
   __syncthreads();
-  StateFragment<kDim> s;
-  s.Load(matrix(index, 0));
-  if (warp == 0) fetch(index, 0);
+  BulkCopy ready;
+  if (fetches) {
+    ready = program.Prepare(index, schedule.tasks[0], schedule.items[0]);
+    program.FetchWindow(schedule.tasks[0], schedule.items[0], ready, schedule.barrier);
+    program.FetchConstants(schedule.tasks[0], schedule.items[0]);
+  }
   CommitCopies();
+  __syncthreads();
+  StateFragment<kDim> s;
+  s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));
   for (int round = 0;; index += stride, ++round) {
-    const int buffer = round & 1, next = index + stride;
+    const int buffer = round & 1, next = index + stride, after = next + stride;
+    const Task& next_task = schedule.tasks[(round + 1) % 3];
+    Item& next_item = schedule.items[buffer ^ 1];
     WaitCopies<0>();
     schedule.barrier.Wait(round);
     __syncthreads();
-    if (thread < 2 && next < work.items) {
-      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[buffer ^ 1]) + 4 * thread,
-                  reinterpret_cast<const float*>(p.tasks + next / per_task) + 4 * thread);
+    if (thread < 2 && after < work.items) {
+      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[(round + 2) % 3]) + 4 * thread,
+                  reinterpret_cast<const float*>(p.tasks + after / per_task) + 4 * thread);
     }
     CommitCopies();
-    const Task& task = schedule.tasks[buffer];
+    if (fetches && next < work.items) ready = program.Prepare(next, next_task, next_item);
+    const Task& task = schedule.tasks[round % 3];
     const Item& item = schedule.items[buffer];
-    const bool needs_state = item.rows > 0 && program.NeedsState(item);
-    const WindowTile<kDim, kRows> tile{p.layer,
-                                       item,
-                                       shared + layout.Keys(),
-                                       shared + layout.Values(),
-                                       shared + layout.Queries(),
-                                       reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
-                                       shared + layout.Taps(),
-                                       shared + layout.Local(),
-                                       shared + layout.Grouped(),
-                                       shared + layout.Partial(),
-                                       __ffs(p.layer.group_size) - 1};
     float local[Program::kChannels] = {}, z[Program::kChannels] = {};
-    if (item.rows > 0) {
-      tile.Score();
-      __syncthreads();
-      tile.Weigh();
-      __syncthreads();
-      const QueryRow own = tile.Row(thread % kRows);
-      const uint64_t high = __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask >> 32));
-      const uint64_t seen = high << 32 | __reduce_or_sync(0xFFFFFFFFu, static_cast<uint32_t>(own.mask));
-      const int group = __shfl_sync(0xFFFFFFFFu, own.group, warp % kRows);
-      tile.Accumulate(tile.local, seen);
-      if (needs_state) {
-        s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
-      }
-      __syncthreads();
-      if (warp < kRows) program.Add(tile.partial, kClasses, local);
-      if (__any_sync(0xFFFFFFFFu, own.group > 0) && p.layer.global != Global::kNone) {
-        __syncthreads();
-        tile.Accumulate(tile.grouped, seen);
-        __syncthreads();
-        if (warp < kRows) program.Add(tile.partial, kClasses, z);
-      }
-      if (warp < kRows && needs_state) program.AddState(item.kv_head, group, z);
-    }
+    if (item.rows > 0) program.Compute(item, s, local, z);
     if constexpr (kDecode) {
       if (item.rows > 0) program.Append(task, item);
       if (item.rows > 0 && item.phase + 1 == p.layer.group_size) program.Fold(task, item);
     }
-    WaitCopies<0>();
     __syncthreads();
     if (next >= work.items) {
       program.Finish(task, item, local, z);
       return;
     }
-    s.Load(matrix(next, buffer ^ 1));
-    if (warp == 0) fetch(next, buffer ^ 1);
+    s.Load(program.Matrix(next_task, next_item));
+    if (fetches) {
+      program.FetchWindow(next_task, next_item, ready, schedule.barrier);
+      program.FetchConstants(next_task, next_item);
+    }
     CommitCopies();
     program.Finish(task, item, local, z);
   }
@@ -304,7 +337,8 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const auto kernel = VerifyTileKernel<kDim, kRows, kDecode>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
-  kernel<<<work.items < resident ? work.items : resident, kThreads, bytes, stream>>>(p, work);
+  const int blocks = std::min(work.items, resident);
+  kernel<<<blocks, kThreads, bytes, stream>>>(p, work);
 }
 
 template <int kDim>
