@@ -32,15 +32,19 @@ struct Layout {
   __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
   __host__ __device__ int Queries() const { return Taps() + taps; }
   __host__ __device__ int Keys() const { return Queries() + kRows * Tile::kQueryStride; }
-  __host__ __device__ int Values() const { return Keys() + tokens * Tile::kStride; }
+  __host__ __device__ int Values() const { return kDecode ? KeysEnd() : KeysEnd() > Sums() ? KeysEnd() : Sums(); }
   __host__ __device__ int Local() const { return Values() + tokens * Tile::kStride; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
   __host__ __device__ int End() const { return Grouped() + tokens * kRows; }
   // Sums of the warps: in place of the keys, which are scored by then; decoding may need the keys for a fold.
   __host__ __device__ int Partial() const { return kDecode ? End() : Keys(); }
   __host__ __device__ int State() const { return Partial() + kClasses * kRows * kDim; }
-  __host__ __device__ int PartialEnd() const { return State() + StateFragment<kDim>::kParts * kRows * kDim; }
-  __host__ __device__ int Size() const { return End() > PartialEnd() ? End() : PartialEnd(); }
+  __host__ __device__ int Size() const { return kDecode ? End() + kSums : End(); }
+
+ private:
+  static constexpr int kSums = (kClasses + StateFragment<kDim>::kParts) * kRows * kDim;
+  __host__ __device__ int KeysEnd() const { return Keys() + tokens * Tile::kStride; }
+  __host__ __device__ int Sums() const { return Keys() + kSums; }
 };
 
 struct BulkCopy {
