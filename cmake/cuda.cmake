@@ -5,7 +5,12 @@ set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
 find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin)
 enable_language(CUDA)
+# The find module of Debian's CMake 3.25.1 fails without nvToolsExt, which CUDA 13 has no more, unless the project could do
+# with an older CMake.
+set(minimum_version ${CMAKE_MINIMUM_REQUIRED_VERSION})
+set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
 find_package(CUDAToolkit REQUIRED)
+set(CMAKE_MINIMUM_REQUIRED_VERSION ${minimum_version})
 set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
 set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
 set(CMAKE_CUDA_STANDARD 20)
@@ -43,7 +48,8 @@ linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/
 
 # The plugin that the server loads at start when it is there (kernels/cuda_device.h). It holds cudart and needs nothing
 # but glibc and, to find a GPU, the driver.
-add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc)
+add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc
+  kernels/cuda/device_forward.cc)
 target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_static)
 target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
 set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
