@@ -119,6 +119,12 @@ struct CopyBarrier {
         : "memory");
 #endif
   }
+  // By every thread that stored where the next round copies to, before the block's barrier ahead of that round.
+  static __device__ __forceinline__ void OrderStores() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
   // Round 0, 1, ...: only its parity counts.
   __device__ __forceinline__ void Wait(int round) const {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -283,15 +283,19 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   }
   __syncthreads();
   BulkCopy ready;
+  if (fetches) ready = program.Prepare(index, schedule.tasks[0], schedule.items[0]);
+  __syncthreads();
+  StateFragment<kDim> s;
+  if constexpr (!kDecode) s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));
+#ifndef NO_PDL
+  GridWait();  // tasks and S are older than the kernel before this one; everything else may be its work
+#endif
   if (fetches) {
-    ready = program.Prepare(index, schedule.tasks[0], schedule.items[0]);
     program.FetchWindow(schedule.tasks[0], schedule.items[0], ready, schedule.barrier);
     program.FetchConstants(schedule.tasks[0], schedule.items[0]);
   }
   CommitCopies();
-  __syncthreads();
-  StateFragment<kDim> s;
-  s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));
+  if constexpr (kDecode) s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));  // earlier, registers run out
   for (int round = 0;; index += stride, ++round) {
     const int buffer = round & 1, next = index + stride, after = next + stride;
     const Task& next_task = schedule.tasks[(round + 1) % 3];
@@ -313,6 +317,7 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
       if (item.rows > 0) program.Append(task, item);
       if (item.rows > 0 && item.phase + 1 == p.layer.group_size) program.Fold(task, item);
     }
+    CopyBarrier::OrderStores();
     __syncthreads();
     if (next >= work.items) {
       program.Finish(task, item, local, z);
@@ -342,7 +347,11 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
   const int blocks = std::min(work.items, resident);
+#ifdef NO_PDL
   kernel<<<blocks, kThreads, bytes, stream>>>(p, work);
+#else
+  LaunchOverlapped(kernel, dim3(blocks), dim3(kThreads), bytes, stream, 1, p, work);
+#endif
 }
 
 template <int kDim>
