@@ -1,10 +1,12 @@
-// tree_verify and decode on tensor cores, grid of items: (request, kv head, split of the rows). One block of 256 threads an
-// item, two blocks a multiprocessor. S is asked for first, into registers (state_fragment.h), then ring, rows and queries
-// into shared memory; S is used last. Window product: window_tile.h.
+// tree_verify and decode on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
+// threads a multiprocessor. S of an item lives in registers (state_fragment.h), its window in shared memory
+// (window_tile.h). As soon as an item's sums are formed, S and window of the next are asked for: S by 16-byte loads, the
+// window by bulk copies that one warp prepared while the others scored.
 //
 // Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in and
-// 0.5 KB out. Rejected, measured slower: a persistent grid that loads the next item's S into the registers of the present
-// one (spills), S in predicated loads (the compiler copies, and waits).
+// 0.5 KB out. Reached on an H200, 2026-11-27, in (requests, nodes): 83 % at (256, 1), 69 % at (64, 1), 60 % at (64, 4),
+// 48 % at (16, 8); 7.6 us at (1, 1); docs/cuda_attention.md.
+// Slower, measured: one item a block (71 %); S in predicated loads (copies that wait: 56 %); two tiles an item.
 #include <algorithm>
 
 #include "kernels/cuda/attention_kernels.h"
@@ -53,9 +55,16 @@ struct BulkCopy {
   const float* from;
 };
 
+// What a block shares about its present and its next items; round r is in tasks[r % 3] and items[r % 2].
+struct Schedule {
+  Task tasks[3];
+  Item items[2];
+  CopyBarrier barrier;
+};
+
 template <int kDim, int kRows, bool kDecode>
 struct Verifier {
-  static constexpr int kColumns = kDim / 4, kChannels = kDim / 32;
+  static constexpr int kChannels = kDim / 32;
   using Tile = WindowTile<kDim, kRows>;
 
   const AttentionParams& p;
@@ -172,6 +181,30 @@ struct Verifier {
     return item.rows > 0 && NeedsState(item) ? Head(task, item.kv_head) : p.states.base;
   }
 
+  // The loads of the first item. Tasks and S are older than the kernel before this one; everything else may be its work.
+  // Decoding asks for S last, because it runs out of registers.
+  __device__ __forceinline__ void Begin(int index, bool fetches, Schedule& schedule, BulkCopy& ready,
+                                        StateFragment<kDim>& s) const {
+    const Task& task = schedule.tasks[0];
+    Item& item = schedule.items[0];
+    if constexpr (!kDecode) {
+      if (fetches) ready = Prepare(index, task, item);
+      __syncthreads();
+      s.Load(Matrix(task, item));
+    }
+    GridWait();
+    if (fetches) {
+      if constexpr (kDecode) ready = Prepare(index, task, item);
+      FetchWindow(task, item, ready, schedule.barrier);
+      FetchConstants(task, item);
+    }
+    CommitCopies();
+    if constexpr (kDecode) {
+      __syncthreads();
+      s.Load(Matrix(task, item));
+    }
+  }
+
   // The two sums of the warp's row. All threads.
   __device__ __forceinline__ void Compute(const Item& item, const StateFragment<kDim>& s, float (&local)[kChannels],
                                           float (&z)[kChannels]) const {
@@ -237,9 +270,9 @@ struct Verifier {
   // Decoding: the row joins the ring.
   __device__ __forceinline__ void Append(const Task& task, const Item& item) const {
     const int thread = static_cast<int>(threadIdx.x);
-    if (thread >= 2 * kColumns) return;
-    const int64_t value = thread / kColumns;
-    const int c = thread % kColumns * 4;
+    if (thread >= 2 * (kDim / 4)) return;
+    const int64_t value = thread / (kDim / 4);
+    const int c = thread % (kDim / 4) * 4;
     Store4(Ring(task, item.kv_head) + value * RingValues() + item.phase * kDim + c,
            Load4(Keys(task, item.kv_head) + value * p.layer.num_kv_heads * kDim + c));
   }
@@ -260,13 +293,6 @@ struct Verifier {
   }
 };
 
-// What a block shares about its present and its next items; round r is in tasks[r % 3] and items[r % 2].
-struct Schedule {
-  Task tasks[3];
-  Item items[2];
-  CopyBarrier barrier;
-};
-
 template <int kDim, int kRows, bool kDecode>
 __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const Work work) {
   extern __shared__ __align__(16) float shared[];
@@ -283,19 +309,8 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   }
   __syncthreads();
   BulkCopy ready;
-  if (fetches) ready = program.Prepare(index, schedule.tasks[0], schedule.items[0]);
-  __syncthreads();
   StateFragment<kDim> s;
-  if constexpr (!kDecode) s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));
-#ifndef NO_PDL
-  GridWait();  // tasks and S are older than the kernel before this one; everything else may be its work
-#endif
-  if (fetches) {
-    program.FetchWindow(schedule.tasks[0], schedule.items[0], ready, schedule.barrier);
-    program.FetchConstants(schedule.tasks[0], schedule.items[0]);
-  }
-  CommitCopies();
-  if constexpr (kDecode) s.Load(program.Matrix(schedule.tasks[0], schedule.items[0]));  // earlier, registers run out
+  program.Begin(index, fetches, schedule, ready, s);
   for (int round = 0;; index += stride, ++round) {
     const int buffer = round & 1, next = index + stride, after = next + stride;
     const Task& next_task = schedule.tasks[(round + 1) % 3];
@@ -317,7 +332,7 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
       if (item.rows > 0) program.Append(task, item);
       if (item.rows > 0 && item.phase + 1 == p.layer.group_size) program.Fold(task, item);
     }
-    CopyBarrier::OrderStores();
+    if constexpr (!kDecode) CopyBarrier::OrderStores();  // the sums lie where the next keys go
     __syncthreads();
     if (next >= work.items) {
       program.Finish(task, item, local, z);
@@ -347,11 +362,7 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
   const int blocks = std::min(work.items, resident);
-#ifdef NO_PDL
-  kernel<<<blocks, kThreads, bytes, stream>>>(p, work);
-#else
   LaunchOverlapped(kernel, dim3(blocks), dim3(kThreads), bytes, stream, 1, p, work);
-#endif
 }
 
 template <int kDim>
