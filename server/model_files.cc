@@ -78,8 +78,10 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
                                                    std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
   auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter =
-      DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = config.engine.max_requests});
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
+                                           {.max_sequences = config.engine.max_requests,
+                                            .max_depth = config.engine.draft_depth,
+                                            .top_k = config.engine.draft_top_k});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -201,6 +203,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_output_tokens = config.engine.max_output_tokens;
   options.speculation = *mode;
   options.max_draft_nodes = config.engine.max_draft_nodes;
+  options.calibrate = config.engine.adaptive_speculation;
   auto engine = Engine::Create(std::move(files->model), std::move(drafters), options, std::move(observer));
   if (!engine.ok()) return engine.status();
   parts.engine = *std::move(engine);
