@@ -35,6 +35,10 @@ absl::Status DraftTree::Validate(int64_t vocab_size) const {
       return absl::InvalidArgumentError(
           fmt::format("draft tree node {} has token {} outside the vocabulary of {}", node, tokens[node], vocab_size));
     }
+    if (!distributions.empty() && distributions.size() != tokens.size()) {
+      return absl::InvalidArgumentError(
+          fmt::format("draft tree has {} tokens but {} distributions", tokens.size(), distributions.size()));
+    }
     if (probabilities.empty()) continue;
     if (probabilities.size() != tokens.size()) {
       return absl::InvalidArgumentError(

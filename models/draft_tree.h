@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "models/sampler.h"
 
 namespace linspec {
 
@@ -16,6 +17,9 @@ struct DraftTree {
   // [num_nodes] that the target will follow the path to the node, as the drafter sees it: 1 for the root, never rising
   // along a path. Empty: the drafter does not know.
   std::vector<float> probabilities = {};
+  // [num_nodes] what a node's token was drawn from, independently of the target, by ascending id; the root's is unused.
+  // For rejection sampling, which is exact only if it is true. An empty one: the token was certain.
+  std::vector<std::vector<TokenProbability>> distributions = {};
 
   static DraftTree Root(int32_t pending_token) { return {{pending_token}, {-1}}; }
   int num_nodes() const { return static_cast<int>(tokens.size()); }

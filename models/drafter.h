@@ -15,14 +15,22 @@
 
 namespace linspec {
 
+// How a drafter picks the tokens of a sampled request.
+enum class DraftDraw : uint8_t {
+  kCoupled,      // with the target's noise, so that both tend to pick the same
+  kIndependent,  // for rejection sampling: drawn with NoiseStream::kDraft from DraftTree::distributions, or without noise
+  kLikeliest,    // the likeliest tokens, without noise
+};
+
 // View of one decoding sequence. tokens = prompt and output, the pending token last (it is not in the target's state).
 struct DraftContext {
   uint64_t sequence_id;  // stable for the sequence's life
   std::span<const int32_t> tokens;
   int64_t num_prompt_tokens;
-  const SamplingParams* sampling;  // drafts are drawn with the target's noise (position-keyed Gumbel)
-  std::span<const float> hidden;   // [D] target's hidden state at the last committed token; empty if unknown
-  int max_nodes;                   // root included; 1 means "do not draft"
+  const SamplingParams* sampling;
+  std::span<const float> hidden;  // [D] target's hidden state at the last committed token; empty if unknown
+  int max_nodes;                  // root included; 1 means "do not draft"
+  DraftDraw draw = DraftDraw::kCoupled;
 };
 
 class Drafter {

@@ -71,8 +71,9 @@ absl::StatusOr<std::vector<DraftTree>> MedusaDrafter::Propose(std::span<const Dr
     const auto position = static_cast<int64_t>(context.tokens.size());
     Guesses guesses;
     for (int n = 0; n < std::min(depth, context.max_nodes - 1); ++n) {
+      // Without noise a guess is certain, given the hidden state: that serves rejection sampling too.
       guesses.push_back(LikelyChoices(logits->subspan((n * drafted.size() + r) * vocab, vocab), *context.sampling,
-                                      position + n, options_.top_k));
+                                      position + n, options_.top_k, context.draw == DraftDraw::kCoupled));
     }
     trees[drafted[r]] = Grow(context, guesses);
   }

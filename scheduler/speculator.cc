@@ -22,6 +22,17 @@ std::string_view DrafterName(SpeculationMode mode) {
   }
 }
 
+DraftDraw DrawFor(AcceptanceMode mode) {
+  switch (mode) {
+    case AcceptanceMode::kRejection:
+      return DraftDraw::kIndependent;
+    case AcceptanceMode::kTypical:
+      return DraftDraw::kLikeliest;
+    default:
+      return DraftDraw::kCoupled;
+  }
+}
+
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 int Depth(const DraftTree& tree) {
@@ -114,7 +125,8 @@ void Speculator::ProposeWith(int drafter, std::span<Sequence* const> sequences,
                         .num_prompt_tokens = sequence.num_prompt_tokens(),
                         .sampling = &sequence.sampling(),
                         .hidden = sequence.hidden,
-                        .max_nodes = choices_[i].nodes});
+                        .max_nodes = choices_[i].nodes,
+                        .draw = DrawFor(sequence.acceptance())});
     indices.push_back(i);
     catch_up += requests[i].catch_up_tokens[drafter];
     std::vector<int64_t>& seen = seen_[sequence.id()];

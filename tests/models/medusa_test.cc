@@ -164,7 +164,8 @@ class MedusaDrafterTest : public ::testing::Test {
     const auto heads = Heads();
     const auto logits = *heads->Logits(hidden_, heads->num_heads(), target_.get());
     const size_t vocab = target_->config().vocab_size;
-    return LikelyChoices(logits.subspan(n * vocab, vocab), sampling_, static_cast<int64_t>(tokens_.size()) + n, k);
+    return LikelyChoices(logits.subspan(n * vocab, vocab), sampling_, static_cast<int64_t>(tokens_.size()) + n, k,
+                         /*coupled=*/true);
   }
 
   const std::string folder_;
