@@ -13,6 +13,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
+#include "models/device_stats.h"
 #include "models/draft_tree.h"
 #include "models/model_config.h"
 #include "models/state_pool.h"
@@ -48,6 +49,8 @@ class Model {
   virtual int64_t weight_bytes() const = 0;  // held in memory
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
+  // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
+  virtual std::vector<DeviceStats> device_stats() const { return {}; }
   virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
 
   // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.

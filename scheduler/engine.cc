@@ -36,6 +36,12 @@ absl::Status CheckOptions(const EngineOptions& options) {
   return absl::OkStatus();
 }
 
+int64_t BytesPerRequest(const std::vector<std::unique_ptr<Drafter>>& drafters) {
+  int64_t bytes = 0;
+  for (const auto& drafter : drafters) bytes += drafter->bytes_per_request();
+  return bytes;
+}
+
 }  // namespace
 
 class Engine::Impl {
@@ -43,6 +49,7 @@ class Engine::Impl {
   Impl(std::unique_ptr<Model> model, std::unique_ptr<StatePool> pool, std::vector<std::unique_ptr<Drafter>> drafters,
        EngineOptions options, std::function<void(const StepStats&)> observer)
       : options_(options),
+        draft_bytes_per_slot_(BytesPerRequest(drafters)),
         observer_(std::move(observer)),
         model_(std::move(model)),
         pool_(std::move(pool)),
@@ -52,6 +59,8 @@ class Engine::Impl {
     snapshot_.slots_total = pool_->capacity();
     snapshot_.slots_free = pool_->num_free();
     snapshot_.bytes_per_slot = pool_->bytes_per_slot();
+    snapshot_.draft_bytes_per_slot = draft_bytes_per_slot_;
+    snapshot_.weight_bytes = model_->weight_bytes();
   }
 
   ~Impl() {
@@ -183,6 +192,7 @@ class Engine::Impl {
   }
 
   const EngineOptions options_;
+  const int64_t draft_bytes_per_slot_;  // before the drafters move into the speculator
   const std::function<void(const StepStats&)> observer_;
   const std::unique_ptr<Model> model_;  // this and the next: engine thread, but for what is constant
   const std::unique_ptr<StatePool> pool_;
@@ -219,6 +229,7 @@ void Engine::Cancel(uint64_t request_id) { impl_->Cancel(request_id); }
 void Engine::StopAdmitting() { impl_->StopAdmitting(); }
 bool Engine::Drain(std::chrono::milliseconds timeout) { return impl_->Drain(timeout); }
 EngineStats Engine::stats() const { return impl_->stats(); }
+std::vector<DeviceStats> Engine::device_stats() const { return impl_->model().device_stats(); }
 const ModelConfig& Engine::model_config() const { return impl_->model().config(); }
 const EngineOptions& Engine::options() const { return impl_->options(); }
 std::string Engine::Describe() const { return impl_->Describe(); }

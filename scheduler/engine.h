@@ -16,6 +16,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "models/device_stats.h"
 #include "models/drafter.h"
 #include "models/model.h"
 #include "models/state_pool.h"
@@ -52,7 +53,9 @@ struct StepStats {
 
 struct EngineStats {  // a consistent snapshot
   int64_t slots_total = 0, slots_free = 0, num_running = 0, num_waiting = 0, waiting_tokens = 0;
-  int64_t bytes_per_slot = 0, requests_finished = 0, output_tokens = 0, steps = 0;
+  int64_t bytes_per_slot = 0, draft_bytes_per_slot = 0;  // the target's state, all drafters' together
+  int64_t weight_bytes = 0;                              // the target's
+  int64_t requests_finished = 0, output_tokens = 0, steps = 0;
   bool speculation_on = false;
   double recent_requests_per_s = 0;  // drain rate, for Retry-After
   int64_t drafter_errors = 0;
@@ -82,6 +85,7 @@ class Engine {
   bool Drain(std::chrono::milliseconds timeout);
 
   EngineStats stats() const;
+  std::vector<DeviceStats> device_stats() const;  // the model's; empty on a CPU
   const ModelConfig& model_config() const;
   const EngineOptions& options() const;
   std::string Describe() const;  // model, pool and capacity, for the start-up print

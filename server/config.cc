@@ -98,6 +98,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.operations.drain_timeout_s);
   visit(FlagInfo{g, "log-level", "", 0, 0, {"debug", "info", "warn", "error", "off"}}, c.operations.log_level);
   visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
+  visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},
+        c.operations.log_prompts);
   visit(FlagInfo{g, "metrics-alias", "vllm: export the core metrics a second time as vllm:*", 0, 0, {"", "vllm"}},
         c.operations.metrics_alias);
 }
@@ -276,6 +278,19 @@ std::string ServerHelp() {
     const std::string value = Print(field);
     if (value != "\"\"") text += fmt::format(" (default {})", value);
     text += '\n';
+  });
+  return text;
+}
+
+std::string ChangedFlags(const ServerConfig& config) {
+  std::vector<std::string> defaults;
+  const ServerConfig fresh;
+  VisitFlags(fresh, [&](const FlagInfo&, auto& field) { defaults.push_back(Print(field)); });
+  std::string text;
+  size_t index = 0;
+  VisitFlags(config, [&](const FlagInfo& info, auto& field) {
+    const std::string value = Print(field);
+    if (value != defaults[index++]) text += fmt::format("{}--{} {}", text.empty() ? "" : " ", info.name, value);
   });
   return text;
 }

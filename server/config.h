@@ -61,6 +61,7 @@ struct ServerConfig {
     double drain_timeout_s = 30;
     std::string log_level = "info";
     std::string log_format = "text";
+    bool log_prompts = false;
     std::string metrics_alias;
   } operations;
 };
@@ -73,6 +74,7 @@ absl::Status ApplyYaml(const std::string& yaml, const std::string& source, Serve
 absl::Status ValidateConfig(const ServerConfig& config);
 
 std::string ServerHelp();                                // grouped, with defaults
+std::string ChangedFlags(const ServerConfig& config);    // "--name value ..." of those that differ from the default
 std::string DescribeConfig(const ServerConfig& config);  // one `--flag value` per line, those that differ marked with *
 
 }  // namespace linspec

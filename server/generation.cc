@@ -84,7 +84,9 @@ absl::Status Generation::Start(const std::string& tenant, const HttpNotify& noti
                         .speculation = call_.speculation,
                         .priority = call_.priority,
                         .prompt_logprobs = WantsPromptLogprobs(),
-                        .tenant = tenant};
+                        .tenant = tenant,
+                        .log_id = request_id_,
+                        .n = call_.n};
       spec.sampling.seed = seed + static_cast<uint64_t>(i);  // candidates differ, and can be repeated
       if (call_.best_of > call_.n) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);  // to rank them
       auto request = service_->Start(prompts[p], std::move(spec));

@@ -14,6 +14,7 @@
 #include "linspec/v1/linspec.grpc.pb.h"
 #include "server/errors.h"
 #include "server/grpc_convert.h"
+#include "server/grpc_metrics.h"
 #include "server/json_text.h"
 #include "server/model_files.h"
 
@@ -79,6 +80,11 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     reactor->self_ = reactor;
     GenerateReactor* raw = reactor.get();
     if (absl::Status status = reactor->Begin(request, auth, pump); !status.ok()) {
+      service->log().Write(LogLevel::kInfo, "request refused",
+                           {{"request_id", request.request_id()},
+                            {"handler", "Generate"},
+                            {"status", absl::StatusCodeToString(status.code())},
+                            {"param", ErrorField(status)}});
       reactor->finishing_ = true;
       reactor->Finish(ToGrpcStatus(status));
     }
@@ -92,6 +98,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     {
       std::lock_guard lock(mutex_);
       busy_ = false;
+      service_->metrics().OnWrite(std::chrono::duration<double>(Clock::now() - write_start_).count());
       if (!ok) request_.reset();
     }
     Advance();
@@ -121,6 +128,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
     auto tokens = service_->ToTokens(*prompt);
     if (!tokens.ok()) return tokens.status();
     spec->tenant = *tenant;
+    spec->log_id = request.request_id();
     const auto deadline = context_->deadline();
     if (deadline != std::chrono::system_clock::time_point::max()) {
       spec->deadline =
@@ -168,6 +176,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
         if (finishing_) end = EndStatus(delta);
         write = !finishing_ || end.ok();
         busy_ = write;
+        write_start_ = Clock::now();
       }
     }
     if (!write) return Finish(end);
@@ -210,6 +219,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<v1::GenerateResponse>,
   std::mutex mutex_;               // guards the rest
   std::unique_ptr<RunningRequest> request_;
   bool busy_ = false, finishing_ = false;
+  Clock::time_point write_start_;
 };
 
 class LinSpecService final : public v1::LinSpec::CallbackService {
@@ -366,6 +376,7 @@ absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> GrpcFrontEnd::Start(Service* servi
   const std::string address = fmt::format("{}:{}", config.network.host, config.network.grpc_port);
   grpc::ServerBuilder builder;
   SetLimits(config, &builder);
+  builder.experimental().SetInterceptorCreators(RpcMetricsInterceptors(&service->metrics()));
   builder.AddListeningPort(address, *credentials, &impl->port);
   builder.RegisterService(&impl->calls);
   impl->server = builder.BuildAndStart();

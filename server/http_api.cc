@@ -103,6 +103,12 @@ std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify n
     auto operation = Route(&request, std::move(notify));
     if (operation.ok()) return *std::move(operation);
     reply = ErrorReply(operation.status());
+    // Field and code only: messages may quote what the client sent.
+    service_->log().Write(LogLevel::kInfo, "request refused",
+                          {{"request_id", request.request_id},
+                           {"handler", route->path},
+                           {"status", static_cast<int64_t>(reply.status)},
+                           {"param", ErrorField(operation.status())}});
   }
   reply.headers.emplace_back("X-Request-Id", request.request_id);
   if (!cors.empty()) reply.headers.emplace_back("Access-Control-Allow-Origin", cors);
@@ -216,6 +222,11 @@ void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {
       request.method == "GET" || request.method == "POST" || request.method == "HEAD" || request.method == "OPTIONS";
   service_->metrics().OnHttp(route == nullptr ? "other" : route->path, known ? request.method : "other", status,
                              seconds);
+  service_->log().Write(LogLevel::kDebug, "http",
+                        {{"request_id", request.request_id},
+                         {"handler", route == nullptr ? "other" : route->path},
+                         {"status", static_cast<int64_t>(status)},
+                         {"ms", seconds * 1e3}});
 }
 
 }  // namespace linspec

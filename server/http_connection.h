@@ -271,13 +271,16 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     writing_ = true;
     output_ = std::move(data);
     SetDeadline(shared_->options.idle_timeout_s);
-    net::async_write(stream_, net::buffer(output_), [self = this->shared_from_this(), then](Error error, size_t) {
-      self->writing_ = false;
-      if (self->closed_) return;
-      if (error) return self->Close();
-      self->ClearDeadline();
-      then();
-    });
+    const auto start = SteadyClock::now();
+    net::async_write(
+        stream_, net::buffer(output_), [self = this->shared_from_this(), then, start](Error error, size_t) {
+          self->writing_ = false;
+          self->shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
+          if (self->closed_) return;
+          if (error) return self->Close();
+          self->ClearDeadline();
+          then();
+        });
   }
 
   void Finish() {

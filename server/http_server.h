@@ -58,6 +58,7 @@ struct HttpServerOptions {
   // Answers a request that never reached the handler: parse errors, limits.
   std::function<HttpReply(const absl::Status&)> error_reply;
   std::function<void(const HttpRequest&, int status, double seconds)> observer;  // after the last byte
+  std::function<void(double seconds)> write_observer;                            // each write, until it was taken
 };
 
 class HttpServer {

@@ -122,10 +122,11 @@ absl::Status Generate(std::span<const std::string> args) {
   if (!config.ok()) return config.status();
   config->engine.max_requests = 1;
 
-  Metrics metrics("generate", false);
+  Metrics metrics({.model_name = "generate"});
+  Log log(LogFormat::kText, LogLevel::kOff);
   auto parts = LoadParts(*config, nullptr);
   if (!parts.ok()) return parts.status();
-  Service service(*config, *std::move(parts), &metrics);
+  Service service(*config, *std::move(parts), &metrics, &log);
   service.engine().Start();
   auto tokens = service.ToTokens(chat ? PromptInput(std::vector<ChatMessage>{{"user", prompt}}) : PromptInput(prompt));
   if (!tokens.ok()) return tokens.status();

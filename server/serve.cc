@@ -1,6 +1,5 @@
 // `linspec serve`: load, listen, wait for a signal, drain.
 #include <fmt/format.h>
-#include <spdlog/spdlog.h>
 
 #include <chrono>
 #include <csignal>
@@ -19,14 +18,27 @@
 namespace linspec {
 namespace {
 
-void SetUpLogging(const ServerConfig::OperationsOptions& options) {
-  if (options.log_format == "json") {
-    spdlog::set_pattern(R"({"time":"%Y-%m-%dT%H:%M:%S.%e%z","level":"%l","message":"%v"})");
-  } else {
-    spdlog::set_pattern("%Y-%m-%d %H:%M:%S.%e %l %v");
+Log MakeLog(const ServerConfig::OperationsOptions& options) {
+  const LogFormat format = options.log_format == "json" ? LogFormat::kJson : LogFormat::kText;
+  for (const auto& [name, level] : {std::pair("debug", LogLevel::kDebug), std::pair("info", LogLevel::kInfo),
+                                    std::pair("warn", LogLevel::kWarn), std::pair("error", LogLevel::kError)}) {
+    if (options.log_level == name) return Log(format, level);
   }
-  const std::string level = options.log_level == "error" ? "err" : options.log_level;
-  spdlog::set_level(spdlog::level::from_str(level));
+  return Log(format, LogLevel::kOff);
+}
+
+void AddCollectors(Metrics* metrics, const Log* log, Service* service, const HttpServer* http) {
+  metrics->AddCollector(ProcessSamples);
+  metrics->AddCollector([service] { return DeviceSamples(service->engine().device_stats()); });
+  metrics->AddCollector([log, http]() -> std::vector<MetricSample> {
+    const double connections = http == nullptr ? 0 : http->open_connections();
+    return {{"linspec_log_lines_lost_total",
+             "Log lines that could not be written",
+             true,
+             {},
+             static_cast<double>(log->lines_lost())},
+            {"linspec_http_connections_open", "Open HTTP connections", false, {}, connections}};
+  });
 }
 
 // SIGINT and SIGTERM are waited for, never handled: blocked here, before any thread exists, so that all inherit it.
@@ -40,7 +52,7 @@ sigset_t BlockSignals() {
   return signals;
 }
 
-absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config, HttpApi* api) {
+absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config, HttpApi* api, Metrics* metrics) {
   if (config.network.http_port < 0) return std::unique_ptr<HttpServer>();
   HttpServerOptions options;
   options.host = config.network.host;
@@ -56,6 +68,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config
   options.tls_client_ca = config.security.tls_client_ca;
   options.error_reply = [api](const absl::Status& status) { return api->ErrorReply(status); };
   options.observer = [api](const HttpRequest& request, int status, double s) { api->Observe(request, status, s); };
+  options.write_observer = [metrics](double seconds) { metrics->OnWrite(seconds); };
   return HttpServer::Start(std::move(options), [api](HttpRequest request, HttpNotify notify) {
     return api->Handle(std::move(request), std::move(notify));
   });
@@ -82,17 +95,34 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
   std::fflush(stdout);
 }
 
+// With JSON logs every line of standard output is JSON, the greeting included.
+void LogReady(const ServerConfig& config, Service* service, int http_port, int grpc_port, Log* log) {
+  const EngineStats stats = service->engine().stats();
+  log->Write(LogLevel::kInfo, "ready",
+             {{"version", kVersion},
+              {"model", service->model_name()},
+              {"description", service->engine().Describe()},
+              {"capacity_requests", stats.slots_total},
+              {"state_bytes_per_request", stats.bytes_per_slot},
+              {"host", config.network.host},
+              {"http_port", int64_t{http_port}},
+              {"grpc_port", int64_t{grpc_port}},
+              {"flags", ChangedFlags(config)}});
+}
+
 // A second signal ends the process at once, whatever is still running.
-void DrainUntilDoneOrSignal(const sigset_t& signals, const ServerConfig& config, Service* service) {
+void DrainUntilDoneOrSignal(const sigset_t& signals, const ServerConfig& config, Service* service, Log* log) {
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(config.operations.drain_timeout_s * 1000));
   std::thread impatient([signals] {
     int signal = 0;
     sigwait(&signals, &signal);
-    spdlog::warn("second signal: ending at once");
+    fmt::print(stderr, "linspec: second signal: ending at once\n");  // the log would not be written any more
     std::_Exit(130);
   });
   impatient.detach();  // ends with the process
-  if (!service->engine().Drain(timeout)) spdlog::warn("drain timeout: the requests left were aborted");
+  if (!service->engine().Drain(timeout)) {
+    log->Write(LogLevel::kWarn, "drain timeout: the requests left were aborted");
+  }
 }
 
 }  // namespace
@@ -101,35 +131,44 @@ absl::Status Serve(std::span<const std::string> args) {
   auto config = ParseServerConfig(args);
   if (!config.ok()) return config.status();
   const sigset_t signals = BlockSignals();
-  SetUpLogging(config->operations);
+  Log log(MakeLog(config->operations));
   auto auth = Authenticator::Create(config->security.api_key_file, config->security.public_metrics);
   if (!auth.ok()) return auth.status();
 
-  fmt::print("linspec {}\n", kVersion);
+  const bool json = log.format() == LogFormat::kJson;
+  if (!json) fmt::print("linspec {}\n", kVersion);
   // The metrics carry the model's name, which is known after loading; the engine reports only once it runs.
   std::unique_ptr<Metrics> metrics;
   auto parts = LoadParts(*config, [&metrics](const StepStats& step) { metrics->OnStep(step); });
   if (!parts.ok()) return parts.status();
-  metrics = std::make_unique<Metrics>(parts->model_name, config->operations.metrics_alias == "vllm");
-  Service service(*config, *std::move(parts), metrics.get());
+  metrics = std::make_unique<Metrics>(MetricsOptions{.model_name = parts->model_name,
+                                                     .drafters = parts->drafters,
+                                                     .alias_vllm = config->operations.metrics_alias == "vllm"});
+  Service service(*config, *std::move(parts), metrics.get(), &log);
   service.engine().Start();
 
   HttpApi api(&service, auth->get());
-  auto http = StartHttp(*config, &api);
+  auto http = StartHttp(*config, &api, metrics.get());
   if (!http.ok()) return http.status();
   auto grpc = GrpcFrontEnd::Start(&service, auth->get());
   if (!grpc.ok()) return grpc.status();
-  PrintReady(*config, &service, *http ? (*http)->port() : 0, *grpc ? (*grpc)->port() : 0);
+  AddCollectors(metrics.get(), &log, &service, http->get());
+  const int http_port = *http ? (*http)->port() : 0, grpc_port = *grpc ? (*grpc)->port() : 0;
+  if (json)
+    LogReady(*config, &service, http_port, grpc_port, &log);
+  else
+    PrintReady(*config, &service, http_port, grpc_port);
 
   int signal = 0;
   sigwait(&signals, &signal);
-  spdlog::info("signal {}: draining for at most {} s", signal, config->operations.drain_timeout_s);
+  log.Write(LogLevel::kInfo, "draining",
+            {{"signal", int64_t{signal}}, {"timeout_s", config->operations.drain_timeout_s}});
   service.StopAdmitting();
   if (*grpc) (*grpc)->SetServing(false);
-  DrainUntilDoneOrSignal(signals, *config, &service);
+  DrainUntilDoneOrSignal(signals, *config, &service, &log);
   if (*http) (*http)->Stop(2.0);
   if (*grpc) (*grpc)->Stop(2.0);
-  spdlog::info("drained; bye");
+  log.Write(LogLevel::kInfo, "drained");
   return absl::OkStatus();
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <utility>
 
@@ -40,33 +41,60 @@ RunningRequest::RunningRequest(Service* service, uint64_t id, std::shared_ptr<Re
 
 RunningRequest::~RunningRequest() {
   stream_->Cancel();
-  if (submitted_ && !reported_) {
-    service_->metrics().OnFinished(FinishReason::kCancelled, stream_->usage(), stream_->times());
-  }
+  if (submitted_ && !reported_) Report(FinishReason::kCancelled);
   if (submitted_) service_->engine().Cancel(id_);  // ids that ended are ignored
   service_->Forget(id_, spec_);
 }
 
+void RunningRequest::Report(FinishReason reason) {
+  reported_ = true;
+  const StreamUsage& usage = stream_->usage();
+  const StreamTimes& times = stream_->times();
+  service_->metrics().OnFinished(reason, usage, times);
+  const auto ms = [&](Clock::time_point from, Clock::time_point to) {
+    const bool known = from != Clock::time_point() && to != Clock::time_point();
+    return known ? std::chrono::duration<double, std::milli>(to - from).count()
+                 : std::numeric_limits<double>::quiet_NaN();
+  };
+  const std::string id = spec_.log_id.empty() ? std::to_string(id_) : spec_.log_id;
+  // With seed, sampling parameters and prompt a request can be repeated, token for token.
+  service_->log().Write(LogLevel::kInfo, "request finished",
+                        {{"request_id", id},
+                         {"finish_reason", FinishReasonName(reason)},
+                         {"prompt_tokens", usage.prompt_tokens},
+                         {"output_tokens", usage.completion_tokens},
+                         {"draft_tokens", usage.draft_tokens},
+                         {"accepted_tokens", usage.accepted_tokens},
+                         {"queue_ms", ms(times.engine.arrival, times.engine.scheduled)},
+                         {"ttft_ms", ms(times.engine.arrival, times.engine.first_token)},
+                         {"e2e_ms", ms(times.engine.arrival, times.last_output)},
+                         {"seed", std::to_string(spec_.sampling.seed)},
+                         {"temperature", static_cast<double>(spec_.sampling.temperature)},
+                         {"max_tokens", static_cast<int64_t>(spec_.sampling.max_tokens)}});
+}
+
 StreamDelta RunningRequest::Take() {
+  const Clock::time_point start = Clock::now();
   StreamDelta delta = stream_->Take();
   Metrics& metrics = service_->metrics();
+  if (!delta.empty()) metrics.OnDetokenize(std::chrono::duration<double>(Clock::now() - start).count());
   if (!first_seen_ && !delta.tokens.empty()) {
     first_seen_ = true;
     metrics.OnFirstToken(stream_->times());
   }
   metrics.OnGaps(stream_->TakeGaps());
   if (stream_->finished() && !reported_) {
-    reported_ = true;
-    metrics.OnFinished(delta.finish_reason, stream_->usage(), stream_->times());
+    Report(delta.finish_reason);
     if (!delta.stop_string.empty()) service_->engine().Cancel(id_);
   }
   return delta;
 }
 
-Service::Service(ServerConfig config, Parts parts, Metrics* metrics)
+Service::Service(ServerConfig config, Parts parts, Metrics* metrics, Log* log)
     : config_(std::move(config)),
       parts_(std::move(parts)),
       metrics_(metrics),
+      log_(log),
       started_at_(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch())
                       .count()) {
   for (int32_t id = 0; id < parts_.tokenizer->vocab_size(); ++id) {
@@ -234,6 +262,8 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
     request.priority =
         std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
   }
+  metrics_->OnSubmitted(spec.sampling.max_tokens, spec.n);
+  if (config_.operations.log_prompts) LogPrompt(spec, id, request.prompt_tokens);
   // From here on the destructor gives back name and count.
   auto running = std::make_unique<RunningRequest>(this, id, std::move(stream), std::move(spec));
   absl::Status status = parts_.engine->Submit(std::move(request));
@@ -242,6 +272,13 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
   if (!status.ok()) return NameField(status);
   running->submitted_ = true;
   return running;
+}
+
+void Service::LogPrompt(const GenerateSpec& spec, uint64_t id, const std::vector<int32_t>& prompt) {
+  const auto text = parts_.tokenizer->Decode(prompt, /*skip_special_tokens=*/false);
+  log_->Write(LogLevel::kInfo, "prompt",
+              {{"request_id", spec.log_id.empty() ? std::to_string(id) : spec.log_id},
+               {"text", text.ok() ? std::string_view(*text) : std::string_view("(not decodable)")}});
 }
 
 void Service::Forget(uint64_t id, const GenerateSpec& spec) {

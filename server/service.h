@@ -18,6 +18,7 @@
 #include "models/tokenizer.h"
 #include "scheduler/engine.h"
 #include "server/config.h"
+#include "server/log.h"
 #include "server/metrics.h"
 #include "server/response_stream.h"
 
@@ -39,6 +40,8 @@ struct GenerateSpec {
   std::optional<Clock::time_point> deadline = {};
   std::string tenant = {};  // which API key asks; "" without keys
   std::string name = {};    // the client's request id, for Abort; "" for none
+  std::string log_id = {};  // what the log calls the request; "": its number
+  int n = 1;                // answers asked for in the same call, for the metrics
 };
 
 class Service;
@@ -51,13 +54,15 @@ class RunningRequest {
   RunningRequest(const RunningRequest&) = delete;
 
   void SetNotify(std::function<void()> notify) { stream_->SetNotify(std::move(notify)); }
-  StreamDelta Take();  // and reports to the metrics
+  StreamDelta Take();  // and reports to metrics and log
   bool finished() const { return stream_->finished(); }
   bool overflowed() const { return stream_->overflowed(); }
   const StreamUsage& usage() const { return stream_->usage(); }
   uint64_t id() const { return id_; }
 
  private:
+  void Report(FinishReason reason);
+
   Service* const service_;
   const uint64_t id_;
   const std::shared_ptr<ResponseStream> stream_;
@@ -75,7 +80,8 @@ class Service {
     std::vector<std::string> drafters;
     std::string model_name;
   };
-  Service(ServerConfig config, Parts parts, Metrics* metrics);
+  // metrics and log must outlive the service.
+  Service(ServerConfig config, Parts parts, Metrics* metrics, Log* log);
   ~Service();  // all RunningRequests must be gone
 
   // Overload and drain, from counters alone: asked before a prompt is tokenized. prompt_bytes bounds its tokens.
@@ -94,6 +100,7 @@ class Service {
   const Tokenizer& tokenizer() const { return *parts_.tokenizer; }
   Engine& engine() { return *parts_.engine; }
   Metrics& metrics() { return *metrics_; }
+  Log& log() { return *log_; }
   const std::string& model_name() const { return parts_.model_name; }
   const std::vector<std::string>& drafters() const { return parts_.drafters; }
   int64_t started_at() const { return started_at_; }  // seconds since 1970
@@ -103,11 +110,13 @@ class Service {
   absl::StatusOr<std::vector<int32_t>> ChatTokens(const std::vector<ChatMessage>& messages) const;
   std::string QuoteSpecialTokens(std::string text) const;
   absl::Status Overloaded(absl::Status status, const char* reason);
+  void LogPrompt(const GenerateSpec& spec, uint64_t id, const std::vector<int32_t>& prompt);
   void Forget(uint64_t id, const GenerateSpec& spec);
 
   const ServerConfig config_;
   Parts parts_;
   Metrics* const metrics_;
+  Log* const log_;
   const int64_t started_at_;
   std::vector<std::string> special_spellings_;  // longest first
   std::array<bool, 256> starts_special_{};      // by first byte

@@ -31,8 +31,8 @@ class Server:
             command += ["--draft-model", os.environ["LINSPEC_DRAFT_MODEL"]]
         with open(log_path, "w") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT)
-        self.http_port = int(self._wait_for(r"^REST\s+https?://127\.0\.0\.1:(\d+)$"))
-        self.grpc_port = int(self._wait_for(r"^gRPC\s+127\.0\.0\.1:(\d+)$"))
+        self.http_port = int(self._wait_for(r"^REST\s+https?://127\.0\.0\.1:(\d+)$|\"http_port\":(\d+)"))
+        self.grpc_port = int(self._wait_for(r"^gRPC\s+127\.0\.0\.1:(\d+)$|\"grpc_port\":(\d+)"))
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_address = f"127.0.0.1:{self.grpc_port}"
 
@@ -41,7 +41,7 @@ class Server:
         while time.time() < deadline:
             found = re.search(pattern, self.log(), re.M)
             if found:
-                return found.group(1)
+                return found[found.lastindex]
             if self.process.poll() is not None:
                 break
             time.sleep(0.05)

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import signal
+import socket
 import ssl
 import subprocess
 import threading
@@ -110,6 +111,102 @@ def test_cors_is_opt_in(make_server, server):
     assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert httpx.get(open_server.url + "/v1/models").headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert "vllm:num_requests_running{" in httpx.get(open_server.url + "/metrics").text
+
+
+def events(server):
+    """The log's lines as JSON; the greeting is one of them."""
+    return [json.loads(line) for line in server.log().splitlines() if line]
+
+
+def wait_for_event(server, request_id, event):
+    deadline = time.time() + 10
+    while time.time() < deadline:
+        for line in events(server):
+            if line["event"] == event and line.get("request_id") == request_id:
+                return line
+        time.sleep(0.05)
+    raise AssertionError(f"no {event!r} of {request_id} in\n{server.log()}")
+
+
+def test_json_log_has_request_ids_and_no_prompts(make_server, stubs):
+    pb, pb_grpc = stubs
+    for log_prompts in ("false", "true"):
+        server = make_server("--log-format", "json", "--log-prompts", log_prompts)
+        assert [line["event"] for line in events(server)] == ["ready"]
+        answer = httpx.post(server.url + "/v1/completions", headers={"X-Request-Id": "plain-1"},
+                            json={"prompt": "A secret \"rendezvous\"", "max_tokens": 4, "seed": 7, "ignore_eos": True})
+        assert answer.headers["X-Request-Id"] == "plain-1"
+        done = wait_for_event(server, "plain-1", "request finished")
+        assert done["output_tokens"] == 4 and done["seed"] == "7" and done["finish_reason"] == "length"
+        assert 0 <= done["queue_ms"] <= done["ttft_ms"] <= done["e2e_ms"]
+        stub = pb_grpc.LinSpecStub(grpc.insecure_channel(server.grpc_address))
+        stopping = pb.StoppingParameters(max_tokens=3, ignore_eos=True)
+        list(stub.Generate(pb.GenerateRequest(text="A secret rendezvous", request_id="rpc-1", stopping=stopping)))
+        assert wait_for_event(server, "rpc-1", "request finished")["output_tokens"] == 3
+        bad = httpx.post(server.url + "/v1/completions", headers={"X-Request-Id": "bad-1"},
+                         json={"prompt": "rendezvous", "temperature": -1})
+        assert bad.status_code == 400
+        refused = wait_for_event(server, "bad-1", "request refused")
+        assert refused["param"] == "temperature" and refused["status"] == 400
+        if log_prompts == "true":
+            assert "rendezvous" in wait_for_event(server, "plain-1", "prompt")["text"]
+        else:
+            assert "rendezvous" not in server.log()
+
+
+def test_a_full_disk_for_logs_stops_nothing(tmp_path):
+    with open("/dev/full", "w") as full:
+        ports = []
+        for _ in range(2):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                ports.append(str(probe.getsockname()[1]))
+        process = subprocess.Popen([BINARY, "serve", "--http-port", ports[0], "--grpc-port", ports[1], "--log-format", "json"],
+                                   stdout=full)
+    try:
+        url = f"http://127.0.0.1:{ports[0]}"
+        deadline = time.time() + 60
+        while time.time() < deadline:
+            try:
+                if httpx.get(url + "/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.05)
+        for _ in range(3):
+            assert httpx.post(url + "/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=60).status_code == 200
+        lost = [line for line in httpx.get(url + "/metrics").text.splitlines() if line.startswith("linspec_log_lines_lost_total ")]
+        assert float(lost[0].split()[1]) >= 3
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def test_metrics_of_both_protocols(make_server, stubs):
+    pb, pb_grpc = stubs
+    server = make_server()
+    stub = pb_grpc.LinSpecStub(grpc.insecure_channel(server.grpc_address))
+    list(stub.Generate(pb.GenerateRequest(text="x", stopping=pb.StoppingParameters(max_tokens=2))))
+    with pytest.raises(grpc.RpcError):
+        list(stub.Generate(pb.GenerateRequest(stopping=pb.StoppingParameters(max_tokens=2))))
+    assert complete(server).status_code == 200
+    assert httpx.get(server.url + "/no/such/path").status_code == 404
+    wanted = [("linspec_grpc_requests_total", 'code="OK"', 'method="Generate"'),
+              ("linspec_grpc_requests_total", 'code="INVALID_ARGUMENT"', 'method="Generate"'),
+              ("linspec_http_requests_total", 'handler="other"', 'method="GET"', 'status="404"'),
+              ("linspec_request_success_total", 'finished_reason="length"')]
+    wanted += [("linspec_step_stage_seconds_count", f'stage="{stage}"')
+               for stage in ("queue", "prefill", "draft", "verify", "accept", "commit", "deliver")]
+    wanted += [("linspec_response_stage_seconds_count", f'stage="{stage}"') for stage in ("detokenize", "write")]
+    deadline = time.time() + 10     # a call is counted when it is torn down, just after the client has its status
+    while True:
+        text = httpx.get(server.url + "/metrics").text
+        counted = [line for line in text.splitlines() if not line.startswith("#") and not line.endswith(" 0")]
+        missing = [parts for parts in wanted if not any(all(part in line for part in parts) for line in counted)]
+        if not missing or time.time() > deadline:
+            break
+        time.sleep(0.05)
+    assert not missing
+    assert "/no/such/path" not in text      # labels come from fixed lists
 
 
 def stream(server, tokens, out):
