@@ -173,7 +173,10 @@ void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const 
   const SamplingParams& sampling = *draft.context->sampling;
   if (draft.context->draw == DraftDraw::kIndependent) {
     std::optional<IndependentDraw> drawn = DrawIndependently(logits, sampling, position);
-    if (!drawn || drawn->candidate.probability < options_.min_confidence) return;
+    if (!drawn || drawn->candidate.probability < options_.min_confidence ||
+        path * drawn->candidate.probability < draft.context->min_probability) {
+      return;
+    }
     draft.candidates.push_back({.token = drawn->candidate.token,
                                 .parent = parent,
                                 .depth = depth + 1,
@@ -185,6 +188,7 @@ void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const 
       LikelyChoices(logits, sampling, position, options_.top_k, draft.context->draw == DraftDraw::kCoupled);
   if (choices.empty() || choices[0].probability < options_.min_confidence) return;
   for (const DraftCandidate& choice : choices) {
+    if (path * choice.probability < draft.context->min_probability) break;
     draft.candidates.push_back(
         {.token = choice.token, .parent = parent, .depth = depth + 1, .probability = path * choice.probability});
   }

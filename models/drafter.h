@@ -30,6 +30,7 @@ struct DraftContext {
   const SamplingParams* sampling;
   std::span<const float> hidden;  // [D] target's hidden state at the last committed token; empty if unknown
   int max_nodes;                  // root included; 1 means "do not draft"
+  float min_probability = 0;      // paths that the drafter holds less likely are not worth proposing
   DraftDraw draw = DraftDraw::kCoupled;
 };
 
@@ -41,6 +42,7 @@ class Drafter {
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
+  virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused
 };
 
 }  // namespace linspec

@@ -241,7 +241,7 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
     if (observer != nullptr) observer->OnStep(step);
   });
   if (!parts.ok()) return parts.status();
-  Metrics metrics("bench", false);
+  Metrics metrics({.model_name = "bench"});
   Service service(*config, *std::move(parts), &metrics);
   const auto sets = ReadPrompts(path, per_set, service);
   if (!sets.ok()) return sets.status();

@@ -81,7 +81,8 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
                                            {.max_sequences = config.engine.max_requests,
                                             .max_depth = config.engine.draft_depth,
-                                            .top_k = config.engine.draft_top_k});
+                                            .top_k = config.engine.draft_top_k,
+                                            .min_confidence = 0});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
