@@ -36,3 +36,15 @@ endfunction()
 linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
 linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
 configure_file(tests/cuda/run_on_gpu.sh ${CMAKE_BINARY_DIR}/device/run_on_gpu.sh COPYONLY)
+
+# The plugin that the server loads at start when it is there (kernels/cuda_device.h). It holds cudart and needs nothing
+# but glibc and, to find a GPU, the driver.
+add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc)
+target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_static)
+target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
+set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
+install(TARGETS linspec_cuda LIBRARY DESTINATION lib)
+
+# The model and the engine on the GPU: needs the shared libraries that the bundle carries, and the plugin beside it.
+add_executable(cuda_model_test tests/cuda/model_test.cc)
+target_link_libraries(cuda_model_test PRIVATE linspec_scheduler)

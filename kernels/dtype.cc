@@ -15,6 +15,7 @@ size_t DTypeSize(DType dtype) {
     case DType::kBF16:
       return 2;
     case DType::kI8:
+    case DType::kF8:
       return 1;
     case DType::kI64:
       return 8;
@@ -36,6 +37,8 @@ const char* DTypeName(DType dtype) {
       return "I32";
     case DType::kI64:
       return "I64";
+    case DType::kF8:
+      return "F8_E4M3";
   }
   LINSPEC_CHECK(false);
 }

@@ -32,7 +32,7 @@ absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std
         "max_catch_up_tokens {} (1 or more)",
         options.max_depth, options.top_k, kMaxTreeNodes - 1, options.min_confidence, options.max_catch_up_tokens));
   }
-  absl::StatusOr<std::unique_ptr<StatePool>> pool = StatePool::Create(model->config(), options.max_sequences);
+  absl::StatusOr<std::unique_ptr<StatePool>> pool = model->CreatePool(options.max_sequences);
   if (!pool.ok()) return pool.status();
   return std::unique_ptr<DraftModelDrafter>(new DraftModelDrafter(std::move(model), *std::move(pool), options));
 }

@@ -10,6 +10,25 @@ std::vector<int> DraftTree::Depths() const {
   return depths;
 }
 
+DraftTree DraftTree::Keep(const std::vector<bool>& keep) const {
+  DraftTree kept;
+  std::vector<int> places(num_nodes(), -1);
+  for (int node = 0; node < num_nodes(); ++node) {
+    if (!keep[node]) continue;
+    places[node] = kept.Add(tokens[node], parents[node] < 0 ? -1 : places[parents[node]]);
+    if (!probabilities.empty()) kept.probabilities.push_back(probabilities[node]);
+    if (!distributions.empty()) kept.distributions.push_back(distributions[node]);
+  }
+  return kept;
+}
+
+DraftTree DraftTree::CutBelow(int max_depth) const {
+  const std::vector<int> depths = Depths();
+  std::vector<bool> keep;
+  for (const int depth : depths) keep.push_back(depth <= max_depth);
+  return Keep(keep);
+}
+
 int DraftTree::FindChild(int node, int32_t token) const {
   for (int child = node + 1; child < num_nodes(); ++child) {
     if (parents[child] == node && tokens[child] == token) return child;

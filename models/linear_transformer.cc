@@ -22,40 +22,6 @@ float* Grow(std::vector<float>& buffer, int64_t size) {
 
 int64_t FloatBytes(const std::vector<float>& values) { return static_cast<int64_t>(values.size() * sizeof(float)); }
 
-int NumNodes(const VerifyBatch& batch, int request) {
-  return batch.row_starts[request + 1] - batch.row_starts[request];
-}
-
-// Each node is the child of the one before it, the first a root.
-bool IsPath(const VerifyBatch& batch, int request, std::span<const int32_t> path) {
-  const int32_t* parents = batch.parents.data() + batch.row_starts[request];
-  int32_t previous = -1;
-  for (const int32_t node : path) {
-    if (node < 0 || node >= NumNodes(batch, request) || parents[node] != previous) return false;
-    previous = node;
-  }
-  return true;
-}
-
-bool SameBatch(const VerifyBatch& a, const VerifyBatch& b) {
-  return a.tokens == b.tokens && a.parents == b.parents && a.row_starts == b.row_starts && a.slots == b.slots;
-}
-
-// Every request of `from` begins request r of `to`: same slot, and its nodes come first.
-bool Extends(const VerifyBatch& to, const VerifyBatch& from) {
-  if (to.slots != from.slots) return false;
-  for (int r = 0; r < to.num_requests(); ++r) {
-    const int old_nodes = NumNodes(from, r);
-    if (NumNodes(to, r) < old_nodes) return false;
-    const auto same = [&](const std::vector<int32_t>& a, const std::vector<int32_t>& b) {
-      return std::equal(a.begin() + from.row_starts[r], a.begin() + from.row_starts[r] + old_nodes,
-                        b.begin() + to.row_starts[r]);
-    };
-    if (!same(from.tokens, to.tokens) || !same(from.parents, to.parents)) return false;
-  }
-  return true;
-}
-
 }  // namespace
 
 void EmbeddingTable::Lookup(int32_t token, float* out) const {
@@ -165,19 +131,16 @@ VerifyResult LinearTransformer::Head(int64_t n) {
                  .dim = dim,
                  .eps = config_.rms_norm_eps});
   ops_->Matmul({.x = normed_.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
-  return {.logits = {logits, static_cast<size_t>(n * vocab)}, .hidden = {normed_.data(), static_cast<size_t>(n * dim)}};
+  return {.logits = {logits, static_cast<size_t>(n * vocab)},
+          .hidden = {normed_.data(), static_cast<size_t>(n * dim)},
+          .sampled = {}};
 }
 
 absl::Status LinearTransformer::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
-  std::vector<int32_t> slots;
   for (const PrefillChunk& chunk : chunks) {
-    if (absl::Status valid = CheckTokens(chunk.tokens); !valid.ok()) return valid;
-    slots.push_back(chunk.slot);
+    if (absl::Status valid = CheckTokens(chunk.tokens, config_.vocab_size); !valid.ok()) return valid;
   }
-  std::sort(slots.begin(), slots.end());
-  if (std::adjacent_find(slots.begin(), slots.end()) != slots.end()) {
-    return absl::InternalError("prefill: a slot appears twice");
-  }
+  if (absl::Status valid = CheckDistinctSlots(chunks); !valid.ok()) return valid;
 
   std::vector<PrefillChunk> pieces;
   int64_t num_rows = 0;
@@ -222,22 +185,16 @@ void LinearTransformer::PrefillBlock(std::span<const PrefillChunk> pieces, State
 }
 
 absl::StatusOr<VerifyResult> LinearTransformer::Verify(const VerifyBatch& batch, const StatePool& pool) {
-  if (absl::Status valid = CheckBatch(batch, pool); !valid.ok()) return valid;
-  verified_ = {.tokens = {},
-               .parents = {},
-               .row_starts = std::vector<int32_t>(batch.row_starts.size(), 0),
-               .slots = batch.slots};
+  if (absl::Status valid = CheckBatch(batch, config_.vocab_size, pool.capacity()); !valid.ok()) return valid;
+  verified_ = {};
+  verified_.batch.row_starts.assign(batch.row_starts.size(), 0);
+  verified_.batch.slots = batch.slots;
   return VerifyNewNodes(batch, pool);
 }
 
 absl::StatusOr<VerifyResult> LinearTransformer::Extend(const VerifyBatch& batch, const StatePool& pool) {
-  if (absl::Status valid = CheckBatch(batch, pool); !valid.ok()) return valid;
-  if (!Extends(batch, verified_)) return absl::InternalError("extend: the batch does not grow the last one verified");
-  for (int r = 0; r < batch.num_requests(); ++r) {
-    if (pool.length(batch.slots[r]) != verified_lengths_[r]) {
-      return absl::InternalError(fmt::format("extend: slot {} changed since it was verified", batch.slots[r]));
-    }
-  }
+  if (absl::Status valid = CheckBatch(batch, config_.vocab_size, pool.capacity()); !valid.ok()) return valid;
+  if (absl::Status valid = verified_.CheckExtend(batch, pool); !valid.ok()) return valid;
   return VerifyNewNodes(batch, pool);
 }
 
@@ -247,11 +204,9 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
   std::vector<int64_t> positions;
   std::vector<int> depths(batch.num_rows(), 0);
   requests_.clear();
-  verified_lengths_.clear();
   for (int r = 0; r < batch.num_requests(); ++r) {
     const int32_t begin = batch.row_starts[r];
     const int64_t length = pool.length(batch.slots[r]);
-    verified_lengths_.push_back(length);
     requests_.push_back({.state = {},
                          .length = length,
                          .row_begin = begin,
@@ -259,13 +214,13 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
                          .parents = batch.parents.data() + begin});
     for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
       if (row > begin) depths[row] = depths[begin + batch.parents[row]] + 1;
-      if (row - begin < NumNodes(verified_, r)) continue;
+      if (row - begin < NumNodes(verified_.batch, r)) continue;
       new_rows.push_back(row);
       tokens.push_back(batch.tokens[row]);
       positions.push_back(length + depths[row]);
     }
   }
-  verified_ = batch;
+  verified_.Set(batch, pool);
 
   // Attention needs the k and v of all nodes, so it runs over the kept rows; the rest of a layer sees new rows only.
   const int64_t width = qkv_width(), out_width = attention_width(), num_new = static_cast<int64_t>(new_rows.size());
@@ -292,34 +247,22 @@ void LinearTransformer::MoveKeptRows(const VerifyBatch& batch) {
   for (std::vector<float>& layer_qkv : kept_qkv_) {
     float* kept = Grow(layer_qkv, batch.num_rows() * width);
     for (int r = batch.num_requests() - 1; r >= 0; --r) {  // rows only move up: last request first
-      std::memmove(kept + batch.row_starts[r] * width, kept + verified_.row_starts[r] * width,
-                   NumNodes(verified_, r) * width * sizeof(float));
+      std::memmove(kept + batch.row_starts[r] * width, kept + verified_.batch.row_starts[r] * width,
+                   NumNodes(verified_.batch, r) * width * sizeof(float));
     }
   }
 }
 
 absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
                                        StatePool* pool) {
-  if (batch.num_requests() == 0 || !SameBatch(batch, verified_)) {
-    return absl::InternalError("commit: not the batch last verified, or committed already");
-  }
-  if (static_cast<int>(paths.size()) != batch.num_requests()) {
-    return absl::InternalError(fmt::format("commit: {} paths for {} requests", paths.size(), batch.num_requests()));
-  }
+  if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
   std::vector<CommitRequest> requests;
   std::vector<int32_t> slots;
   for (int r = 0; r < batch.num_requests(); ++r) {
     if (paths[r].empty()) continue;
-    const int32_t slot = batch.slots[r];
-    if (!IsPath(batch, r, paths[r])) {
-      return absl::InternalError(fmt::format("commit: nodes of request {} are not a path from its root", r));
-    }
-    if (pool->length(slot) != verified_lengths_[r] || std::find(slots.begin(), slots.end(), slot) != slots.end()) {
-      return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", slot));
-    }
-    slots.push_back(slot);
+    slots.push_back(batch.slots[r]);
     requests.push_back(
-        {.state = {}, .length = verified_lengths_[r], .row_begin = batch.row_starts[r], .path = paths[r]});
+        {.state = {}, .length = verified_.lengths[r], .row_begin = batch.row_starts[r], .path = paths[r]});
   }
   for (int layer = 0; layer < config_.num_layers && !requests.empty(); ++layer) {
     for (size_t i = 0; i < requests.size(); ++i) requests[i].state = pool->layer(slots[i], layer);
@@ -329,7 +272,7 @@ absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const
   for (size_t i = 0; i < requests.size(); ++i) {
     pool->set_length(slots[i], requests[i].length + static_cast<int64_t>(requests[i].path.size()));
   }
-  verified_ = VerifyBatch();
+  verified_ = {};
   return absl::OkStatus();
 }
 
@@ -343,38 +286,6 @@ absl::StatusOr<std::span<const float>> LinearTransformer::Unembed(std::span<cons
     ops_->Matmul({.x = hidden.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = num_rows});
   }
   return std::span<const float>(logits, num_rows * config_.vocab_size);
-}
-
-absl::Status LinearTransformer::CheckTokens(std::span<const int32_t> tokens) const {
-  for (const int32_t token : tokens) {
-    if (token < 0 || token >= config_.vocab_size) {
-      return absl::InvalidArgumentError(
-          fmt::format("token {} is outside the vocabulary of {}", token, config_.vocab_size));
-    }
-  }
-  return absl::OkStatus();
-}
-
-absl::Status LinearTransformer::CheckBatch(const VerifyBatch& batch, const StatePool& pool) const {
-  const size_t num_requests = batch.slots.size();
-  if (num_requests == 0 || batch.row_starts.size() != num_requests + 1 || batch.row_starts.front() != 0 ||
-      batch.row_starts.back() != batch.num_rows() || batch.parents.size() != batch.tokens.size()) {
-    return absl::InternalError("verify: the parts of the batch do not fit together");
-  }
-  for (int r = 0; r < batch.num_requests(); ++r) {
-    const int nodes = NumNodes(batch, r);
-    if (nodes < 1 || nodes > kMaxTreeNodes || batch.row_starts[r + 1] > batch.num_rows() || batch.slots[r] < 0 ||
-        batch.slots[r] > pool.capacity()) {
-      return absl::InternalError(fmt::format("verify: request {} has {} nodes, slot {}", r, nodes, batch.slots[r]));
-    }
-    for (int node = 0; node < nodes; ++node) {
-      const int32_t parent = batch.parents[batch.row_starts[r] + node];
-      if (node == 0 ? parent != -1 : parent < 0 || parent >= node) {
-        return absl::InternalError(fmt::format("verify: node {} of request {} has parent {}", node, r, parent));
-      }
-    }
-  }
-  return CheckTokens(batch.tokens);
 }
 
 }  // namespace linspec

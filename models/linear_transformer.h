@@ -17,6 +17,7 @@
 #include "kernels/ops.h"
 #include "models/model.h"
 #include "models/model_config.h"
+#include "models/verify_batch.h"
 
 namespace linspec {
 
@@ -45,6 +46,7 @@ struct TransformerLayer {
 
 struct TransformerWeights {
   EmbeddingTable embedding;
+  std::unique_ptr<PackedWeight> packed_embedding;  // [V, D], in its place where the builder was told so
   std::vector<TransformerLayer> layers;
   std::vector<float> final_norm;          // [D]
   std::unique_ptr<PackedWeight> lm_head;  // [V, D]
@@ -85,8 +87,6 @@ class LinearTransformer final : public Model {
   // One block of at most kPrefillRows rows, in pieces of chunks.
   void PrefillBlock(std::span<const PrefillChunk> pieces, StatePool* pool);
 
-  absl::Status CheckBatch(const VerifyBatch& batch, const StatePool& pool) const;
-  absl::Status CheckTokens(std::span<const int32_t> tokens) const;
   int64_t qkv_width() const { return int64_t{config_.num_heads + 2 * config_.num_kv_heads} * config_.head_dim; }
   int64_t attention_width() const { return int64_t{config_.num_heads} * config_.head_dim; }
 
@@ -95,8 +95,7 @@ class LinearTransformer final : public Model {
   const std::shared_ptr<CpuOps> ops_;
 
   // The last batch verified, and what Commit needs of it.
-  VerifyBatch verified_;                      // empty: nothing to commit
-  std::vector<int64_t> verified_lengths_;     // [num_requests] of the slots, then
+  VerifiedBatch verified_;
   std::vector<std::vector<float>> kept_qkv_;  // [num_layers][num_rows, (H + 2 Hkv) * d]
 
   // Scratch, [rows of the pass, ...].

@@ -6,6 +6,7 @@
 #include <optional>
 #include <utility>
 
+#include "models/cuda_model.h"
 #include "models/linear_transformer.h"
 #include "models/tensor_reader.h"
 #include "models/transformer_builder.h"
@@ -40,10 +41,14 @@ absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSo
                                              const LoadOptions& options) {
   const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(options.weight_dtype);
   if (!dtype.ok()) return dtype.status();
+  BuildOptions build{.target = *dtype, .pack_embedding = false, .progress = options.progress};
+  if (options.cuda != nullptr) return BuildCudaModel(config, source, options.cuda, build, options.deterministic);
+  if (build.target == DType::kF8) {
+    return absl::InvalidArgumentError("weight dtype \"fp8\" needs a GPU; on the CPU use int8");
+  }
   absl::StatusOr<std::shared_ptr<CpuOps>> ops = MakeOps(options);
   if (!ops.ok()) return ops.status();
-  absl::StatusOr<TransformerWeights> weights =
-      BuildTransformer(config, source, ops->get(), {.target = *dtype, .progress = options.progress});
+  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCpuPacker(ops->get()).get(), build);
   if (!weights.ok()) return weights.status();
   return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
 }
@@ -56,6 +61,20 @@ void VerifyBatch::Add(int32_t slot, const DraftTree& tree) {
   parents.insert(parents.end(), tree.parents.begin(), tree.parents.end());
   row_starts.push_back(num_rows());
   slots.push_back(slot);
+}
+
+absl::Status Model::StartVerify(const VerifyBatch& batch, const StatePool& pool) {
+  started_ = Verify(batch, pool);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<VerifyResult> Model::FinishVerify() {
+  if (!started_.has_value()) return absl::InternalError("no verify was started");
+  return *std::exchange(started_, std::nullopt);
+}
+
+absl::StatusOr<std::unique_ptr<StatePool>> Model::CreatePool(int num_slots) const {
+  return StatePool::Create(config(), num_slots);
 }
 
 absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&) {
@@ -81,7 +100,7 @@ absl::StatusOr<std::unique_ptr<Model>> LoadModel(const LoadOptions& options) {
 
 absl::StatusOr<std::unique_ptr<Model>> BuildRandomModel(const ModelConfig& config, uint64_t seed,
                                                         const LoadOptions& options) {
-  return Build(config, MakeRandomWeights(seed).get(), options);
+  return Build(config, MakeRandomWeights(seed, /*draw_matrices=*/options.cuda == nullptr).get(), options);
 }
 
 }  // namespace linspec

@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/cuda_device.h"
 #include "kernels/ops.h"
 #include "models/device_stats.h"
 #include "models/draft_tree.h"
@@ -20,12 +22,33 @@
 
 namespace linspec {
 
+// A change to one logit before a token is chosen, in the order of sampler.h: + bias, divided by repetition where
+// positive and multiplied where negative, less subtract. subtract = +inf bans the token.
+struct LogitEdit {
+  int32_t token;
+  float bias = 0, repetition = 1, subtract = 0;
+};
+
+// How the token after a row is chosen: the part of SamplingParams that models choose by (Model::chooses_tokens).
+struct RowSampling {
+  uint64_t seed = 0;
+  int64_t position = 0;  // of the token to choose
+  float temperature = 0, top_p = 1, min_p = 0;
+  int32_t top_k = 0;
+  int32_t edits_begin = 0, edits_count = 0;  // into VerifyBatch::edits, each token once
+};
+
 // Rows of several requests, ragged: request r owns rows [row_starts[r], row_starts[r + 1]).
 struct VerifyBatch {
   std::vector<int32_t> tokens;      // [num_rows]
   std::vector<int32_t> parents;     // [num_rows] index inside the request, -1 for its root
   std::vector<int32_t> row_starts;  // [num_requests + 1]
   std::vector<int32_t> slots;       // [num_requests]
+
+  // For models that choose tokens: how, for every row, or empty. Others leave them alone.
+  std::vector<RowSampling> sampling;  // [num_rows]
+  std::vector<LogitEdit> edits;
+  bool want_logits = true, want_hidden = true;
 
   void Add(int32_t slot, const DraftTree& tree);
   int num_requests() const { return static_cast<int>(slots.size()); }
@@ -38,8 +61,10 @@ struct PrefillChunk {
 };
 
 struct VerifyResult {
-  std::span<const float> logits;  // [num_rows, V]
-  std::span<const float> hidden;  // [num_rows, D] after the final norm: input of Medusa heads
+  std::span<const float> logits;     // [num_rows, V]; empty if not wanted and the model could spare it
+  std::span<const float> hidden;     // [num_rows, D] after the final norm: input of Medusa heads; likewise
+  std::span<const int32_t> sampled;  // [num_rows] with sampling, from a model that chooses tokens: -1 where there is
+                                     // no token to choose. Then logits are those after the edits
 };
 
 class Model {
@@ -49,6 +74,12 @@ class Model {
   virtual int64_t weight_bytes() const = 0;  // held in memory
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
+  // States live where the model computes. More slots than fit: RESOURCE_EXHAUSTED.
+  virtual absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const;
+  // How many slots fit beside the model now, with room for its scratch; -1: the machine's memory is not ours to fill.
+  virtual int64_t SlotsThatFit() const { return -1; }
+  // Not OK once the device has failed: no call will succeed any more. Any thread.
+  virtual absl::Status health() const { return absl::OkStatus(); }
   // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
   virtual std::vector<DeviceStats> device_stats() const { return {}; }
   virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
@@ -57,6 +88,14 @@ class Model {
   virtual absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) = 0;
   // Logits of every node. Writes no state; keeps the nodes' k and v until Commit or the next Verify.
   virtual absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) = 0;
+  // The same in two halves, so that the caller can work while a device does: nothing else may be called in between.
+  virtual absl::Status StartVerify(const VerifyBatch& batch, const StatePool& pool);
+  virtual absl::StatusOr<VerifyResult> FinishVerify();
+  // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
+  // not, the engine cuts trees there.
+  virtual bool exact_across_groups() const { return true; }
+  // Verify fills VerifyResult::sampled.
+  virtual bool chooses_tokens() const { return false; }
   // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first.
   // Computes the new nodes only; the result has one row for each of them, in batch order, with the bits that Verify
   // would give. For drafters that look a level at a time; optional.
@@ -68,14 +107,19 @@ class Model {
   // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
   // share it: hidden [rows, D], result [rows, V]. Leaves the verified batch alone. Optional.
   virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden);
+
+ private:
+  std::optional<absl::StatusOr<VerifyResult>> started_;
 };
 
 struct LoadOptions {
   std::string path = {};              // model folder
-  std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8
+  std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8, fp8 (GPU)
   int num_threads = 0;
-  std::string isa = "auto";          // auto, scalar, avx2, avx512
-  std::shared_ptr<CpuOps> ops = {};  // null: made from the two above; models of one engine thread may share one
+  std::string isa = "auto";               // auto, scalar, avx2, avx512
+  std::shared_ptr<CpuOps> ops = {};       // null: made from the two above; models of one engine thread may share one
+  std::shared_ptr<CudaDevice> cuda = {};  // where the model runs; null: on the CPU
+  bool deterministic = false;             // GPU: a row's bits never depend on the rows beside it, also in large batches
   std::function<void(double)> progress = {};  // fraction loaded, may be empty
 };
 

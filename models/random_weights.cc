@@ -33,7 +33,7 @@ Range RangeOf(const std::string& name, const std::vector<int64_t>& shape) {
 
 class RandomWeights final : public WeightSource {
  public:
-  explicit RandomWeights(uint64_t seed) : seed_(seed) {}
+  RandomWeights(uint64_t seed, bool draw_matrices) : seed_(seed), draw_matrices_(draw_matrices) {}
 
   bool Has(const std::string& name) const override { return !name.ends_with("dwconv.weight"); }
   absl::Status CheckAllTaken() const override { return absl::OkStatus(); }
@@ -41,9 +41,18 @@ class RandomWeights final : public WeightSource {
   absl::StatusOr<TensorView> Take(const std::string& name, std::vector<int64_t> shape) override {
     int64_t size = 1;
     for (const int64_t dim : shape) size *= dim;
-    auto values = std::make_shared<std::vector<float>>(size);
     const auto [center, spread] = RangeOf(name, shape);
     const uint64_t stream = Fnv1a(name);
+    TensorView tensor;
+    tensor.dtype = DType::kF32;
+    tensor.num_bytes = size * static_cast<int64_t>(sizeof(float));
+    if (!draw_matrices_ && shape.size() == 2 && name.ends_with(".weight")) {
+      tensor.shape = std::move(shape);
+      tensor.random = RandomTensor{.seed = seed_, .stream = stream, .center = center, .spread = spread};
+      return tensor;
+    }
+    tensor.shape = std::move(shape);
+    auto values = std::make_shared<std::vector<float>>(size);
     for (int64_t i = 0; i < size; i += 4) {
       const std::array<uint32_t, 4> bits =
           Philox4x32({static_cast<uint32_t>(i), static_cast<uint32_t>(i >> 32), static_cast<uint32_t>(stream),
@@ -53,21 +62,20 @@ class RandomWeights final : public WeightSource {
         (*values)[i + j] = center + spread * (static_cast<float>(bits[j] >> 8) * 0x1p-23f - 1.0f);
       }
     }
-    TensorView tensor;
-    tensor.dtype = DType::kF32;
-    tensor.shape = std::move(shape);
     tensor.data = reinterpret_cast<const std::byte*>(values->data());
-    tensor.num_bytes = size * static_cast<int64_t>(sizeof(float));
     tensor.owner = std::move(values);
     return tensor;
   }
 
  private:
   const uint64_t seed_;
+  const bool draw_matrices_;
 };
 
 }  // namespace
 
-std::unique_ptr<WeightSource> MakeRandomWeights(uint64_t seed) { return std::make_unique<RandomWeights>(seed); }
+std::unique_ptr<WeightSource> MakeRandomWeights(uint64_t seed, bool draw_matrices) {
+  return std::make_unique<RandomWeights>(seed, draw_matrices);
+}
 
 }  // namespace linspec

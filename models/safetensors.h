@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -18,12 +19,19 @@
 
 namespace linspec {
 
+// Values that are drawn instead of stored (models/random_weights.cc): center + spread * u, u uniform in [-1, 1).
+struct RandomTensor {
+  uint64_t seed, stream;
+  float center, spread;
+};
+
 struct TensorView {
   DType dtype = DType::kF32;
   std::vector<int64_t> shape;
   const std::byte* data = nullptr;  // row-major, aligned to its element size
   int64_t num_bytes = 0;
-  std::shared_ptr<const void> owner;  // mapping or buffer
+  std::shared_ptr<const void> owner;   // mapping or buffer
+  std::optional<RandomTensor> random;  // then data is null
 
   int64_t num_elements() const { return num_bytes / static_cast<int64_t>(DTypeSize(dtype)); }
 };

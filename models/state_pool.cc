@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
 
 #include "kernels/check.h"
@@ -16,9 +17,21 @@ namespace {
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kFloatsPerLine = kAlignment / sizeof(float);
 
-void FreeFloats(float* data) { std::free(data); }
-
 int64_t PhysicalMemory() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE); }
+
+class HostMemory final : public StateMemory {
+ public:
+  explicit HostMemory(float* data) : data_(data) {}
+  ~HostMemory() override { std::free(data_); }
+  float* data() override { return data_; }
+  void Zero(int64_t offset, int64_t size) override { std::memset(data_ + offset, 0, size * sizeof(float)); }
+  void Copy(int64_t from, int64_t to, int64_t size) override {
+    std::memcpy(data_ + to, data_ + from, size * sizeof(float));
+  }
+
+ private:
+  float* const data_;
+};
 
 }  // namespace
 
@@ -40,7 +53,19 @@ void StateSlot::Release() {
   if (pool_ != nullptr) std::exchange(pool_, nullptr)->Free(std::exchange(id_, 0));
 }
 
-absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& config, int num_slots) {
+// Overcommitting systems grant any size and kill the process later: compare with what the machine has.
+absl::StatusOr<std::unique_ptr<StateMemory>> StatePool::AllocateOnHost(int64_t bytes) {
+  if (bytes > PhysicalMemory()) {
+    return absl::ResourceExhaustedError(
+        fmt::format("{} bytes exceed this machine's memory of {}", bytes, PhysicalMemory()));
+  }
+  auto* data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
+  if (data == nullptr) return absl::ResourceExhaustedError(fmt::format("cannot allocate {} bytes", bytes));
+  return std::make_unique<HostMemory>(data);
+}
+
+absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& config, int num_slots,
+                                                             const StateAllocator& allocate) {
   if (num_slots < 1)
     return absl::InvalidArgumentError(fmt::format("state pool of {} slots: expected 1 or more", num_slots));
   auto pool = std::unique_ptr<StatePool>(new StatePool());
@@ -50,19 +75,18 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
   pool->floats_per_slot_ = pool->floats_per_layer_ * config.num_layers;
   pool->num_slots_ = num_slots + 1;
 
-  // Overcommitting systems grant any size and kill the process later: compare with what the machine has.
+  const std::string what = fmt::format("state pool of {} slots of {} bytes", num_slots, pool->bytes_per_slot());
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(pool->bytes_per_slot(), int64_t{num_slots} + 1, &bytes) || bytes > PhysicalMemory()) {
-    return absl::ResourceExhaustedError(
-        fmt::format("state pool: {} slots of {} bytes exceed this machine's memory of {}", num_slots,
-                    pool->bytes_per_slot(), PhysicalMemory()));
+  if (__builtin_mul_overflow(pool->bytes_per_slot(), int64_t{num_slots} + 1, &bytes)) {
+    return absl::ResourceExhaustedError(what + ": more than any memory");
   }
-  auto* data = static_cast<float*>(std::aligned_alloc(kAlignment, bytes));
-  if (data == nullptr) {
-    return absl::ResourceExhaustedError(fmt::format("state pool: cannot allocate {} bytes", bytes));
+  absl::StatusOr<std::unique_ptr<StateMemory>> memory = allocate(bytes);
+  if (!memory.ok()) {
+    return absl::Status(memory.status().code(), fmt::format("{}: {}", what, std::string(memory.status().message())));
   }
-  pool->data_ = {data, FreeFloats};
-  std::memset(data, 0, pool->bytes_per_slot());  // the padding slot; the others are zeroed when acquired
+  pool->memory_ = *std::move(memory);
+  pool->data_ = pool->memory_->data();
+  pool->memory_->Zero(0, pool->floats_per_slot_);  // the padding slot; the others are zeroed when acquired
   pool->lengths_.assign(pool->num_slots_, 0);
   for (int id = num_slots; id >= 1; --id) pool->free_.push_back(id);
   return pool;
@@ -72,7 +96,7 @@ StateSlot StatePool::Acquire() {
   if (free_.empty()) return StateSlot();
   const int32_t id = free_.back();
   free_.pop_back();
-  std::memset(data_.get() + id * floats_per_slot_, 0, bytes_per_slot());
+  memory_->Zero(id * floats_per_slot_, floats_per_slot_);
   lengths_[id] = 0;
   return StateSlot(this, id);
 }
@@ -103,7 +127,7 @@ LayerState StatePool::layer(int32_t slot, int layer) { return static_cast<const 
 LayerState StatePool::layer(int32_t slot, int layer) const {
   LINSPEC_CHECK(slot >= 0 && slot < num_slots_ && layer >= 0 && layer < config_.num_layers);
   const int64_t d = config_.head_dim, ring = config_.num_kv_heads * d * config_.linear_attention.group_size;
-  float* s = data_.get() + slot * floats_per_slot_ + layer * floats_per_layer_;
+  float* s = data_ + slot * floats_per_slot_ + layer * floats_per_layer_;
   float* ring_k = s + config_.num_kv_heads * d * d;
   return {.s = s, .ring_k = ring_k, .ring_v = ring_k + ring};
 }
@@ -111,7 +135,7 @@ LayerState StatePool::layer(int32_t slot, int layer) const {
 void StatePool::CopySlot(int32_t from, int32_t to) {
   LINSPEC_CHECK(from >= 0 && from < num_slots_ && to >= 1 && to < num_slots_);
   if (from == to) return;
-  std::memcpy(data_.get() + to * floats_per_slot_, data_.get() + from * floats_per_slot_, bytes_per_slot());
+  memory_->Copy(from * floats_per_slot_, to * floats_per_slot_, floats_per_slot_);
   lengths_[to] = lengths_[from];
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -15,6 +16,17 @@
 namespace linspec {
 
 class StatePool;
+
+// The memory of all slots, on the host or on a device. Offsets and sizes in floats. Work on a device is queued: a fault
+// shows in the model's next call.
+class StateMemory {
+ public:
+  virtual ~StateMemory() = default;
+  virtual float* data() = 0;
+  virtual void Zero(int64_t offset, int64_t size) = 0;
+  virtual void Copy(int64_t from, int64_t to, int64_t size) = 0;
+};
+using StateAllocator = std::function<absl::StatusOr<std::unique_ptr<StateMemory>>(int64_t bytes)>;
 
 class StateSlot {  // move-only
  public:
@@ -35,8 +47,10 @@ class StateSlot {  // move-only
 
 class StatePool {
  public:
-  // num_slots requests fit (slot 0 comes on top). RESOURCE_EXHAUSTED if the memory cannot be had.
-  static absl::StatusOr<std::unique_ptr<StatePool>> Create(const ModelConfig& config, int num_slots);
+  // num_slots requests fit (slot 0 comes on top), in memory from allocate. RESOURCE_EXHAUSTED if it cannot be had.
+  static absl::StatusOr<std::unique_ptr<StatePool>> Create(const ModelConfig& config, int num_slots,
+                                                           const StateAllocator& allocate = AllocateOnHost);
+  static absl::StatusOr<std::unique_ptr<StateMemory>> AllocateOnHost(int64_t bytes);
 
   StateSlot Acquire();   // !valid() when none is free
   int capacity() const;  // slots that requests can hold
@@ -50,12 +64,17 @@ class StatePool {
   LayerState layer(int32_t slot, int layer) const;  // for reading: verify must not write through it
   void CopySlot(int32_t from, int32_t to);          // deep copy of state and length (n > 1 forks)
 
+  // [slot][layer][S | ring_k | ring_v], fp32; in device memory when the allocator's is
+  float* data() const { return data_; }
+  int64_t floats_per_slot() const { return floats_per_slot_; }
+  int64_t floats_per_layer() const { return floats_per_layer_; }
+
  private:
   friend class StateSlot;
   StatePool() = default;
   void Free(int32_t id);
-  // [slot][layer][S | ring_k | ring_v], fp32, 64-byte aligned
-  std::unique_ptr<float[], void (*)(float*)> data_{nullptr, nullptr};
+  std::unique_ptr<StateMemory> memory_;
+  float* data_ = nullptr;  // 64-byte aligned
   ModelConfig config_;
   int64_t floats_per_layer_ = 0, floats_per_slot_ = 0;
   int num_slots_ = 0;  // slot 0 included

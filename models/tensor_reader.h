@@ -1,7 +1,7 @@
 // Takes named tensors out of a WeightSource and packs them for the machine. The first error stays: later calls return
 // empty values, so a loader checks status() once per layer and not per tensor.
 //
-// Ownership: source and ops are borrowed. Threads: one thread (loading).
+// Ownership: source, packer and ops are borrowed. Threads: one thread (loading).
 #pragma once
 
 #include <cstdint>
@@ -12,6 +12,7 @@
 
 #include "absl/status/status.h"
 #include "kernels/ops.h"
+#include "models/matrix_packer.h"
 #include "models/weights.h"
 
 namespace linspec {
@@ -36,8 +37,10 @@ absl::StatusOr<std::optional<DType>> ParseWeightDType(const std::string& name);
 class TensorReader {
  public:
   // target: of every packed matrix; none: I8 stays, the rest becomes bf16.
+  TensorReader(WeightSource* source, MatrixPacker* packer, std::optional<DType> target)
+      : source_(source), packer_(packer), target_(target) {}
   TensorReader(WeightSource* source, CpuOps* ops, std::optional<DType> target)
-      : source_(source), ops_(ops), target_(target) {}
+      : source_(source), cpu_packer_(MakeCpuPacker(ops)), packer_(cpu_packer_.get()), target_(target) {}
 
   const absl::Status& status() const { return status_; }
   bool Has(const std::string& name) const { return source_->Has(name); }
@@ -51,12 +54,12 @@ class TensorReader {
 
  private:
   TensorView Take(const std::string& name, std::vector<int64_t> shape);
-  std::unique_ptr<PackedWeight> PackSame(const std::vector<StoredMatrix>& parts, int64_t rows, int64_t cols);
-  std::unique_ptr<PackedWeight> PackMixed(const std::vector<StoredMatrix>& parts, int64_t rows, int64_t cols);
+  std::unique_ptr<PackedWeight> PackParts(const std::vector<StoredMatrix>& parts, int64_t cols);
   DType Target(DType stored) const { return target_.value_or(stored == DType::kI8 ? DType::kI8 : DType::kBF16); }
 
   WeightSource* source_;
-  CpuOps* ops_;
+  std::unique_ptr<MatrixPacker> cpu_packer_;  // when made from ops
+  MatrixPacker* packer_;
   std::optional<DType> target_;
   absl::Status status_;
 };

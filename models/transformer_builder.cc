@@ -108,15 +108,20 @@ EmbeddingTable CopyTable(const StoredMatrix& matrix) {
 
 }  // namespace
 
-absl::StatusOr<TransformerWeights> BuildTransformer(const ModelConfig& config, WeightSource* source, CpuOps* ops,
-                                                    const BuildOptions& options) {
-  TensorReader reader(source, ops, options.target);
+absl::StatusOr<TransformerWeights> BuildTransformer(const ModelConfig& config, WeightSource* source,
+                                                    MatrixPacker* packer, const BuildOptions& options) {
+  TensorReader reader(source, packer, options.target);
   Builder builder(config, &reader);
   TransformerWeights weights;
   {
     const StoredMatrix embedding = reader.Matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size);
     if (!reader.status().ok()) return reader.status();
-    weights.embedding = CopyTable(embedding);
+    if (options.pack_embedding) {
+      weights.packed_embedding = TensorReader(source, packer, std::nullopt).Pack(embedding);
+      if (weights.packed_embedding == nullptr) return packer->status();
+    } else {
+      weights.embedding = CopyTable(embedding);
+    }
     weights.lm_head = config.tie_word_embeddings
                           ? reader.Pack(embedding)
                           : reader.Fused({{"lm_head.weight", config.vocab_size}}, config.hidden_size);

@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "absl/functional/function_ref.h"
+
 namespace linspec {
 namespace {
 
@@ -15,12 +17,6 @@ struct Choice {
   SampleResult sample;
   int child = -1;  // the node that carries it
 };
-
-std::vector<int32_t> EndTokens(const WalkInput& input) {
-  std::vector<int32_t> ends = input.params->stop_token_ids;
-  if (!input.params->ignore_eos) ends.insert(ends.end(), input.eos_token_ids.begin(), input.eos_token_ids.end());
-  return ends;
-}
 
 float ProbabilityOf(const Distribution& distribution, int32_t token) {
   const auto before = [](const TokenProbability& item, int32_t id) { return item.token < id; };
@@ -86,27 +82,26 @@ Choice ChooseTypical(const DraftTree& tree, int node, std::span<const float> log
   return {.sample = TakeToken(logits, context, tree.tokens[best]), .child = best};
 }
 
-Choice Choose(const DraftTree& tree, int node, std::span<const float> logits, const SamplingContext& context,
-              AcceptanceMode mode) {
+Choice ChooseBy(AcceptanceMode mode, const DraftTree& tree, int node, std::span<const float> logits,
+                const SamplingContext& context) {
   const bool greedy = context.params->temperature == 0;  // then all of them take the likeliest token
   if (!greedy && mode == AcceptanceMode::kRejection) return ChooseByRejection(tree, node, logits, context);
   if (!greedy && mode == AcceptanceMode::kTypical) return ChooseTypical(tree, node, logits, context);
   return ChooseBySampling(tree, node, logits, context);
 }
 
-}  // namespace
+using Choose = absl::FunctionRef<Choice(int node, const SamplingContext& context)>;
 
-Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t vocab_size, const WalkInput& input) {
+Walk WalkTree(Choose choose, const WalkInput& input) {
   const std::vector<int32_t> ends = EndTokens(input);
   Walk walk;
   int64_t num_output = input.num_output_tokens;
   for (int node = 0; node >= 0;) {
     const size_t num_banned = num_output < input.params->min_tokens ? ends.size() : 0;
-    const SamplingContext context{.params = input.params,
+    Choice choice = choose(node, {.params = input.params,
                                   .history = input.history,
                                   .banned = std::span(ends).first(num_banned),
-                                  .position = input.position + static_cast<int64_t>(walk.path.size())};
-    Choice choice = Choose(tree, node, logits.subspan(node * vocab_size, vocab_size), context, input.acceptance);
+                                  .position = input.position + static_cast<int64_t>(walk.path.size())});
     if (!choice.sample.ok) {
       walk.ok = false;
       return walk;
@@ -127,6 +122,34 @@ Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t voca
     node = choice.child;
   }
   return walk;
+}
+
+}  // namespace
+
+std::vector<int32_t> EndTokens(const WalkInput& input) {
+  std::vector<int32_t> ends = input.params->stop_token_ids;
+  if (!input.params->ignore_eos) ends.insert(ends.end(), input.eos_token_ids.begin(), input.eos_token_ids.end());
+  return ends;
+}
+
+Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t vocab_size, const WalkInput& input) {
+  return WalkTree(
+      [&](int node, const SamplingContext& context) {
+        return ChooseBy(input.acceptance, tree, node, logits.subspan(node * vocab_size, vocab_size), context);
+      },
+      input);
+}
+
+Walk WalkTree(const DraftTree& tree, std::span<const int32_t> sampled, const WalkInput& input) {
+  return WalkTree(
+      [&](int node, const SamplingContext&) {
+        Choice choice;
+        choice.sample.ok = sampled[node] >= 0;
+        choice.sample.token.token = sampled[node];
+        choice.child = tree.FindChild(node, sampled[node]);
+        return choice;
+      },
+      input);
 }
 
 }  // namespace linspec

@@ -27,9 +27,9 @@ struct WalkInput {
   const SamplingParams* params;
   PenaltyHistory* history;  // every chosen token is pushed
   std::span<const int32_t> eos_token_ids;
-  int64_t position;                                     // of the first token to choose: one past the root's
-  int64_t num_output_tokens;                            // before this walk
-  AcceptanceMode acceptance = AcceptanceMode::kGumbel;  // kDefault: kGumbel
+  int64_t position;           // of the first token to choose: one past the root's
+  int64_t num_output_tokens;  // before this walk
+  AcceptanceMode acceptance = AcceptanceMode::kGumbel;
 };
 
 struct Walk {
@@ -40,8 +40,13 @@ struct Walk {
   int32_t stop_token = -1;
 };
 
+// The tokens that end a request: its stop tokens, and the model's unless ignore_eos.
+std::vector<int32_t> EndTokens(const WalkInput& input);
+
 // logits: [tree.num_nodes(), vocab_size]. Ends, max_tokens and min_tokens cut inside the run exactly where decoding one
 // token at a time would.
 Walk WalkTree(const DraftTree& tree, std::span<const float> logits, int64_t vocab_size, const WalkInput& input);
+// The same with the token after each node chosen already (device_sampling.h); -1: none could be.
+Walk WalkTree(const DraftTree& tree, std::span<const int32_t> sampled, const WalkInput& input);
 
 }  // namespace linspec

@@ -214,7 +214,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
                                                        EngineOptions options,
                                                        std::function<void(const StepStats&)> observer) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
-  auto pool = StatePool::Create(model->config(), options.max_requests);
+  auto pool = model->CreatePool(options.max_requests);
   if (!pool.ok()) return pool.status();
   auto impl =
       std::make_unique<Impl>(std::move(model), *std::move(pool), std::move(drafters), options, std::move(observer));

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "fmt/format.h"
+#include "scheduler/device_sampling.h"
 
 namespace linspec {
 namespace {
@@ -39,10 +40,10 @@ bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uin
       std::count_if(sequences_.begin(), sequences_.end(), [](const auto& sequence) { return !sequence->finished(); }));
   Prefill(plan, stats);
   Decode(plan, stats);
-
-  const Clock::time_point start = Clock::now();
-  Deliver(ended);
-  stats->deliver_s = Seconds(start, Clock::now());
+  // What a device computed is delivered while it computes the next step; what ends, or comes from a CPU, at once.
+  const bool ends = std::any_of(sequences_.begin(), sequences_.end(), [](const auto& s) { return s->finished(); });
+  if (ends || !model_->chooses_tokens()) Deliver(stats);
+  Reap(ended);
   return true;
 }
 
@@ -109,30 +110,22 @@ void EngineCore::Prefill(const StepPlan& plan, StepStats* stats) {
 
 // draft -> verify -> accept -> commit. Prompts that are scored ride along as chains whose every node is accepted.
 void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
-  if (plan.decode.empty() && plan.score.empty()) return;
+  if (plan.decode.empty() && plan.score.empty()) {
+    Deliver(stats);
+    return;
+  }
   decoding_.clear();
   for (const int index : plan.decode) decoding_.push_back(sequences_[index].get());
 
   const Clock::time_point start = Clock::now();
-  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
-  VerifyBatch batch;
-  for (size_t i = 0; i < trees.size(); ++i) batch.Add(decoding_[i]->slot(), trees[i]);
-  for (const PromptChunk& chunk : plan.score) {
-    const Sequence& sequence = *sequences_[chunk.sequence];
-    batch.Add(sequence.slot(), Chain(sequence.NextPromptTokens(chunk.num_tokens)));
-    stats->num_prefill_tokens += chunk.num_tokens;
-  }
-  stats->num_decode_requests = static_cast<int>(plan.decode.size());
-  stats->num_verify_rows = batch.num_rows();
+  std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
+  if (!model_->exact_across_groups()) CutAtGroups(&trees);
+  const VerifyBatch batch = Pack(plan, trees, stats);
   const Clock::time_point drafted = Clock::now();
 
-  absl::StatusOr<VerifyResult> result = model_->Verify(batch, *pool_);
+  absl::StatusOr<VerifyResult> result = Verify(batch, stats);
   const Clock::time_point verified = Clock::now();
   absl::Status status = result.status();
-  if (status.ok() && std::ssize(result->logits) != batch.num_rows() * model_->config().vocab_size) {
-    status = absl::InternalError(
-        fmt::format("the model returned {} logits for {} rows", result->logits.size(), batch.num_rows()));
-  }
   Clock::time_point accepted = verified;
   if (status.ok()) {
     const std::vector<std::vector<int32_t>> paths = Accept(plan, trees, *result, stats);
@@ -151,19 +144,67 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   if (status.ok()) speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), Seconds(drafted, committed));
 }
 
+// No node at or past the position where the open group ends, but for a root.
+void EngineCore::CutAtGroups(std::vector<DraftTree>* trees) const {
+  const int64_t group = model_->config().linear_attention.group_size;
+  for (size_t i = 0; i < trees->size(); ++i) {
+    if ((*trees)[i].num_nodes() == 1) continue;
+    (*trees)[i] = (*trees)[i].CutBelow(static_cast<int>(group - 1 - decoding_[i]->num_committed() % group));
+  }
+}
+
+VerifyBatch EngineCore::Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats) {
+  VerifyBatch batch;
+  for (size_t i = 0; i < trees.size(); ++i) batch.Add(decoding_[i]->slot(), trees[i]);
+  for (const PromptChunk& chunk : plan.score) {
+    const Sequence& sequence = *sequences_[chunk.sequence];
+    batch.Add(sequence.slot(), Chain(sequence.NextPromptTokens(chunk.num_tokens)));
+    stats->num_prefill_tokens += chunk.num_tokens;
+  }
+  stats->num_decode_requests = static_cast<int>(plan.decode.size());
+  stats->num_verify_rows = batch.num_rows();
+  if (model_->chooses_tokens()) AddSampling(plan, trees, &batch);
+  return batch;
+}
+
+void EngineCore::AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch) {
+  batch->want_hidden = !speculator_->empty();
+  batch->want_logits = !plan.score.empty();
+  for (size_t i = 0; i < trees.size(); ++i) {
+    batch->want_logits |= !ChosenOnDevice(decoding_[i]->sampling(), decoding_[i]->acceptance());
+    AppendRowSampling(trees[i], decoding_[i]->walk_input(model_->config().eos_token_ids), batch);
+  }
+  batch->sampling.resize(batch->num_rows());  // prompts that are scored: nothing is chosen
+}
+
+absl::StatusOr<VerifyResult> EngineCore::Verify(const VerifyBatch& batch, StepStats* stats) {
+  if (absl::Status started = model_->StartVerify(batch, *pool_); !started.ok()) return started;
+  if (model_->chooses_tokens()) Deliver(stats);
+  absl::StatusOr<VerifyResult> result = model_->FinishVerify();
+  if (!result.ok()) return result;
+  const int64_t rows = batch.num_rows(), logits = std::ssize(result->logits);
+  const bool sampled = std::ssize(result->sampled) == rows;
+  if (logits == rows * model_->config().vocab_size || (logits == 0 && sampled && !batch.want_logits)) return result;
+  return absl::InternalError(fmt::format("the model returned {} logits for {} rows", logits, rows));
+}
+
 std::vector<std::vector<int32_t>> EngineCore::Accept(const StepPlan& plan, std::span<const DraftTree> trees,
                                                      const VerifyResult& result, StepStats* stats) {
   const int64_t vocab_size = model_->config().vocab_size;
   const int64_t hidden_size = model_->config().hidden_size;
   std::vector<std::vector<int32_t>> paths(trees.size());
+  // Rows [begin, begin + count) of one of the result's arrays, which may be missing.
+  const auto rows_of = [](const auto& values, int64_t width, int64_t begin, int64_t count) {
+    const bool there = std::ssize(values) >= (begin + count) * width;
+    return there ? values.subspan(begin * width, count * width) : decltype(values.subspan(0, 0))();
+  };
   int64_t row = 0;
   for (size_t i = 0; i < trees.size(); ++i) {
     const int64_t num_rows = trees[i].num_nodes();
-    const auto logits = result.logits.subspan(row * vocab_size, num_rows * vocab_size);
-    const bool has_hidden = std::ssize(result.hidden) >= (row + num_rows) * hidden_size;
-    const auto hidden =
-        has_hidden ? result.hidden.subspan(row * hidden_size, num_rows * hidden_size) : std::span<const float>();
-    AcceptOne(static_cast<int>(i), trees[i], logits, hidden, &paths[i], stats);
+    const VerifyResult rows = {.logits = rows_of(result.logits, vocab_size, row, num_rows),
+                               .hidden = rows_of(result.hidden, hidden_size, row, num_rows),
+                               .sampled = rows_of(result.sampled, 1, row, num_rows)};
+    AcceptOne(static_cast<int>(i), trees[i], rows, &paths[i], stats);
     row += num_rows;
   }
   for (const PromptChunk& chunk : plan.score) {
@@ -173,16 +214,19 @@ std::vector<std::vector<int32_t>> EngineCore::Accept(const StepPlan& plan, std::
   return paths;
 }
 
-void EngineCore::AcceptOne(int index, const DraftTree& tree, std::span<const float> logits,
-                           std::span<const float> hidden, std::vector<int32_t>* path, StepStats* stats) {
+void EngineCore::AcceptOne(int index, const DraftTree& tree, const VerifyResult& rows, std::vector<int32_t>* path,
+                           StepStats* stats) {
   const ModelConfig& config = model_->config();
   Sequence* sequence = decoding_[index];
-  Walk walk = WalkTree(tree, logits, config.vocab_size, sequence->walk_input(config.eos_token_ids));
+  if (sequence->finished()) return;  // its client went away while the device worked
+  const WalkInput input = sequence->walk_input(config.eos_token_ids);
+  const bool chosen = !rows.sampled.empty() && ChosenOnDevice(sequence->sampling(), sequence->acceptance());
+  Walk walk = chosen ? WalkTree(tree, rows.sampled, input) : WalkTree(tree, rows.logits, config.vocab_size, input);
   const bool ok = walk.ok;
   if (ok) speculator_->ObserveWalk(index, *sequence, tree, walk, stats);
   stats->num_output_tokens += static_cast<int>(walk.tokens.size());
-  if (ok && !speculator_->empty() && !hidden.empty()) {
-    const auto last = hidden.subspan(walk.path.back() * config.hidden_size, config.hidden_size);
+  if (ok && !speculator_->empty() && !rows.hidden.empty()) {
+    const auto last = rows.hidden.subspan(walk.path.back() * config.hidden_size, config.hidden_size);
     sequence->hidden.assign(last.begin(), last.end());
   }
   const std::vector<int32_t> accepted = walk.path;
@@ -209,18 +253,23 @@ std::vector<int32_t> EngineCore::ScorePrompt(const PromptChunk& chunk, std::span
   return path;
 }
 
-void EngineCore::Deliver(std::vector<uint64_t>* ended) {
+void EngineCore::Deliver(StepStats* stats) {
+  const Clock::time_point start = Clock::now();
   for (const auto& sequence : sequences_) {
     if (!sequence->has_news()) continue;
     const bool wanted = sequence->Deliver();
-    if (!wanted && !sequence->finished()) {
-      sequence->Finish(FinishReason::kCancelled, absl::OkStatus(), Clock::now());
-    }
-    if (!sequence->finished()) continue;
+    if (!wanted && !sequence->finished()) sequence->Abandon(Clock::now());
+  }
+  stats->deliver_s += Seconds(start, Clock::now());
+}
+
+void EngineCore::Reap(std::vector<uint64_t>* ended) {
+  std::erase_if(sequences_, [&](const auto& sequence) {
+    if (!sequence->closed()) return false;
     speculator_->Forget(sequence->id());
     ended->push_back(sequence->request().id);
-  }
-  std::erase_if(sequences_, [](const auto& sequence) { return sequence->finished(); });
+    return true;
+  });
 }
 
 void EngineCore::Fail(Sequence* sequence, const absl::Status& status) {

@@ -35,13 +35,19 @@ class EngineCore {
   void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
   void Prefill(const StepPlan& plan, StepStats* stats);
   void Decode(const StepPlan& plan, StepStats* stats);
+  void CutAtGroups(std::vector<DraftTree>* trees) const;
+  VerifyBatch Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats);
+  void AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch);
+  // Verify; the news of the step before are delivered while a device works.
+  absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, StepStats* stats);
   // Walks the trees, appends tokens, scores prompts; returns the accepted path of every row of the batch.
   std::vector<std::vector<int32_t>> Accept(const StepPlan& plan, std::span<const DraftTree> trees,
                                            const VerifyResult& result, StepStats* stats);
-  void AcceptOne(int index, const DraftTree& tree, std::span<const float> logits, std::span<const float> hidden,
-                 std::vector<int32_t>* path, StepStats* stats);
+  void AcceptOne(int index, const DraftTree& tree, const VerifyResult& rows, std::vector<int32_t>* path,
+                 StepStats* stats);
   std::vector<int32_t> ScorePrompt(const PromptChunk& chunk, std::span<const float> logits);
-  void Deliver(std::vector<uint64_t>* ended);
+  void Deliver(StepStats* stats);
+  void Reap(std::vector<uint64_t>* ended);  // sequences whose last news were delivered
   void Fail(Sequence* sequence, const absl::Status& status);
   StepPlan Plan() const;
 

@@ -71,7 +71,13 @@ bool Sequence::Deliver() {
   RequestOutput news = output_;
   output_.tokens.clear();
   num_delivered_ = output_.num_output_tokens;
+  closed_ = finished();
   return request_.sink(std::move(news));
+}
+
+void Sequence::Abandon(Clock::time_point now) {
+  Finish(FinishReason::kCancelled, absl::OkStatus(), now);
+  closed_ = true;
 }
 
 }  // namespace linspec

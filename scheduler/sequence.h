@@ -49,9 +49,12 @@ class Sequence {
   std::vector<float> hidden;
 
   // Prompt scores wait for the first generated token, so that one output starts with the whole prompt.
-  bool has_news() const { return finished() || output_.num_output_tokens > num_delivered_; }
+  bool has_news() const { return !closed_ && (finished() || output_.num_output_tokens > num_delivered_); }
   // Hands the news to the sink; false when the client wants no more.
   bool Deliver();
+  // The client wants no more: ends without a last output.
+  void Abandon(Clock::time_point now);
+  bool closed() const { return closed_; }  // the last output was delivered, or is not wanted
 
  private:
   uint64_t id_;
@@ -61,6 +64,7 @@ class Sequence {
   int64_t num_committed_ = 0;
   PenaltyHistory history_;
   int64_t num_delivered_ = 0;
+  bool closed_ = false;
   RequestOutput output_;  // running totals, and the news of this step
 };
 

@@ -29,19 +29,6 @@ double Stated(const DraftTree& tree, int node) {
   return parent > 0 ? tree.probabilities[node] / parent : 0;
 }
 
-// The tree without the nodes that are not kept. Whoever is kept has its parent kept.
-DraftTree Kept(const DraftTree& tree, const std::vector<bool>& keep) {
-  DraftTree kept = DraftTree::Root(tree.tokens[0]);
-  if (!tree.probabilities.empty()) kept.probabilities.push_back(tree.probabilities[0]);
-  std::vector<int> places(tree.num_nodes(), 0);
-  for (int node = 1; node < tree.num_nodes(); ++node) {
-    if (!keep[node]) continue;
-    places[node] = kept.Add(tree.tokens[node], places[tree.parents[node]]);
-    if (!tree.probabilities.empty()) kept.probabilities.push_back(tree.probabilities[node]);
-  }
-  return kept;
-}
-
 int Depth(const DraftTree& tree) {
   const std::vector<int> depths = tree.Depths();
   return *std::max_element(depths.begin(), depths.end());
@@ -129,11 +116,14 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
   std::vector<std::vector<bool>> keep(proposals.size());
   for (size_t n = 0; n < nodes.size(); ++n) {
     std::vector<bool>& kept = keep[nodes[n].proposal];
-    kept.resize(proposals[nodes[n].proposal].tree->num_nodes(), false);
+    if (kept.empty()) {
+      kept.resize(proposals[nodes[n].proposal].tree->num_nodes(), false);
+      kept[0] = true;
+    }
     kept[nodes[n].node] = n < best;
   }
   for (size_t i = 0; i < proposals.size(); ++i) {
-    if (!keep[i].empty()) *proposals[i].tree = Kept(*proposals[i].tree, keep[i]);
+    if (!keep[i].empty()) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
   }
 }
 

@@ -46,9 +46,35 @@ double MeasureReadBandwidth(int num_threads, double bytes) {
   return static_cast<double>(total);
 }
 
+int32_t ArgMax(std::span<const float> row) {
+  return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+}
+
+// The ceilings of the machine that the model runs on.
+class Machinery {
+ public:
+  Machinery(std::shared_ptr<CudaDevice> cuda, int threads) : cuda_(std::move(cuda)), threads_(threads) {}
+  absl::Status Measure() {
+    if (cuda_ == nullptr) return absl::OkStatus();
+    const auto ceilings = cuda_->Measure();
+    if (ceilings.ok()) ceilings_ = *ceilings;
+    return ceilings.status();
+  }
+  // Bytes/s that a step of `bytes` could read: from cache or memory on a CPU, from memory on a GPU.
+  double ReadBandwidth(double bytes) const {
+    return cuda_ != nullptr ? ceilings_.read_bytes_per_s : MeasureReadBandwidth(threads_, bytes);
+  }
+  double matrix_flops() const { return ceilings_.bf16_flops_per_s; }  // 0: not measured
+
+ private:
+  const std::shared_ptr<CudaDevice> cuda_;
+  const int threads_;
+  LinspecCudaCeilings ceilings_ = {};
+};
+
 class Bencher {
  public:
-  Bencher(Model* model, double seconds) : model_(model), seconds_(seconds) {}
+  Bencher(Model* model, double seconds, int chunk) : model_(model), seconds_(seconds), chunk_(chunk) {}
 
   // Mean seconds of one decode step of `batch` requests that each have `context` tokens behind them.
   absl::StatusOr<double> DecodeStep(int batch, int context);
@@ -63,10 +89,11 @@ class Bencher {
 
   Model* const model_;
   const double seconds_;
+  const int chunk_;  // tokens of one Prefill call
 };
 
 absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
-  auto pool = StatePool::Create(model_->config(), batch_size);
+  auto pool = model_->CreatePool(batch_size);
   if (!pool.ok()) return pool.status();
   const int group = model_->config().linear_attention.group_size;
   // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
@@ -90,11 +117,15 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
     VerifyBatch batch;
     batch.row_starts = {0};
     for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), DraftTree::Root(next[i]));
+    if (model_->chooses_tokens()) {
+      batch.sampling.resize(batch_size);
+      batch.want_logits = batch.want_hidden = false;
+    }
     auto result = model_->Verify(batch, **pool);
     if (!result.ok()) return result.status();
     for (int i = 0; i < batch_size; ++i) {
-      const auto row = result->logits.subspan(i * vocab, vocab);
-      next[i] = static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+      next[i] = model_->chooses_tokens() ? result->sampled[i] : ArgMax(result->logits.subspan(i * vocab, vocab));
+      if (next[i] < 0) return absl::InternalError("bench: the logits are not finite");
     }
     if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
     if (++steps > 0) total += SecondsSince(start);
@@ -103,19 +134,23 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
 }
 
 absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
-  auto pool = StatePool::Create(model_->config(), 1);
+  auto pool = model_->CreatePool(1);
   if (!pool.ok()) return pool.status();
   const std::vector<int32_t> prompt = Prompt(length);
-  constexpr size_t kChunk = 512;  // the engine's default step budget
+  const auto chunk = static_cast<size_t>(chunk_);
   double best = 0, total = 0;
   for (int pass = 0; pass < 2 || total < seconds_; ++pass) {
     StateSlot slot = (*pool)->Acquire();
     const auto start = Clock::now();
-    for (size_t begin = 0; begin < prompt.size(); begin += kChunk) {
-      const auto part = std::span<const int32_t>(prompt).subspan(begin, std::min(kChunk, prompt.size() - begin));
+    for (size_t begin = 0; begin < prompt.size(); begin += chunk) {
+      const auto part = std::span<const int32_t>(prompt).subspan(begin, std::min(chunk, prompt.size() - begin));
       const PrefillChunk chunks[] = {{slot.id(), part}};
       if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
     }
+    // The first token: a device has then really done the prompt.
+    VerifyBatch first;
+    first.Add(slot.id(), DraftTree::Root(prompt.back()));
+    if (auto done = model_->Verify(first, **pool); !done.ok()) return done.status();
     const double seconds = SecondsSince(start);
     total += seconds;
     best = std::max(best, length / seconds);
@@ -123,12 +158,34 @@ absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
   return best;
 }
 
-absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options) {
+// config.json of LLaMA-2 at a size people know, linearized; or the file that `shape` names.
+absl::StatusOr<std::string> ShapeJson(const std::string& shape) {
+  struct Known {
+    const char* name;
+    int hidden, inner, layers, heads;
+  };
+  for (const Known& k : {Known{"7b", 4096, 11008, 32, 32}, Known{"13b", 5120, 13824, 40, 40}}) {
+    if (shape != k.name) continue;
+    return fmt::format(
+        R"({{"model_type": "llama", "hidden_size": {}, "intermediate_size": {}, "num_hidden_layers": {},
+        "num_attention_heads": {}, "num_key_value_heads": {}, "head_dim": 128, "vocab_size": 32000,
+        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false, "bos_token_id": 1,
+        "eos_token_id": 2, "max_position_embeddings": 4096, "linear_attention": {{"version": 1, "group_size": 64,
+        "conv_kernel": 32, "local": "relu_squared", "global": "rms_norm", "decay": true, "qk_norm_eps": 1e-6,
+        "global_norm_eps": 1e-6}}}})",
+        k.hidden, k.inner, k.layers, k.heads, k.heads);
+  }
+  return ReadFile(shape);
+}
+
+absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, const ServerConfig::ModelOptions& options,
+                                                  const Machine& machine) {
   LoadOptions load;
   load.path = options.path;
   load.weight_dtype = options.weight_dtype;
-  load.num_threads = options.threads;
-  load.isa = options.isa;
+  load.ops = machine.ops;
+  load.cuda = machine.cuda;
+  load.deterministic = options.deterministic;
   if (shape.empty()) {
     if (load.path.empty()) {
       auto bundled = FindBundledModel("target");
@@ -137,7 +194,7 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
     }
     return LoadModel(load);
   }
-  auto json = ReadFile(shape);
+  auto json = ShapeJson(shape);
   if (!json.ok()) return json.status();
   auto config = ParseModelConfig(*json);
   if (!config.ok()) return config.status();
@@ -156,22 +213,26 @@ absl::Status Bench(std::span<const std::string> args) {
   if (!flags.status().ok()) return flags.status();
   auto config = ParseServerConfig(flags.rest());
   if (!config.ok()) return config.status();
-  auto model = BenchModel(shape, config->model);
+  auto machine = OpenMachine(config->model);
+  if (!machine.ok()) return machine.status();
+  auto model = BenchModel(shape, config->model, *machine);
   if (!model.ok()) return model.status();
   const int threads =
       config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
-  const double bandwidth = MeasureReadBandwidth(threads, 512e6);
+  Machinery machinery(machine->cuda, threads);
+  if (absl::Status measured = machinery.Measure(); !measured.ok()) return measured;
+  const double bandwidth = machinery.ReadBandwidth(512e6);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f},\n\"decode\": [",
-      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes);
-  Bencher bencher(model->get(), seconds);
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
+      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes, (*model)->SlotsThatFit());
+  Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
   const char* comma = "\n";
   for (const int batch : batches) {
     const double step_bytes = weight_bytes + batch * state_bytes;
-    const double step_bandwidth = MeasureReadBandwidth(threads, step_bytes);
+    const double step_bandwidth = machinery.ReadBandwidth(step_bytes);
     for (const int context : contexts) {
       auto step = bencher.DecodeStep(batch, context);
       if (!step.ok()) return step.status();

@@ -35,8 +35,14 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "served-model-name", "name that clients send as `model`; default: the folder's name"},
         c.model.served_name);
   visit(FlagInfo{g, "threads", "threads of the engine's arithmetic; 0: one per core", 0, 1024}, c.model.threads);
-  visit(FlagInfo{g, "isa", "instruction set", 0, 0, {"auto", "scalar", "avx2", "avx512"}}, c.model.isa);
-  visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8"}},
+  visit(FlagInfo{g, "device", "where the models run; auto: a GPU if there is one", 0, 0, {"auto", "cpu", "cuda"}},
+        c.model.device);
+  visit(FlagInfo{g, "cuda-plugin", "liblinspec_cuda.so; default: where an installation or a build has it"},
+        c.model.cuda_plugin);
+  visit(FlagInfo{g, "deterministic", "GPU: a reply never depends on what else runs, at any batch; costs speed"},
+        c.model.deterministic);
+  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512"}}, c.model.isa);
+  visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
   g = "Network";
   visit(FlagInfo{g, "host", "address to listen on"}, c.network.host);
@@ -72,6 +78,13 @@ void VisitFlags(Config& c, Visit&& visit) {
           g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
       c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
+  visit(FlagInfo{g,
+                 "acceptance",
+                 "of drafts: gumbel keeps a seed's text, rejection its distribution; typical CHANGES THE DISTRIBUTION",
+                 0,
+                 0,
+                 {"gumbel", "rejection", "typical"}},
+        c.engine.acceptance);
   visit(FlagInfo{g, "adaptive-speculation",
                  "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
         c.engine.adaptive_speculation);

@@ -20,6 +20,9 @@ struct ServerConfig {
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
+    std::string device = "auto";
+    std::string cuda_plugin;
+    bool deterministic = false;
     std::string isa = "auto";
     int threads = 0;
   } model;
@@ -47,6 +50,7 @@ struct ServerConfig {
     int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
+    std::string acceptance = "gumbel";
     bool adaptive_speculation = true;
     int draft_depth = 6;
     int draft_top_k = 1;

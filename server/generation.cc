@@ -82,6 +82,7 @@ absl::Status Generation::Start(const std::string& tenant, const HttpNotify& noti
     for (int i = 0; i < call_.best_of; ++i) {
       GenerateSpec spec{.sampling = call_.sampling,
                         .speculation = call_.speculation,
+                        .acceptance = call_.acceptance,
                         .priority = call_.priority,
                         .prompt_logprobs = WantsPromptLogprobs(),
                         .tenant = tenant,

@@ -65,18 +65,19 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions
   return std::shared_ptr<CpuOps>(*std::move(made));
 }
 
-LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options,
-                       std::shared_ptr<CpuOps> ops) {
+LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, const Machine& machine) {
   LoadOptions load;
   load.path = path;
   load.weight_dtype = options.weight_dtype;
-  load.ops = std::move(ops);
+  load.ops = machine.ops;
+  load.cuda = machine.cuda;
+  load.deterministic = options.deterministic;
   return load;
 }
 
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
-                                                   std::shared_ptr<CpuOps> ops, int64_t vocab_size) {
-  auto model = LoadModel(OptionsFor(path, config.model, std::move(ops)));
+                                                   const Machine& machine, int64_t vocab_size) {
+  auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
                                            {.max_sequences = config.engine.max_requests,
@@ -90,7 +91,9 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
 // The heads beside the target; null if there are none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
-  auto heads = MedusaHeads::Load(files.path, files.model->config(), config.model.weight_dtype, files.ops);
+  // The heads run on the CPU, whatever the target runs on.
+  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
+  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
   if (!heads.ok()) return heads.status();
   MedusaOptions options;
   if (config.engine.medusa_tree == "mc_sim_7b_63") options.tree = MedusaTree::kMcSim7b63;
@@ -108,6 +111,23 @@ std::string DraftPath(const ServerConfig& config) {
 }
 
 }  // namespace
+
+absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options) {
+  Machine machine;
+  auto ops = MakeOps(options);
+  if (!ops.ok()) return ops.status();
+  machine.ops = *std::move(ops);
+  if (options.device == "cpu") return machine;
+  auto cuda = CudaDevice::Open(options.cuda_plugin);
+  if (cuda.ok()) {
+    machine.cuda = *std::move(cuda);
+  } else if (options.device == "cuda") {
+    return InFile("--device cuda", cuda.status());
+  } else if (!absl::IsNotFound(cuda.status())) {  // without a plugin nobody expects a GPU
+    fmt::print(stderr, "linspec: computing on the CPU: {}\n", std::string(cuda.status().message()));
+  }
+  return machine;
+}
 
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -161,10 +181,10 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto chat = LoadChatTemplate(files.path);
   if (!chat.ok()) return chat.status();
   files.chat_template = *std::move(chat);
-  auto ops = MakeOps(options);
-  if (!ops.ok()) return ops.status();
-  files.ops = *std::move(ops);
-  auto model = LoadModel(OptionsFor(files.path, options, files.ops));
+  auto machine = OpenMachine(options);
+  if (!machine.ok()) return machine.status();
+  files.machine = *std::move(machine);
+  auto model = LoadModel(OptionsFor(files.path, options, files.machine));
   if (!model.ok()) return InFile("--model " + files.path, model.status());
   files.model = *std::move(model);
   return files;
@@ -178,7 +198,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   Service::Parts parts;
   std::vector<std::unique_ptr<Drafter>> drafters;
   if (const std::string draft = DraftPath(config); !draft.empty()) {
-    auto drafter = LoadDraft(draft, config, files->ops, files->model->config().vocab_size);
+    auto drafter = LoadDraft(draft, config, files->machine, files->model->config().vocab_size);
     if (!drafter.ok()) return drafter.status();
     drafters.push_back(*std::move(drafter));
   }
@@ -204,6 +224,8 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_output_tokens = config.engine.max_output_tokens;
   options.speculation = *mode;
   options.max_draft_nodes = config.engine.max_draft_nodes;
+  if (config.engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
+  if (config.engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
   options.calibrate = config.engine.adaptive_speculation;
   auto engine = Engine::Create(std::move(files->model), std::move(drafters), options, std::move(observer));
   if (!engine.ok()) return engine.status();

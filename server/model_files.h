@@ -8,6 +8,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "kernels/cuda_device.h"
 #include "kernels/ops.h"
 #include "models/chat_template.h"
 #include "models/model.h"
@@ -22,9 +23,17 @@ namespace linspec {
 // working directory. NOT_FOUND lists where it looked.
 absl::StatusOr<std::string> FindBundledModel(const std::string& name);
 
+// What models compute on.
+struct Machine {
+  std::shared_ptr<CpuOps> ops;
+  std::shared_ptr<CudaDevice> cuda;  // null: everything runs on the CPU
+};
+// --device auto takes a GPU if there is one, and says on standard error why not where the plugin is; cuda insists on it.
+absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options);
+
 struct ModelFiles {
   std::string path;
-  std::shared_ptr<CpuOps> ops;  // the model's, to share with its draft
+  Machine machine;  // the model's, to share with its drafters
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;  // null: the folder has none

@@ -156,7 +156,7 @@ absl::Status Eval(std::span<const std::string> args) {
   if (!files.ok()) return files.status();
   auto tokens = files->tokenizer->Encode(*text, {.add_special_tokens = false, .parse_special = false});
   if (!tokens.ok()) return tokens.status();
-  auto pool = StatePool::Create(files->model->config(), 1);
+  auto pool = files->model->CreatePool(1);
   if (!pool.ok()) return pool.status();
   const int64_t trained_at = files->model->config().max_position_embeddings;
   const size_t context = context_flag > 0 ? context_flag : trained_at > 0 ? static_cast<size_t>(trained_at) : 1024;

@@ -37,6 +37,7 @@ struct OpenAiCall {
   SamplingParams sampling;
   bool has_seed = false;
   SpeculationMode speculation = SpeculationMode::kDefault;
+  AcceptanceMode acceptance = AcceptanceMode::kDefault;
   int32_t priority = 0;
 };
 

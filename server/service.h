@@ -34,6 +34,7 @@ using PromptInput = std::variant<std::string, std::vector<int32_t>, std::vector<
 struct GenerateSpec {
   SamplingParams sampling = {};
   SpeculationMode speculation = SpeculationMode::kDefault;
+  AcceptanceMode acceptance = AcceptanceMode::kDefault;
   int32_t priority = 0;
   bool prompt_logprobs = false;
   bool detokenize = true;

@@ -1,13 +1,14 @@
 // The C ABI between the server and liblinspec_cuda.so, which alone holds CUDA code. Plain data only; loaded by dlopen.
 //
 // Every function returns a LinspecCudaCode; last_error(context) says more. After kLinspecCudaDeviceError the context is
-// poisoned: every later call returns the same code, and the process must make a new context or stop. Threads: one at a
-// time per context. Pointers marked "host" are read before the function returns.
+// poisoned: every later call returns the same code, and the process must make a new context or stop. Work is queued on
+// the context's stream in call order; only verify_finish, download and measure wait for it. Threads: one at a time per
+// context. Pointers marked "host" are read before the function returns.
 #pragma once
 
 #include <stdint.h>
 
-#define LINSPEC_CUDA_ABI_VERSION 1
+#define LINSPEC_CUDA_ABI_VERSION 2
 #define LINSPEC_CUDA_ENTRY "linspec_cuda_api"
 
 #ifdef __cplusplus
@@ -48,6 +49,24 @@ typedef struct LinspecCudaDeviceInfo {
   int32_t major, minor, num_sms, reserved;
 } LinspecCudaDeviceInfo;
 
+typedef struct LinspecCudaCeilings {  // measured when asked, about 0.2 s
+  double read_bytes_per_s;            // device memory, a plain sum over 2 GiB
+  double bf16_flops_per_s;            // 8192^3 product through cuBLASLt; 0 where it is not there
+} LinspecCudaCeilings;
+
+// Rows [row_begin, row_begin + source.rows) of a matrix that is being filled.
+typedef struct LinspecCudaSource {
+  const void* data;     // host, row-major in `type`; null: random, see below
+  const float* scales;  // host [rows] for kLinspecCudaI8
+  int64_t rows, cols, row_begin;
+  int32_t type;
+  int32_t reserved;
+  // data == null: element i is center + spread * u(i), u uniform in [-1, 1): Philox4x32-10 with the counter
+  // (i / 4, stream) and the key seed, word i % 4 (kernels/philox.h, models/random_weights.cc).
+  uint64_t seed, stream;
+  float center, spread;
+} LinspecCudaSource;
+
 typedef struct LinspecCudaShape {
   int64_t hidden_size, intermediate_size, vocab_size;
   int32_t num_layers, num_heads, num_kv_heads, head_dim, group_size, conv_kernel, local, global;
@@ -68,7 +87,7 @@ typedef struct LinspecCudaWeights {
 } LinspecCudaWeights;
 
 typedef struct LinspecCudaTask {  // host; the layout of linspec::cuda::Task
-  int64_t length;
+  int64_t length;                 // tokens committed to the slot
   int32_t slot, row_begin, num_rows, path_begin, path_length, reserved;
 } LinspecCudaTask;
 
@@ -77,14 +96,38 @@ typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer]
   int64_t floats_per_slot, floats_per_layer;
 } LinspecCudaStates;
 
-typedef struct LinspecCudaBatch {  // host arrays
+// logit = (logit + bias), divided by repetition where positive and multiplied where negative, less subtract: the order
+// of models/sampler.h. subtract = +inf bans the token.
+typedef struct LinspecCudaLogitEdit {
+  int32_t token;
+  float bias, repetition, subtract;
+} LinspecCudaLogitEdit;
+
+// How the token after a row is chosen: the contract of models/sampler.h, less typical_p and logprobs.
+typedef struct LinspecCudaSampling {
+  uint64_t seed;
+  int64_t position;                         // of the token to choose
+  float temperature, top_p, min_p;          // temperature 0: argmax
+  int32_t top_k, edits_begin, edits_count;  // edits: into LinspecCudaStep::edits, each token once
+} LinspecCudaSampling;
+
+typedef struct LinspecCudaStep {  // host arrays
   LinspecCudaStates states;
-  const LinspecCudaTask* tasks;
-  const int32_t* tokens;      // [num_rows]
-  const int64_t* positions;   // [num_rows]
-  const uint64_t* ancestors;  // [num_rows], null in prefill
-  int32_t num_tasks, num_rows;
-} LinspecCudaBatch;
+  const LinspecCudaTask* tasks;  // [num_tasks]
+  const int32_t* tokens;         // [num_rows]
+  const int64_t* positions;      // [num_rows]
+  const uint64_t* ancestors;     // [num_rows] bit j: node j of the request is the row or above it; null in prefill
+  const LinspecCudaSampling* sampling;  // [num_rows], or null: nothing is chosen
+  const LinspecCudaLogitEdit* edits;    // [num_edits]
+  int32_t num_tasks, num_rows, num_edits;
+  int32_t want_logits, want_hidden;
+} LinspecCudaStep;
+
+typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start
+  const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
+  const float* logits;                    // [num_rows, V] after the edits, or null
+  const float* hidden;                    // [num_rows, D] after the final norm, or null
+} LinspecCudaVerifyResult;
 
 typedef struct LinspecCudaApi {
   uint32_t abi_version, size;
@@ -92,6 +135,7 @@ typedef struct LinspecCudaApi {
   void (*destroy)(LinspecCudaContext*);
   const char* (*last_error)(LinspecCudaContext*);  // null context: why create failed
   int32_t (*device_info)(LinspecCudaContext*, LinspecCudaDeviceInfo*);
+  int32_t (*measure)(LinspecCudaContext*, LinspecCudaCeilings*);
 
   int32_t (*alloc)(LinspecCudaContext*, int64_t bytes, void** device);
   int32_t (*release)(LinspecCudaContext*, void* device);
@@ -99,14 +143,22 @@ typedef struct LinspecCudaApi {
   int32_t (*copy)(LinspecCudaContext*, void* to, const void* from, int64_t bytes);  // device to device
   int32_t (*upload)(LinspecCudaContext*, void* device, const void* host, int64_t bytes);
   int32_t (*download)(LinspecCudaContext*, void* host, const void* device, int64_t bytes);
+  // Converts a source to matrix->type (bf16, i8, fp8; f32 and f16 as they are) and stores it; narrower types get one
+  // scale per row, from the largest magnitude. The matrix' memory is the caller's.
+  int32_t (*pack)(LinspecCudaContext*, const LinspecCudaSource*, const LinspecCudaMatrix* matrix);
 
-  int32_t (*create_model)(LinspecCudaContext*, const LinspecCudaShape*, const LinspecCudaWeights*, LinspecCudaModel**);
+  // deterministic: no row's bits depend on the number of rows beside it, at any number.
+  int32_t (*create_model)(LinspecCudaContext*, const LinspecCudaShape*, const LinspecCudaWeights*,
+                          int32_t deterministic, LinspecCudaModel**);
   void (*destroy_model)(LinspecCudaModel*);
-  // logits [num_rows, V] and hidden [num_rows, D] are host memory of the model, valid until its next call.
-  int32_t (*verify)(LinspecCudaModel*, const LinspecCudaBatch*, const float** logits, const float** hidden);
-  int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaBatch*);
-  // tasks as given to the last verify, with paths filled in.
-  int32_t (*commit)(LinspecCudaModel*, const LinspecCudaBatch*, const int32_t* paths, int32_t num_paths);
+  int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);
+  int32_t (*verify_start)(LinspecCudaModel*, const LinspecCudaStep*);
+  int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);
+  // tasks as given to the last verify, with paths filled in; reads the k and v which that verify kept.
+  int32_t (*commit)(LinspecCudaModel*, const LinspecCudaStates*, const LinspecCudaTask* tasks, int32_t num_tasks,
+                    const int32_t* paths, int32_t num_paths);
+  // logits [rows, V] = lm_head * hidden [rows, D], both host: Medusa heads share the unembedding.
+  int32_t (*unembed)(LinspecCudaModel*, const float* hidden, int32_t rows, float* logits);
 } LinspecCudaApi;
 
 // Null if the plugin does not speak abi_version.

@@ -72,7 +72,7 @@ class FakeModel : public Model {
     }
     last_rows_ = batch.num_rows();
     if (on_verify) on_verify();
-    return VerifyResult{logits_, hidden_};
+    return VerifyResult{.logits = logits_, .hidden = hidden_, .sampled = {}};
   }
 
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override {

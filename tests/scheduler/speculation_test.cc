@@ -7,6 +7,7 @@
 #include "gtest/gtest.h"
 #include "models/ngram_drafter.h"
 #include "tests/scheduler/fake_drafters.h"
+#include "tests/scheduler/samplings.h"
 #include "tests/scheduler/test_engine.h"
 
 namespace linspec {
@@ -14,55 +15,6 @@ namespace {
 
 constexpr int64_t kVocab = 12;  // small, so that random drafts and n-grams are right now and then
 constexpr int kTokens = 40;
-
-struct NamedSampling {
-  std::string name;
-  std::function<void(SamplingParams*)> set;
-};
-
-std::vector<NamedSampling> Samplings() {
-  return {
-      {"greedy", [](SamplingParams* p) { p->temperature = 0; }},
-      {"seeded", [](SamplingParams*) {}},
-      {"top_p", [](SamplingParams* p) { p->top_p = 0.8f; }},
-      {"top_k", [](SamplingParams* p) { p->top_k = 3; }},
-      {"min_p", [](SamplingParams* p) { p->min_p = 0.1f; }},
-      {"typical_p", [](SamplingParams* p) { p->typical_p = 0.7f; }},
-      {"penalties",
-       [](SamplingParams* p) {
-         p->repetition_penalty = 1.3f;
-         p->frequency_penalty = 0.4f;
-         p->presence_penalty = 0.7f;
-       }},
-      {"greedy_penalties",
-       [](SamplingParams* p) {
-         p->temperature = 0;
-         p->frequency_penalty = 1.5f;
-       }},
-      {"logit_bias", [](SamplingParams* p) { p->logit_bias = {{3, 2.5f}, {4, -100.0f}}; }},
-      {"min_tokens_stop_ids",
-       [](SamplingParams* p) {
-         p->min_tokens = 9;
-         p->stop_token_ids = {2, 5};
-       }},
-      {"stop_ids", [](SamplingParams* p) { p->stop_token_ids = {7}; }},
-      {"logprobs", [](SamplingParams* p) { p->logprobs = 3; }},
-      {"everything",
-       [](SamplingParams* p) {
-         p->temperature = 0.7f;
-         p->top_p = 0.95f;
-         p->top_k = 8;
-         p->min_p = 0.01f;
-         p->typical_p = 0.98f;
-         p->repetition_penalty = 1.1f;
-         p->presence_penalty = 0.2f;
-         p->logit_bias = {{1, 1.0f}};
-         p->min_tokens = 5;
-         p->stop_token_ids = {11};
-         p->logprobs = 1;
-       }},
-  };
-}
 
 std::vector<int32_t> Prompt(int request) {
   std::vector<int32_t> prompt;

@@ -1,0 +1,385 @@
+#include "kernels/cuda/device_model.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int kMaxGraphRows = 1024;  // larger steps are launched kernel by kernel: the gaps no longer matter
+
+// Few sizes, so that few graphs serve all steps; steps of 8 where products cost the same for each 8 rows.
+int RowBucket(int rows) {
+  if (rows <= 4) return rows <= 2 ? rows : 4;
+  const int step = rows <= 64 ? 8 : rows <= 128 ? 16 : rows <= 256 ? 32 : 64;
+  return (rows + step - 1) / step * step;
+}
+
+int TaskBucket(int tasks) {
+  int bucket = 1;
+  while (bucket < tasks) bucket *= 2;
+  return bucket;
+}
+
+constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights,
+                            bool deterministic, std::unique_ptr<DeviceModel>* model) {
+  const bool fits = shape.head_dim >= 4 && shape.head_dim <= kMaxHeadDim && shape.head_dim % 4 == 0 &&
+                    shape.hidden_size % 16 == 0 && shape.intermediate_size % 16 == 0 &&
+                    shape.num_heads * shape.head_dim % 16 == 0 && shape.group_size <= 256;
+  if (!fits) {
+    return context->Fail(kLinspecCudaUnsupported,
+                         "the CUDA kernels need a head_dim that is a multiple of 4 and at most 128, and hidden_size, "
+                         "intermediate_size and num_heads * head_dim that are multiples of 16");
+  }
+  std::unique_ptr<DeviceModel> made(new DeviceModel(context, shape, weights, deterministic));
+  LINSPEC_CUDA_TRY(context->Check(cudaEventCreateWithFlags(&made->prefill_uploaded_, cudaEventDisableTiming), "event"));
+  *model = std::move(made);
+  return kLinspecCudaOk;
+}
+
+DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights,
+                         bool deterministic)
+    : context_(context),
+      shape_(shape),
+      weights_(weights),
+      layers_(weights.layers, weights.layers + shape.num_layers),
+      deterministic_(deterministic) {
+  weights_.layers = layers_.data();
+}
+
+DeviceModel::~DeviceModel() {
+  cudaStreamSynchronize(context_->stream());
+  DropGraphs();
+  if (prefill_uploaded_ != nullptr) cudaEventDestroy(prefill_uploaded_);
+}
+
+void DeviceModel::DropGraphs() {
+  for (auto& [key, graph] : graphs_) {
+    if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
+  }
+  graphs_.clear();
+}
+
+int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
+  if (step.num_tasks >= 1 && step.num_rows >= 1 && step.states.base != nullptr) return kLinspecCudaOk;
+  return context_->Fail(kLinspecCudaInvalid, "a step needs tasks, rows and states");
+}
+
+int32_t DeviceModel::ReserveScratch(int num_rows, bool prefill, bool logits) {
+  const int64_t rows = num_rows, f32 = sizeof(float), bf16 = sizeof(uint16_t);
+  LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
+  LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
+  LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
+  LINSPEC_CUDA_TRY(gate_up_.Reserve(context_, rows * 2 * shape_.intermediate_size * f32));
+  LINSPEC_CUDA_TRY(activated_.Reserve(context_, rows * shape_.intermediate_size * bf16));
+  LINSPEC_CUDA_TRY(angles_.Reserve(context_, rows * shape_.head_dim / 2 * int64_t{sizeof(float2)}));
+  if (prefill) return prefill_qkv_.Reserve(context_, rows * qkv_width() * f32);
+  if (rows > kept_rows_) {
+    LINSPEC_CUDA_TRY(kept_qkv_.Reserve(context_, rows * qkv_width() * f32 * shape_.num_layers));
+    kept_rows_ = num_rows;
+  }
+  if (!logits) return kLinspecCudaOk;
+  LINSPEC_CUDA_TRY(logits_.Reserve(context_, rows * shape_.vocab_size * f32));
+  LINSPEC_CUDA_TRY(hidden_.Reserve(context_, rows * shape_.hidden_size * f32));
+  LINSPEC_CUDA_TRY(sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)}));
+  return host_sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)});
+}
+
+DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool sampling) {
+  BlockLayout layout{};
+  layout.tasks = 0;
+  layout.tokens = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
+  layout.positions = layout.tokens + Align(int64_t{num_rows} * 4);
+  layout.ancestors = layout.positions + Align(int64_t{num_rows} * 8);
+  layout.edits = layout.ancestors + Align(int64_t{num_rows} * 8);
+  layout.sampling = layout.edits + Align(sizeof(void*));
+  layout.size =
+      layout.sampling + (sampling ? Align(int64_t{num_rows} * static_cast<int64_t>(sizeof(LinspecCudaSampling))) : 0);
+  return layout;
+}
+
+DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host,
+                                              std::byte* device, const LinspecCudaLogitEdit* edits) const {
+  static_assert(sizeof(Task) == sizeof(LinspecCudaTask));
+  const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
+  auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
+  std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));
+  for (int i = step.num_tasks; i < num_tasks; ++i) tasks[i] = {0, -1, 0, 0, 0, 0};
+  const auto fill = [&](int64_t offset, const auto* values, auto padding) {
+    auto* to = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(values)>>*>(host + offset);
+    std::copy_n(values, step.num_rows, to);
+    std::fill(to + step.num_rows, to + num_rows, padding);
+  };
+  fill(at.tokens, step.tokens, 0);
+  fill(at.positions, step.positions, 0);
+  if (step.ancestors != nullptr) fill(at.ancestors, step.ancestors, uint64_t{1});
+  LinspecCudaSampling greedy = {};
+  greedy.top_p = 1.0f;
+  if (step.sampling != nullptr) fill(at.sampling, step.sampling, greedy);
+  *reinterpret_cast<const LinspecCudaLogitEdit**>(host + at.edits) = edits;
+  return {.tasks = reinterpret_cast<const Task*>(device + at.tasks),
+          .tokens = reinterpret_cast<const int32_t*>(device + at.tokens),
+          .positions = reinterpret_cast<const int64_t*>(device + at.positions),
+          .ancestors = step.ancestors != nullptr ? reinterpret_cast<const uint64_t*>(device + at.ancestors) : nullptr,
+          .sampling =
+              step.sampling != nullptr ? reinterpret_cast<const LinspecCudaSampling*>(device + at.sampling) : nullptr,
+          .edits = reinterpret_cast<const LinspecCudaLogitEdit* const*>(device + at.edits),
+          .num_tasks = num_tasks,
+          .num_rows = num_rows};
+}
+
+int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  LINSPEC_CUDA_TRY(CheckStep(step));
+  if (step.ancestors == nullptr) return context_->Fail(kLinspecCudaInvalid, "verify needs ancestor sets");
+  if (pending_) return context_->Fail(kLinspecCudaInvalid, "the verify before this one was not finished");
+  const bool graph = step.num_rows <= kMaxGraphRows;
+  const int num_rows = graph ? RowBucket(step.num_rows) : step.num_rows;
+  const int num_tasks = graph ? TaskBucket(step.num_tasks) : step.num_tasks;
+  const int64_t block_bytes = LayoutOf(num_tasks, num_rows, step.sampling != nullptr).size;
+  LINSPEC_CUDA_TRY(ReserveScratch(num_rows, /*prefill=*/false, /*logits=*/true));
+  LINSPEC_CUDA_TRY(verify_block_.Reserve(context_, block_bytes));
+  LINSPEC_CUDA_TRY(host_verify_block_.Reserve(context_, block_bytes));
+  if (step.num_edits > 0) {
+    const int64_t bytes = step.num_edits * static_cast<int64_t>(sizeof(LinspecCudaLogitEdit));
+    LINSPEC_CUDA_TRY(edits_.Reserve(context_, bytes));
+    LINSPEC_CUDA_TRY(host_edits_.Reserve(context_, bytes));
+    std::memcpy(host_edits_.as<void>(), step.edits, bytes);
+    LINSPEC_CUDA_TRY(context_->Check(
+        cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes, cudaMemcpyHostToDevice, context_->stream()),
+        "upload logit edits"));
+  }
+  const StepInput input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
+                                    verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>());
+  LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states)
+                         : EnqueueVerify(input, block_bytes, step.states));
+  LINSPEC_CUDA_TRY(EnqueueResults(step));
+  pending_ = true;
+  return kLinspecCudaOk;
+}
+
+int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
+  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(verify_block_.as<void>(), host_verify_block_.as<void>(), block_bytes,
+                                                   cudaMemcpyHostToDevice, context_->stream()),
+                                   "upload a step"));
+  Layers(input, states, Attention::kVerify);
+  Head(input);
+  return context_->CheckLaunch("verify");
+}
+
+// The first step of a bucket is launched kernel by kernel (which also loads the kernels), the second is captured.
+int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
+  int generation = 0;
+  for (const Buffer* buffer : {&x_, &normed_, &kept_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
+                               &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
+    generation += buffer->generation();
+  }
+  if (generation != graph_generation_ || states.base != graph_states_) DropGraphs();
+  graph_generation_ = generation;
+  graph_states_ = states.base;
+  Graph& graph = graphs_[{input.num_tasks, input.num_rows, input.sampling != nullptr}];
+  if (graph.uses++ == 0) return EnqueueVerify(input, block_bytes, states);
+  const cudaStream_t stream = context_->stream();
+  if (graph.exec == nullptr) {
+    cudaGraph_t captured = nullptr;
+    LINSPEC_CUDA_TRY(context_->Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture"));
+    const int32_t queued = EnqueueVerify(input, block_bytes, states);
+    LINSPEC_CUDA_TRY(context_->Check(cudaStreamEndCapture(stream, &captured), "end of capture"));
+    const cudaError_t made = cudaGraphInstantiate(&graph.exec, captured, 0);
+    cudaGraphDestroy(captured);
+    LINSPEC_CUDA_TRY(queued);
+    LINSPEC_CUDA_TRY(context_->Check(made, "instantiate a graph"));
+  }
+  return context_->Check(cudaGraphLaunch(graph.exec, stream), "launch a graph");
+}
+
+int32_t DeviceModel::EnqueueResults(const LinspecCudaStep& step) {
+  result_ = {};
+  const auto fetch = [&](Buffer& to, const Buffer& from, int64_t bytes) {
+    LINSPEC_CUDA_TRY(to.Reserve(context_, bytes));
+    return context_->Check(
+        cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToHost, context_->stream()),
+        "download results");
+  };
+  const int64_t rows = step.num_rows;
+  if (step.sampling != nullptr) {
+    LINSPEC_CUDA_TRY(fetch(host_sampled_, sampled_, rows * static_cast<int64_t>(sizeof(int32_t))));
+    result_.sampled = host_sampled_.as<int32_t>();
+  }
+  if (step.want_logits) {
+    LINSPEC_CUDA_TRY(fetch(host_logits_, logits_, rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
+    result_.logits = host_logits_.as<float>();
+  }
+  if (step.want_hidden) {
+    LINSPEC_CUDA_TRY(fetch(host_hidden_, hidden_, rows * shape_.hidden_size * static_cast<int64_t>(sizeof(float))));
+    result_.hidden = host_hidden_.as<float>();
+  }
+  return kLinspecCudaOk;
+}
+
+int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  if (!pending_) return context_->Fail(kLinspecCudaInvalid, "no verify was started");
+  pending_ = false;
+  LINSPEC_CUDA_TRY(context_->Sync("verify"));
+  *result = result_;
+  return kLinspecCudaOk;
+}
+
+int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  LINSPEC_CUDA_TRY(CheckStep(step));
+  const int64_t block_bytes = LayoutOf(step.num_tasks, step.num_rows, false).size;
+  LINSPEC_CUDA_TRY(ReserveScratch(step.num_rows, /*prefill=*/true, /*logits=*/false));
+  LINSPEC_CUDA_TRY(prefill_block_.Reserve(context_, block_bytes));
+  LINSPEC_CUDA_TRY(host_prefill_block_.Reserve(context_, block_bytes));
+  // The upload of the prefill before this one may still be reading the host block.
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventSynchronize(prefill_uploaded_), "prefill upload"));
+  LinspecCudaStep chains = step;
+  chains.ancestors = nullptr;
+  chains.sampling = nullptr;
+  const StepInput input = PackInput(chains, step.num_tasks, step.num_rows, host_prefill_block_.as<std::byte>(),
+                                    prefill_block_.as<std::byte>(), nullptr);
+  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(prefill_block_.as<void>(), host_prefill_block_.as<void>(),
+                                                   block_bytes, cudaMemcpyHostToDevice, context_->stream()),
+                                   "upload a prefill"));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_uploaded_, context_->stream()), "event"));
+  Layers(input, step.states, Attention::kPrefill);
+  return context_->CheckLaunch("prefill");
+}
+
+void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
+  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate}, rows, context_->stream());
+}
+
+AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states, const float* qkv) const {
+  const LinspecCudaLayer& layer = layers_[index];
+  return {.layer = {.num_heads = shape_.num_heads,
+                    .num_kv_heads = shape_.num_kv_heads,
+                    .head_dim = shape_.head_dim,
+                    .group_size = shape_.group_size,
+                    .conv_kernel = shape_.conv_kernel,
+                    .local = shape_.local,
+                    .global = static_cast<Global>(shape_.global),
+                    .global_factor = layer.global_factor,
+                    .global_norm_eps = shape_.global_norm_eps,
+                    .global_gain = layer.global_gain,
+                    .decay = layer.decay,
+                    .conv_taps = layer.conv_taps},
+          .states = {.base = states.base,
+                     .floats_per_slot = states.floats_per_slot,
+                     .layer_offset = index * states.floats_per_layer},
+          .tasks = nullptr,
+          .qkv = qkv,
+          .ancestors = nullptr,
+          .paths = nullptr,
+          .out = nullptr,
+          .out_bf16 = attention_.as<uint16_t>()};
+}
+
+// The residual stream of every row, in x_ at the end.
+void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention) {
+  const cudaStream_t stream = context_->stream();
+  const int rows = input.num_rows;
+  float* x = x_.as<float>();
+  uint16_t* normed = normed_.as<uint16_t>();
+  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream);
+  LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
+  for (int i = 0; i < shape_.num_layers; ++i) {
+    const LinspecCudaLayer& layer = layers_[i];
+    float* qkv = attention == Attention::kPrefill ? prefill_qkv_.as<float>()
+                                                  : kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
+    const auto norm = [&](const float* weight) {
+      LaunchRmsNorm({.x = x,
+                     .weight = weight,
+                     .out = nullptr,
+                     .out_bf16 = normed,
+                     .dim = shape_.hidden_size,
+                     .eps = shape_.rms_norm_eps},
+                    rows, stream);
+    };
+    norm(layer.attention_norm);
+    Matmul(layer.qkv, normed, qkv, false, rows);
+    LaunchRopeNormalize({.qkv = qkv,
+                         .angles = angles_.as<float2>(),
+                         .num_heads = shape_.num_heads,
+                         .num_kv_heads = shape_.num_kv_heads,
+                         .head_dim = shape_.head_dim,
+                         .eps = shape_.qk_norm_eps},
+                        rows, stream);
+    AttentionParams params = AttentionOf(i, states, qkv);
+    params.tasks = input.tasks;
+    params.ancestors = input.ancestors;
+    (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
+    Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
+    norm(layer.mlp_norm);
+    Matmul(layer.gate_up, normed, gate_up_.as<float>(), false, rows);
+    LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, stream);
+    Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
+  }
+}
+
+// Final norm, logits, and the token after each row.
+void DeviceModel::Head(const StepInput& input) {
+  const cudaStream_t stream = context_->stream();
+  LaunchRmsNorm({.x = x_.as<float>(),
+                 .weight = weights_.final_norm,
+                 .out = hidden_.as<float>(),
+                 .out_bf16 = normed_.as<uint16_t>(),
+                 .dim = shape_.hidden_size,
+                 .eps = shape_.rms_norm_eps},
+                input.num_rows, stream);
+  Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
+  if (input.sampling == nullptr) return;
+  LaunchSample({.logits = logits_.as<float>(),
+                .sampling = input.sampling,
+                .edits = input.edits,
+                .sampled = sampled_.as<int32_t>(),
+                .vocab = shape_.vocab_size},
+               input.num_rows, stream);
+}
+
+int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks,
+                            const int32_t* paths, int num_paths) {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  const int64_t path_offset = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
+  const int64_t bytes = path_offset + Align(int64_t{num_paths} * 4);
+  LINSPEC_CUDA_TRY(commit_block_.Reserve(context_, bytes));
+  LINSPEC_CUDA_TRY(host_commit_block_.Reserve(context_, bytes));
+  // The host block is free: a verify was finished since the commit before this one.
+  auto* host = host_commit_block_.as<std::byte>();
+  std::memcpy(host, tasks, num_tasks * sizeof(Task));
+  std::memcpy(host + path_offset, paths, int64_t{num_paths} * 4);
+  LINSPEC_CUDA_TRY(context_->Check(
+      cudaMemcpyAsync(commit_block_.as<void>(), host, bytes, cudaMemcpyHostToDevice, context_->stream()),
+      "upload a commit"));
+  for (int i = 0; i < shape_.num_layers; ++i) {
+    AttentionParams params = AttentionOf(i, states, kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width());
+    params.tasks = commit_block_.as<Task>();
+    params.paths = reinterpret_cast<const int32_t*>(commit_block_.as<std::byte>() + path_offset);
+    LaunchCommit(params, num_tasks, context_->stream());
+  }
+  return context_->CheckLaunch("commit");
+}
+
+int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  const int64_t dim = shape_.hidden_size, f32 = sizeof(float);
+  LINSPEC_CUDA_TRY(ReserveScratch(rows, false, true));
+  const cudaStream_t stream = context_->stream();
+  std::vector<uint16_t> rounded(rows * dim);
+  std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);
+  LINSPEC_CUDA_TRY(context_->Check(
+      cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
+  Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
+  LINSPEC_CUDA_TRY(context_->Check(
+      cudaMemcpyAsync(logits, logits_.as<void>(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
+      "download"));
+  return context_->Sync("unembed");
+}
+
+}  // namespace linspec::cuda

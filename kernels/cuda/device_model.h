@@ -1,0 +1,102 @@
+// A linearized transformer on the GPU: the forward pass of models/linear_transformer.h as a queue of kernels.
+//
+// One step is one upload of a packed input block, the layers, the head, and (with sampling) the choice of a token per
+// row. A verify step of a shape seen before is replayed as a CUDA graph, one per bucket of (tasks, rows): everything
+// else that changes between steps is data. Rows and tasks that pad a bucket belong to no slot; their results are never
+// read and reach no state.
+//
+// Activations: fp32 residual stream and attention, bf16 inputs of the matrix products. Threads: one at a time per
+// context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <vector>
+
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/sampling.h"
+
+namespace linspec::cuda {
+
+class DeviceModel {
+ public:
+  static int32_t Create(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights,
+                        bool deterministic, std::unique_ptr<DeviceModel>* model);
+  ~DeviceModel();
+
+  int32_t Prefill(const LinspecCudaStep& step);
+  int32_t VerifyStart(const LinspecCudaStep& step);
+  int32_t VerifyFinish(LinspecCudaVerifyResult* result);
+  int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
+                 int num_paths);
+  int32_t Unembed(const float* hidden, int rows, float* logits);
+
+  Context* context() const { return context_; }
+
+ private:
+  // Device views of one step's input block, and its size in tasks and rows (padding included).
+  struct StepInput {
+    const Task* tasks;
+    const int32_t* tokens;
+    const int64_t* positions;
+    const uint64_t* ancestors;
+    const LinspecCudaSampling* sampling;       // null: nothing is chosen
+    const LinspecCudaLogitEdit* const* edits;  // one pointer, in the block
+    int num_tasks, num_rows;
+  };
+  struct BlockLayout {  // byte offsets in the input block
+    int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
+  };
+  struct Graph {
+    cudaGraphExec_t exec = nullptr;
+    int uses = 0;
+  };
+  enum class Attention : uint8_t { kVerify, kPrefill };
+
+  DeviceModel(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights, bool deterministic);
+
+  static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
+  int32_t CheckStep(const LinspecCudaStep& step) const;
+  int32_t ReserveScratch(int num_rows, bool prefill, bool logits);
+  // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
+  StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
+                      const LinspecCudaLogitEdit* edits) const;
+
+  int32_t EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states);
+  int32_t ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states);
+  int32_t EnqueueResults(const LinspecCudaStep& step);
+  void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
+  void Head(const StepInput& input);
+  void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
+  AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
+  void DropGraphs();
+
+  int64_t qkv_width() const { return int64_t{shape_.num_heads + 2 * shape_.num_kv_heads} * shape_.head_dim; }
+  int64_t attention_width() const { return int64_t{shape_.num_heads} * shape_.head_dim; }
+
+  Context* const context_;
+  const LinspecCudaShape shape_;
+  LinspecCudaWeights weights_;
+  std::vector<LinspecCudaLayer> layers_;
+  const bool deterministic_;
+
+  // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
+  Buffer x_, normed_, kept_qkv_, prefill_qkv_, attention_, gate_up_, activated_, angles_, logits_, hidden_, sampled_;
+  int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
+  Buffer verify_block_, prefill_block_, commit_block_, edits_;
+  Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
+  Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
+  cudaEvent_t prefill_uploaded_ = nullptr;
+
+  std::map<std::array<int, 3>, Graph> graphs_;  // by tasks, rows, sampling
+  int graph_generation_ = 0;                    // of all buffers that graphs point into, when they were captured
+  const float* graph_states_ = nullptr;
+
+  LinspecCudaVerifyResult result_ = {};
+  bool pending_ = false;  // verify_start without verify_finish
+};
+
+}  // namespace linspec::cuda

@@ -1,0 +1,222 @@
+// The table of plugin_api.h over Context and DeviceModel.
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/device_model.h"
+#include "kernels/cuda/weights.h"
+
+struct LinspecCudaContext {
+  explicit LinspecCudaContext(linspec::cuda::Context* context) : impl(context) {}
+  std::unique_ptr<linspec::cuda::Context> impl;
+  linspec::cuda::Buffer staging;  // pieces of a matrix on their way to pack
+  linspec::cuda::Buffer staging_scales;
+  linspec::cuda::Buffer host_staging{true};
+};
+struct LinspecCudaModel {
+  std::unique_ptr<linspec::cuda::DeviceModel> impl;
+};
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int64_t kStagingBytes = int64_t{64} << 20;
+std::string create_error;  // of the last create that failed; create is called at start-up, by one thread
+
+int32_t Create(int32_t device, LinspecCudaContext** context) {
+  Context* made = nullptr;
+  const int32_t code = Context::Create(device, &made, &create_error);
+  if (code == kLinspecCudaOk) *context = new LinspecCudaContext(made);
+  return code;
+}
+
+void Destroy(LinspecCudaContext* context) { delete context; }
+
+const char* LastError(LinspecCudaContext* context) {
+  return context == nullptr ? create_error.c_str() : context->impl->last_error().c_str();
+}
+
+int32_t DeviceInfo(LinspecCudaContext* context, LinspecCudaDeviceInfo* info) {
+  Context& c = *context->impl;
+  LINSPEC_CUDA_TRY(c.Enter());
+  size_t free_bytes = 0, total_bytes = 0;
+  LINSPEC_CUDA_TRY(c.Check(cudaMemGetInfo(&free_bytes, &total_bytes), "memory info"));
+  const cudaDeviceProp& properties = c.properties();
+  *info = {};
+  info->total_bytes = static_cast<int64_t>(total_bytes);
+  info->free_bytes = static_cast<int64_t>(free_bytes);
+  info->major = properties.major;
+  info->minor = properties.minor;
+  info->num_sms = properties.multiProcessorCount;
+  std::snprintf(info->name, sizeof(info->name), "%.120s", properties.name);
+  return kLinspecCudaOk;
+}
+
+// Median time of `work` queued eight times, in seconds.
+template <typename Work>
+int32_t Time(Context& c, Work work, double* seconds) {
+  cudaEvent_t begin = nullptr, end = nullptr;
+  LINSPEC_CUDA_TRY(c.Check(cudaEventCreate(&begin), "event"));
+  LINSPEC_CUDA_TRY(c.Check(cudaEventCreate(&end), "event"));
+  std::vector<float> times;
+  for (int repeat = 0; repeat < 8; ++repeat) {
+    cudaEventRecord(begin, c.stream());
+    work();
+    cudaEventRecord(end, c.stream());
+    LINSPEC_CUDA_TRY(c.Sync("measure"));
+    float milliseconds = 0;
+    cudaEventElapsedTime(&milliseconds, begin, end);
+    if (repeat > 1) times.push_back(milliseconds);  // the first two warm up
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  std::sort(times.begin(), times.end());
+  *seconds = times[times.size() / 2] * 1e-3;
+  return kLinspecCudaOk;
+}
+
+int32_t Measure(LinspecCudaContext* context, LinspecCudaCeilings* ceilings) {
+  Context& c = *context->impl;
+  LINSPEC_CUDA_TRY(c.Enter());
+  const int64_t floats = int64_t{1} << 29;
+  const int blocks = c.properties().multiProcessorCount * 8;
+  Buffer data, sums;
+  LINSPEC_CUDA_TRY(data.Reserve(&c, floats * 4));
+  LINSPEC_CUDA_TRY(sums.Reserve(&c, blocks * 4));
+  LINSPEC_CUDA_TRY(c.Check(cudaMemsetAsync(data.as<void>(), 0x3D, floats * 4, c.stream()), "fill"));
+  double seconds = 0;
+  LINSPEC_CUDA_TRY(
+      Time(c, [&] { LaunchReadSum(data.as<float>(), floats, sums.as<float>(), blocks, c.stream()); }, &seconds));
+  *ceilings = {.read_bytes_per_s = static_cast<double>(floats) * 4 / seconds, .bf16_flops_per_s = 0};
+  return kLinspecCudaOk;
+}
+
+int32_t Alloc(LinspecCudaContext* context, int64_t bytes, void** device) {
+  LINSPEC_CUDA_TRY(context->impl->Enter());
+  return context->impl->Alloc(bytes, device);
+}
+
+int32_t Release(LinspecCudaContext* context, void* device) {
+  LINSPEC_CUDA_TRY(context->impl->Enter());
+  return context->impl->Check(cudaFree(device), "free");
+}
+
+int32_t Zero(LinspecCudaContext* context, void* device, int64_t bytes) {
+  LINSPEC_CUDA_TRY(context->impl->Enter());
+  return context->impl->Check(cudaMemsetAsync(device, 0, bytes, context->impl->stream()), "zero");
+}
+
+int32_t CopyBytes(LinspecCudaContext* context, void* to, const void* from, int64_t bytes, cudaMemcpyKind kind,
+                  bool wait, const char* what) {
+  Context& c = *context->impl;
+  LINSPEC_CUDA_TRY(c.Enter());
+  LINSPEC_CUDA_TRY(c.Check(cudaMemcpyAsync(to, from, bytes, kind, c.stream()), what));
+  return wait ? c.Sync(what) : kLinspecCudaOk;
+}
+
+int32_t Copy(LinspecCudaContext* context, void* to, const void* from, int64_t bytes) {
+  return CopyBytes(context, to, from, bytes, cudaMemcpyDeviceToDevice, false, "copy");
+}
+int32_t Upload(LinspecCudaContext* context, void* device, const void* host, int64_t bytes) {
+  return CopyBytes(context, device, host, bytes, cudaMemcpyHostToDevice, true, "upload");
+}
+int32_t Download(LinspecCudaContext* context, void* host, const void* device, int64_t bytes) {
+  return CopyBytes(context, host, device, bytes, cudaMemcpyDeviceToHost, true, "download");
+}
+
+int32_t Pack(LinspecCudaContext* context, const LinspecCudaSource* source, const LinspecCudaMatrix* matrix) {
+  Context& c = *context->impl;
+  LINSPEC_CUDA_TRY(c.Enter());
+  if (source->row_begin < 0 || source->row_begin + source->rows > matrix->rows || source->cols != matrix->cols) {
+    return c.Fail(kLinspecCudaInvalid, "pack: the rows do not fit the matrix");
+  }
+  const int64_t row_bytes = source->cols * TypeBytes(source->type);
+  const int64_t piece = source->data == nullptr
+                            ? source->rows
+                            : std::clamp<int64_t>(kStagingBytes / std::max<int64_t>(row_bytes, 1), 1, source->rows);
+  for (int64_t row = 0; row < source->rows; row += piece) {
+    const int64_t rows = std::min(piece, source->rows - row);
+    const void* staged = nullptr;
+    if (source->data != nullptr) {
+      LINSPEC_CUDA_TRY(context->staging.Reserve(&c, rows * row_bytes));
+      LINSPEC_CUDA_TRY(context->host_staging.Reserve(&c, rows * row_bytes));
+      LINSPEC_CUDA_TRY(c.Sync("pack"));  // the piece before this one may still be read
+      std::memcpy(context->host_staging.as<void>(), static_cast<const std::byte*>(source->data) + row * row_bytes,
+                  rows * row_bytes);
+      LINSPEC_CUDA_TRY(c.Check(cudaMemcpyAsync(context->staging.as<void>(), context->host_staging.as<void>(),
+                                               rows * row_bytes, cudaMemcpyHostToDevice, c.stream()),
+                               "upload weights"));
+      staged = context->staging.as<void>();
+    }
+    if (source->type == kLinspecCudaI8 && source->data != nullptr) {
+      LINSPEC_CUDA_TRY(context->staging_scales.Reserve(&c, rows * 4));
+      LINSPEC_CUDA_TRY(c.Check(cudaMemcpyAsync(context->staging_scales.as<void>(), source->scales + row, rows * 4,
+                                               cudaMemcpyHostToDevice, c.stream()),
+                               "upload scales"));
+    }
+    const int32_t code =
+        LaunchPack(*source, staged, context->staging_scales.as<float>(), row, rows, *matrix, c.stream());
+    if (code != kLinspecCudaOk) return c.Fail(code, "pack: no conversion between these types");
+    LINSPEC_CUDA_TRY(c.CheckLaunch("pack"));
+  }
+  return kLinspecCudaOk;
+}
+
+int32_t CreateModel(LinspecCudaContext* context, const LinspecCudaShape* shape, const LinspecCudaWeights* weights,
+                    int32_t deterministic, LinspecCudaModel** model) {
+  LINSPEC_CUDA_TRY(context->impl->Enter());
+  std::unique_ptr<DeviceModel> made;
+  LINSPEC_CUDA_TRY(DeviceModel::Create(context->impl.get(), *shape, *weights, deterministic != 0, &made));
+  *model = new LinspecCudaModel{.impl = std::move(made)};
+  return kLinspecCudaOk;
+}
+
+void DestroyModel(LinspecCudaModel* model) { delete model; }
+
+int32_t Prefill(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->Prefill(*step); }
+int32_t VerifyStart(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->VerifyStart(*step); }
+int32_t VerifyFinish(LinspecCudaModel* model, LinspecCudaVerifyResult* result) {
+  return model->impl->VerifyFinish(result);
+}
+int32_t Commit(LinspecCudaModel* model, const LinspecCudaStates* states, const LinspecCudaTask* tasks,
+               int32_t num_tasks, const int32_t* paths, int32_t num_paths) {
+  return model->impl->Commit(*states, tasks, num_tasks, paths, num_paths);
+}
+int32_t Unembed(LinspecCudaModel* model, const float* hidden, int32_t rows, float* logits) {
+  return model->impl->Unembed(hidden, rows, logits);
+}
+
+constexpr LinspecCudaApi kApi = {
+    .abi_version = LINSPEC_CUDA_ABI_VERSION,
+    .size = sizeof(LinspecCudaApi),
+    .create = Create,
+    .destroy = Destroy,
+    .last_error = LastError,
+    .device_info = DeviceInfo,
+    .measure = Measure,
+    .alloc = Alloc,
+    .release = Release,
+    .zero = Zero,
+    .copy = Copy,
+    .upload = Upload,
+    .download = Download,
+    .pack = Pack,
+    .create_model = CreateModel,
+    .destroy_model = DestroyModel,
+    .prefill = Prefill,
+    .verify_start = VerifyStart,
+    .verify_finish = VerifyFinish,
+    .commit = Commit,
+    .unembed = Unembed,
+};
+
+}  // namespace
+}  // namespace linspec::cuda
+
+extern "C" __attribute__((visibility("default"))) const LinspecCudaApi* linspec_cuda_api(uint32_t abi_version) {
+  return abi_version == LINSPEC_CUDA_ABI_VERSION ? &linspec::cuda::kApi : nullptr;
+}

@@ -1,0 +1,415 @@
+#include "models/cuda_model.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "models/cuda_weights.h"
+#include "models/verify_batch.h"
+
+namespace linspec {
+namespace {
+
+constexpr int64_t kPrefillRows = 2048;                // of one pass: bounds the scratch; the bits do not depend on it
+constexpr int64_t kReservedBytes = int64_t{3} << 30;  // of device memory, for scratch and graphs, when slots fill it
+
+class CudaStates final : public StateMemory {
+ public:
+  CudaStates(std::shared_ptr<CudaDevice> device, CudaMemory memory)
+      : device_(std::move(device)), memory_(std::move(memory)) {}
+  float* data() override { return memory_.as<float>(); }
+  void Zero(int64_t offset, int64_t size) override {
+    Note(device_->api().zero(device_->context(), data() + offset, size * static_cast<int64_t>(sizeof(float))));
+  }
+  void Copy(int64_t from, int64_t to, int64_t size) override {
+    Note(device_->api().copy(device_->context(), data() + to, data() + from,
+                             size * static_cast<int64_t>(sizeof(float))));
+  }
+
+ private:
+  // A device that fails here fails the next call too; the device remembers.
+  void Note(int32_t code) { device_->Check(code, "state memory").IgnoreError(); }
+  std::shared_ptr<CudaDevice> device_;
+  CudaMemory memory_;
+};
+
+// The weights' small vectors on the device, in one block.
+class DeviceVectors {
+ public:
+  // Where `values` will be; null for none. Call Upload when all are added.
+  int64_t Add(const std::vector<float>& values) {
+    if (values.empty()) return -1;
+    const auto at = static_cast<int64_t>(host_.size());
+    host_.insert(host_.end(), values.begin(), values.end());
+    host_.resize((host_.size() + 3) / 4 * 4);
+    return at;
+  }
+  absl::Status Upload(const std::shared_ptr<CudaDevice>& device) {
+    const int64_t bytes = static_cast<int64_t>(host_.size() * sizeof(float));
+    auto memory = CudaMemory::Allocate(device, bytes);
+    if (!memory.ok()) return memory.status();
+    memory_ = *std::move(memory);
+    return device->Check(device->api().upload(device->context(), memory_.as<void>(), host_.data(), bytes),
+                         "load weights");
+  }
+  const float* At(int64_t offset) const { return offset < 0 ? nullptr : memory_.as<float>() + offset; }
+
+ private:
+  std::vector<float> host_;
+  CudaMemory memory_;
+};
+
+const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
+  return static_cast<const CudaMatrix&>(*weight).matrix();
+}
+
+class CudaModel final : public Model {
+ public:
+  CudaModel(ModelConfig config, TransformerWeights weights, std::shared_ptr<CudaDevice> device)
+      : config_(std::move(config)), weights_(std::move(weights)), device_(std::move(device)) {}
+  ~CudaModel() override {
+    if (model_ != nullptr) device_->api().destroy_model(model_);
+  }
+  absl::Status Init(bool deterministic);
+
+  const ModelConfig& config() const override { return config_; }
+  int64_t streamed_bytes() const override;
+  int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
+  std::string Describe() const override;
+  bool chooses_tokens() const override { return true; }
+  bool exact_across_groups() const override { return false; }
+  absl::Status health() const override { return device_->health(); }
+  absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
+  int64_t SlotsThatFit() const override;
+
+  absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override;
+  absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
+  absl::Status StartVerify(const VerifyBatch& batch, const StatePool& pool) override;
+  absl::StatusOr<VerifyResult> FinishVerify() override;
+  absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
+  absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
+  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
+
+ private:
+  absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
+  absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
+  void FillStep(const VerifyBatch& batch, const StatePool& pool);
+  LinspecCudaStates StatesOf(const StatePool& pool) const {
+    return {
+        .base = pool.data(), .floats_per_slot = pool.floats_per_slot(), .floats_per_layer = pool.floats_per_layer()};
+  }
+
+  const ModelConfig config_;
+  const TransformerWeights weights_;
+  const std::shared_ptr<CudaDevice> device_;
+  DeviceVectors vectors_;
+  LinspecCudaModel* model_ = nullptr;
+  std::string device_name_;
+
+  VerifiedBatch verified_;
+  // The step under way, as the plugin reads it.
+  std::vector<LinspecCudaTask> tasks_;
+  std::vector<int64_t> positions_;
+  std::vector<uint64_t> ancestors_;
+  std::vector<LinspecCudaSampling> sampling_;
+  std::vector<LinspecCudaLogitEdit> edits_;
+  int num_rows_ = 0;
+  std::vector<float> logits_;  // of Extend's new rows, and of Unembed
+};
+
+absl::Status CudaModel::Init(bool deterministic) {
+  const auto info = device_->Info();
+  if (!info.ok()) return info.status();
+  device_name_ = fmt::format("{} (sm_{}{})", info->name, info->major, info->minor);
+  const LinearAttentionConfig& rule = config_.linear_attention;
+  const LinspecCudaShape shape{.hidden_size = config_.hidden_size,
+                               .intermediate_size = config_.intermediate_size,
+                               .vocab_size = config_.vocab_size,
+                               .num_layers = config_.num_layers,
+                               .num_heads = config_.num_heads,
+                               .num_kv_heads = config_.num_kv_heads,
+                               .head_dim = config_.head_dim,
+                               .group_size = rule.group_size,
+                               .conv_kernel = rule.conv_kernel,
+                               .local = rule.local,
+                               .global = static_cast<int32_t>(rule.global),
+                               .rms_norm_eps = config_.rms_norm_eps,
+                               .rope_theta = config_.rope_theta,
+                               .qk_norm_eps = rule.qk_norm_eps,
+                               .global_norm_eps = rule.global_norm_eps};
+  struct Offsets {
+    int64_t attention_norm, mlp_norm, global_gain, decay, conv_taps;
+  };
+  std::vector<Offsets> at;
+  for (const TransformerLayer& layer : weights_.layers) {
+    at.push_back({vectors_.Add(layer.attention_norm), vectors_.Add(layer.mlp_norm), vectors_.Add(layer.global_gain),
+                  vectors_.Add(layer.decay), vectors_.Add(layer.conv_taps)});
+  }
+  const int64_t final_norm = vectors_.Add(weights_.final_norm);
+  if (absl::Status uploaded = vectors_.Upload(device_); !uploaded.ok()) return uploaded;
+  std::vector<LinspecCudaLayer> layers;
+  for (int i = 0; i < config_.num_layers; ++i) {
+    const TransformerLayer& layer = weights_.layers[i];
+    layers.push_back({.attention_norm = vectors_.At(at[i].attention_norm),
+                      .mlp_norm = vectors_.At(at[i].mlp_norm),
+                      .global_gain = vectors_.At(at[i].global_gain),
+                      .decay = vectors_.At(at[i].decay),
+                      .conv_taps = vectors_.At(at[i].conv_taps),
+                      .qkv = MatrixOf(layer.qkv),
+                      .o = MatrixOf(layer.o),
+                      .gate_up = MatrixOf(layer.gate_up),
+                      .down = MatrixOf(layer.down),
+                      .global_factor = layer.attention.global_factor,
+                      .reserved = 0});
+  }
+  const LinspecCudaWeights weights{.embedding = MatrixOf(weights_.packed_embedding),
+                                   .lm_head = MatrixOf(weights_.lm_head),
+                                   .final_norm = vectors_.At(final_norm),
+                                   .layers = layers.data()};
+  return device_->Check(device_->api().create_model(device_->context(), &shape, &weights, deterministic, &model_),
+                        "model on the GPU");
+}
+
+int64_t CudaModel::streamed_bytes() const {
+  int64_t bytes = weights_.lm_head->bytes();
+  for (const TransformerLayer& layer : weights_.layers) {
+    bytes += layer.qkv->bytes() + layer.o->bytes() + layer.gate_up->bytes() + layer.down->bytes();
+  }
+  return bytes;
+}
+
+std::string CudaModel::Describe() const {
+  return fmt::format("{:.1f} M parameters, {} layers of {} heads, {} weights ({:.1f} MiB) on {}",
+                     static_cast<double>(config_.NumParameters()) / 1e6, config_.num_layers, config_.num_heads,
+                     DTypeName(weights_.layers[0].qkv->dtype()), static_cast<double>(weight_bytes()) / (1 << 20),
+                     device_name_);
+}
+
+absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) const {
+  return StatePool::Create(config_, num_slots, [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
+    auto memory = CudaMemory::Allocate(device_, bytes);
+    if (!memory.ok()) return memory.status();
+    return std::make_unique<CudaStates>(device_, *std::move(memory));
+  });
+}
+
+int64_t CudaModel::SlotsThatFit() const {
+  const auto info = device_->Info();
+  if (!info.ok()) return 0;
+  return std::max<int64_t>((info->free_bytes - kReservedBytes) / config_.StateBytes() - 1, 0);
+}
+
+absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
+  for (const PrefillChunk& chunk : chunks) {
+    if (absl::Status valid = CheckTokens(chunk.tokens, config_.vocab_size); !valid.ok()) return valid;
+  }
+  if (absl::Status valid = CheckDistinctSlots(chunks); !valid.ok()) return valid;
+  std::vector<PrefillChunk> pieces;
+  int64_t num_rows = 0;
+  const auto flush = [&]() -> absl::Status {
+    if (pieces.empty()) return absl::OkStatus();
+    num_rows = 0;
+    return PrefillPass(std::exchange(pieces, {}), pool);
+  };
+  for (const PrefillChunk& chunk : chunks) {
+    for (size_t done = 0; done < chunk.tokens.size();) {
+      const size_t take = std::min<size_t>(chunk.tokens.size() - done, kPrefillRows - num_rows);
+      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, take)});
+      done += take;
+      num_rows += static_cast<int64_t>(take);
+      if (num_rows < kPrefillRows) continue;
+      if (absl::Status status = flush(); !status.ok()) return status;
+    }
+  }
+  return flush();
+}
+
+absl::Status CudaModel::PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool) {
+  std::vector<int32_t> tokens;
+  tasks_.clear();
+  positions_.clear();
+  for (const PrefillChunk& piece : pieces) {
+    const int64_t length = pool->length(piece.slot);
+    tasks_.push_back({.length = length,
+                      .slot = piece.slot,
+                      .row_begin = static_cast<int32_t>(tokens.size()),
+                      .num_rows = static_cast<int32_t>(piece.tokens.size()),
+                      .path_begin = 0,
+                      .path_length = 0,
+                      .reserved = 0});
+    for (size_t i = 0; i < piece.tokens.size(); ++i) positions_.push_back(length + static_cast<int64_t>(i));
+    tokens.insert(tokens.end(), piece.tokens.begin(), piece.tokens.end());
+  }
+  LinspecCudaStep step = {};
+  step.states = StatesOf(*pool);
+  step.tasks = tasks_.data();
+  step.tokens = tokens.data();
+  step.positions = positions_.data();
+  step.num_tasks = static_cast<int32_t>(tasks_.size());
+  step.num_rows = static_cast<int32_t>(tokens.size());
+  if (absl::Status status = device_->Check(device_->api().prefill(model_, &step), "prefill"); !status.ok()) {
+    return status;
+  }
+  for (const LinspecCudaTask& task : tasks_) pool->set_length(task.slot, task.length + task.num_rows);
+  return absl::OkStatus();
+}
+
+void CudaModel::FillStep(const VerifyBatch& batch, const StatePool& pool) {
+  tasks_.clear();
+  positions_.clear();
+  ancestors_.clear();
+  sampling_.clear();
+  edits_.clear();
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    const int32_t begin = batch.row_starts[r];
+    const int64_t length = pool.length(batch.slots[r]);
+    tasks_.push_back({.length = length,
+                      .slot = batch.slots[r],
+                      .row_begin = begin,
+                      .num_rows = NumNodes(batch, r),
+                      .path_begin = 0,
+                      .path_length = 0,
+                      .reserved = 0});
+    for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
+      const int32_t parent = batch.parents[row];
+      ancestors_.push_back((parent < 0 ? 0 : ancestors_[begin + parent]) | uint64_t{1} << (row - begin));
+      positions_.push_back(parent < 0 ? length : positions_[begin + parent] + 1);
+    }
+  }
+  for (const RowSampling& row : batch.sampling) {
+    sampling_.push_back({.seed = row.seed,
+                         .position = row.position,
+                         .temperature = row.temperature,
+                         .top_p = row.top_p,
+                         .min_p = row.min_p,
+                         .top_k = row.top_k,
+                         .edits_begin = row.edits_begin,
+                         .edits_count = row.edits_count});
+  }
+  for (const LogitEdit& edit : batch.edits) edits_.push_back({edit.token, edit.bias, edit.repetition, edit.subtract});
+}
+
+absl::Status CudaModel::Start(const VerifyBatch& batch, const StatePool& pool) {
+  FillStep(batch, pool);
+  verified_.Set(batch, pool);
+  num_rows_ = batch.num_rows();
+  LinspecCudaStep step = {};
+  step.states = StatesOf(pool);
+  step.tasks = tasks_.data();
+  step.tokens = batch.tokens.data();
+  step.positions = positions_.data();
+  step.ancestors = ancestors_.data();
+  step.sampling = sampling_.empty() ? nullptr : sampling_.data();
+  step.edits = edits_.data();
+  step.num_tasks = batch.num_requests();
+  step.num_rows = num_rows_;
+  step.num_edits = static_cast<int32_t>(edits_.size());
+  step.want_logits = batch.want_logits || sampling_.empty();
+  step.want_hidden = batch.want_hidden;
+  return device_->Check(device_->api().verify_start(model_, &step), "verify");
+}
+
+absl::Status CudaModel::StartVerify(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status valid = CheckBatch(batch, config_.vocab_size, pool.capacity()); !valid.ok()) return valid;
+  if (!batch.sampling.empty() && static_cast<int>(batch.sampling.size()) != batch.num_rows()) {
+    return absl::InternalError(
+        fmt::format("verify: {} rows, but sampling for {}", batch.num_rows(), batch.sampling.size()));
+  }
+  return Start(batch, pool);
+}
+
+absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
+  LinspecCudaVerifyResult result = {};
+  absl::Status status = device_->Check(device_->api().verify_finish(model_, &result), "verify");
+  if (!status.ok()) return status;
+  const auto rows = static_cast<size_t>(num_rows_);
+  VerifyResult out;
+  if (result.logits != nullptr) out.logits = {result.logits, rows * config_.vocab_size};
+  if (result.hidden != nullptr) out.hidden = {result.hidden, rows * config_.hidden_size};
+  if (result.sampled != nullptr) out.sampled = {result.sampled, rows};
+  return out;
+}
+
+absl::StatusOr<VerifyResult> CudaModel::Verify(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status started = StartVerify(batch, pool); !started.ok()) return started;
+  return FinishVerify();
+}
+
+// The whole trees run again: a forward is bound by reading the weights, so the old rows ride along for nothing.
+absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status valid = CheckBatch(batch, config_.vocab_size, pool.capacity()); !valid.ok()) return valid;
+  if (absl::Status valid = verified_.CheckExtend(batch, pool); !valid.ok()) return valid;
+  std::vector<int32_t> new_rows;
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    for (int node = NumNodes(verified_.batch, r); node < NumNodes(batch, r); ++node) {
+      new_rows.push_back(batch.row_starts[r] + node);
+    }
+  }
+  VerifyBatch plain = batch;
+  plain.sampling.clear();
+  plain.want_logits = true;
+  plain.want_hidden = false;
+  absl::StatusOr<VerifyResult> all = Verify(plain, pool);
+  if (!all.ok()) return all.status();
+  const auto vocab = static_cast<size_t>(config_.vocab_size);
+  logits_.resize(new_rows.size() * vocab);
+  for (size_t i = 0; i < new_rows.size(); ++i) {
+    std::copy_n(all->logits.data() + new_rows[i] * vocab, vocab, logits_.data() + i * vocab);
+  }
+  VerifyResult result;
+  result.logits = logits_;
+  return result;
+}
+
+absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
+  if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
+  std::vector<int32_t> nodes;
+  std::vector<LinspecCudaTask> tasks;
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    if (paths[r].empty()) continue;
+    tasks.push_back({.length = verified_.lengths[r],
+                     .slot = batch.slots[r],
+                     .row_begin = batch.row_starts[r],
+                     .num_rows = NumNodes(batch, r),
+                     .path_begin = static_cast<int32_t>(nodes.size()),
+                     .path_length = static_cast<int32_t>(paths[r].size()),
+                     .reserved = 0});
+    nodes.insert(nodes.end(), paths[r].begin(), paths[r].end());
+  }
+  verified_ = {};
+  if (tasks.empty()) return absl::OkStatus();
+  const LinspecCudaStates states = StatesOf(*pool);
+  const int32_t code = device_->api().commit(model_, &states, tasks.data(), static_cast<int32_t>(tasks.size()),
+                                             nodes.data(), static_cast<int32_t>(nodes.size()));
+  if (absl::Status status = device_->Check(code, "commit"); !status.ok()) return status;
+  for (const LinspecCudaTask& task : tasks) pool->set_length(task.slot, task.length + task.path_length);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float> hidden) {
+  const int64_t rows = std::ssize(hidden) / config_.hidden_size;
+  if (rows * config_.hidden_size != std::ssize(hidden)) {
+    return absl::InternalError(fmt::format("unembed: {} values are no rows of {}", hidden.size(), config_.hidden_size));
+  }
+  logits_.resize(rows * config_.vocab_size);
+  if (rows == 0) return std::span<const float>();
+  const int32_t code = device_->api().unembed(model_, hidden.data(), static_cast<int32_t>(rows), logits_.data());
+  if (absl::Status status = device_->Check(code, "unembed"); !status.ok()) return status;
+  return std::span<const float>(logits_);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Model>> BuildCudaModel(const ModelConfig& config, WeightSource* source,
+                                                      std::shared_ptr<CudaDevice> device, BuildOptions options,
+                                                      bool deterministic) {
+  options.pack_embedding = true;
+  absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCudaPacker(device).get(), options);
+  if (!weights.ok()) return weights.status();
+  auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device));
+  if (absl::Status status = model->Init(deterministic); !status.ok()) return status;
+  return model;
+}
+
+}  // namespace linspec
