@@ -8,6 +8,7 @@
 #include <array>
 #include <chrono>
 #include <cstdio>
+#include <ctime>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -34,7 +35,7 @@ struct BenchPrompt {
 // What one mode did with some groups of prompts.
 struct Tally {
   int64_t tokens = 0, request_steps = 0, drafted = 0;
-  double seconds = 0, draft_s = 0, verify_s = 0, accept_s = 0;
+  double seconds = 0, cpu_seconds = 0, draft_s = 0, verify_s = 0, accept_s = 0;
   std::array<int64_t, kDepths> drafted_per_depth{}, accepted_per_depth{};
   std::vector<double> group_seconds;
 
@@ -77,6 +78,7 @@ json ToJson(const Tally& tally, const Tally& plain) {
           {"tokens_per_s", tally.TokensPerSecond()},
           {"speed_up", tally.TokensPerSecond() / plain.TokensPerSecond()},
           {"median_speed_up", MedianSpeedUp(tally, plain)},
+          {"cpu_speed_up", plain.cpu_seconds / tally.cpu_seconds},
           {"drafted_per_step",
            static_cast<double>(tally.drafted) / static_cast<double>(std::max<int64_t>(tally.request_steps, 1))},
           {"draft_share", tally.draft_s / tally.seconds},
@@ -130,8 +132,10 @@ absl::Status SpeculationBench::RunGroup(std::span<const BenchPrompt* const> grou
   }
   current_ = {};
   const auto start = Clock::now();
+  const std::clock_t cpu = std::clock();
   while (service_->engine().Step()) {
   }
+  current_.cpu_seconds = static_cast<double>(std::clock() - cpu) / CLOCKS_PER_SEC;
   current_.seconds = std::chrono::duration<double>(Clock::now() - start).count();
   return failed;
 }
@@ -152,6 +156,7 @@ absl::StatusOr<std::vector<Tally>> SpeculationBench::Run(std::span<const BenchPr
       tally.request_steps += current_.request_steps;
       tally.drafted += current_.drafted;
       tally.seconds += current_.seconds;
+      tally.cpu_seconds += current_.cpu_seconds;
       tally.draft_s += current_.draft_s;
       tally.verify_s += current_.verify_s;
       tally.accept_s += current_.accept_s;
@@ -205,9 +210,9 @@ absl::StatusOr<std::map<std::string, std::vector<BenchPrompt>>> ReadPrompts(cons
 void PrintRow(const std::string& set, int batch, double temperature, const std::string& mode, const json& cell) {
   std::string acceptance;
   for (const json& rate : cell["accepted_per_depth"]) acceptance += fmt::format(" {:.2f}", rate.get<double>());
-  fmt::print("| {} | {} | {} | {} | {:.2f} | {:.0f} | {:.2f} | {:.2f} | {:.0f} % |{} |\n", set, batch, temperature,
-             mode, cell["tokens_per_step"].get<double>(), cell["tokens_per_s"].get<double>(),
-             cell["speed_up"].get<double>(), cell["median_speed_up"].get<double>(),
+  fmt::print("| {} | {} | {} | {} | {:.2f} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {:.0f} % |{} |\n", set, batch,
+             temperature, mode, cell["tokens_per_step"].get<double>(), cell["tokens_per_s"].get<double>(),
+             cell["speed_up"].get<double>(), cell["median_speed_up"].get<double>(), cell["cpu_speed_up"].get<double>(),
              100 * cell["draft_share"].get<double>(), acceptance);
   std::fflush(stdout);
 }
@@ -242,7 +247,8 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
   });
   if (!parts.ok()) return parts.status();
   Metrics metrics({.model_name = "bench"});
-  Service service(*config, *std::move(parts), &metrics);
+  Log log(LogFormat::kText, LogLevel::kOff);
+  Service service(*config, *std::move(parts), &metrics, &log);
   const auto sets = ReadPrompts(path, per_set, service);
   if (!sets.ok()) return sets.status();
   SpeculationBench bench(&service, modes, max_tokens);
@@ -250,9 +256,10 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
 
   json cells = json::array();
   fmt::print(
-      "| prompts | batch | temperature | drafter | tokens/step | tokens/s | speed-up | median | drafting | accepted "
+      "| prompts | batch | temperature | drafter | tokens/step | tokens/s | speed-up | median | by CPU time | drafting "
+      "| accepted "
       "per depth |\n"
-      "|---|---|---|---|---|---|---|---|---|---|\n");
+      "|---|---|---|---|---|---|---|---|---|---|---|\n");
   for (const int temperature : temperatures) {
     for (const int batch : batches) {
       for (const auto& [set, prompts] : *sets) {
