@@ -3,6 +3,7 @@
 set(LINSPEC_CUDA_ARCHITECTURES "90" CACHE STRING "e.g. 90, or 80;86;89;90;100;120 for a release")
 set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
+find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
@@ -19,7 +20,9 @@ if(CMAKE_CXX_COMPILER_LAUNCHER)
 endif()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS kernels/cuda/*.cu)
-add_library(linspec_cuda_kernels STATIC ${cuda_sources})
+add_library(linspec_cuda_kernels STATIC ${cuda_sources} kernels/cuda/cublas_gemm.cc)
+target_include_directories(linspec_cuda_kernels SYSTEM PRIVATE ${CUDAToolkit_INCLUDE_DIRS})  # cublasLt.h; never linked
+target_link_libraries(linspec_cuda_kernels PUBLIC ${CMAKE_DL_LIBS})
 set_target_properties(linspec_cuda_kernels PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
 
 # Programs that run on a GPU machine as they are: Abseil, fmt, cudart and the C++ runtime inside, only glibc outside.
@@ -34,8 +37,9 @@ function(linspec_device_program name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
 endfunction()
 linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
-linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
-configure_file(tests/cuda/run_on_gpu.sh ${CMAKE_BINARY_DIR}/device/run_on_gpu.sh COPYONLY)
+linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/read_bandwidth.cu)
+linspec_device_program(cuda_attention_test tests/cuda/attention_test.cc)
+linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
 
 # The plugin that the server loads at start when it is there (kernels/cuda_device.h). It holds cudart and needs nothing
 # but glibc and, to find a GPU, the driver.
@@ -48,3 +52,11 @@ install(TARGETS linspec_cuda LIBRARY DESTINATION lib)
 # The model and the engine on the GPU: needs the shared libraries that the bundle carries, and the plugin beside it.
 add_executable(cuda_model_test tests/cuda/model_test.cc)
 target_link_libraries(cuda_model_test PRIVATE linspec_scheduler)
+set_target_properties(cuda_model_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device
+  INSTALL_RPATH "$ORIGIN/../../lib")
+set(gpu_check libexec/linspec-gpu-check)
+install(TARGETS cuda_device_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test RUNTIME DESTINATION ${gpu_check})
+install(PROGRAMS tests/cuda/run_on_gpu.sh DESTINATION ${gpu_check})
+install(DIRECTORY tests/data/tiny DESTINATION ${gpu_check})
+add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_device_bench cuda_attention_test cuda_attention_bench
+  cuda_model_test)

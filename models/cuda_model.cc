@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <utility>
 
 #include "models/cuda_weights.h"
@@ -80,6 +81,7 @@ class CudaModel final : public Model {
   bool chooses_tokens() const override { return true; }
   bool exact_across_groups() const override { return false; }
   absl::Status health() const override { return device_->health(); }
+  std::vector<DeviceStats> device_stats() const override;
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
   int64_t SlotsThatFit() const override;
 
@@ -116,7 +118,20 @@ class CudaModel final : public Model {
   std::vector<LinspecCudaLogitEdit> edits_;
   int num_rows_ = 0;
   std::vector<float> logits_;  // of Extend's new rows, and of Unembed
+
+  // For device_stats, which any thread may call. Seconds and bytes.
+  std::atomic<double> verify_s_ = 0, prefill_s_ = 0;
+  mutable std::atomic<int64_t> state_bytes_ = 0, used_bytes_ = 0, total_bytes_ = 0;
 };
+
+// Memory as it was when the last pool was made: nothing large is allocated later.
+std::vector<DeviceStats> CudaModel::device_stats() const {
+  const int64_t weights = weight_bytes(), states = state_bytes_, used = used_bytes_;
+  return {{.device = "0",
+           .name = device_name_,
+           .memory_bytes = {{"weights", weights}, {"states", states}, {"used", used}, {"total", total_bytes_}},
+           .busy_seconds = {{"prefill", prefill_s_}, {"verify", verify_s_}}}};
+}
 
 absl::Status CudaModel::Init(bool deterministic) {
   const auto info = device_->Info();
@@ -190,6 +205,11 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
   return StatePool::Create(config_, num_slots, [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
     auto memory = CudaMemory::Allocate(device_, bytes);
     if (!memory.ok()) return memory.status();
+    if (const auto info = device_->Info(); info.ok()) {
+      state_bytes_ = bytes;
+      used_bytes_ = info->total_bytes - info->free_bytes;
+      total_bytes_ = info->total_bytes;
+    }
     return std::make_unique<CudaStates>(device_, *std::move(memory));
   });
 }
@@ -323,6 +343,8 @@ absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   LinspecCudaVerifyResult result = {};
   absl::Status status = device_->Check(device_->api().verify_finish(model_, &result), "verify");
   if (!status.ok()) return status;
+  verify_s_ = verify_s_ + result.verify_ms * 1e-3;
+  prefill_s_ = prefill_s_ + result.prefill_ms * 1e-3;
   const auto rows = static_cast<size_t>(num_rows_);
   VerifyResult out;
   if (result.logits != nullptr) out.logits = {result.logits, rows * config_.vocab_size};

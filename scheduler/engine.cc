@@ -105,6 +105,7 @@ class Engine::Impl {
   }
 
   absl::Status Submit(Request request) {
+    if (absl::Status health = model_->health(); !health.ok()) return absl::UnavailableError(health.message());
     if (absl::Status status = CheckRequest(request); !status.ok()) return status;
     if (request.acceptance == AcceptanceMode::kDefault) request.acceptance = options_.acceptance;
     return queue_.Push(std::move(request), Clock::now());
@@ -229,6 +230,7 @@ void Engine::Cancel(uint64_t request_id) { impl_->Cancel(request_id); }
 void Engine::StopAdmitting() { impl_->StopAdmitting(); }
 bool Engine::Drain(std::chrono::milliseconds timeout) { return impl_->Drain(timeout); }
 EngineStats Engine::stats() const { return impl_->stats(); }
+absl::Status Engine::health() const { return impl_->model().health(); }
 std::vector<DeviceStats> Engine::device_stats() const { return impl_->model().device_stats(); }
 const ModelConfig& Engine::model_config() const { return impl_->model().config(); }
 const EngineOptions& Engine::options() const { return impl_->options(); }

@@ -85,6 +85,7 @@ class Engine {
   bool Drain(std::chrono::milliseconds timeout);
 
   EngineStats stats() const;
+  absl::Status health() const;  // not OK once the model's device has failed: Submit then answers UNAVAILABLE
   std::vector<DeviceStats> device_stats() const;  // the model's; empty on a CPU
   const ModelConfig& model_config() const;
   const EngineOptions& options() const;

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
+#include <random>
 #include <thread>
 
 #include "server/commands.h"
@@ -46,8 +48,23 @@ double MeasureReadBandwidth(int num_threads, double bytes) {
   return static_cast<double>(total);
 }
 
-int32_t ArgMax(std::span<const float> row) {
-  return static_cast<int32_t>(std::max_element(row.begin(), row.end()) - row.begin());
+// A device has chosen a token for each row; from a CPU come logits, of which the host takes the best, as a server does.
+absl::Status CheckChosen(const VerifyResult& result) {
+  const bool on_device = !result.sampled.empty();
+  const bool ok = on_device ? *std::min_element(result.sampled.begin(), result.sampled.end()) >= 0
+                            : std::isfinite(*std::max_element(result.logits.begin(), result.logits.end()));
+  return ok ? absl::OkStatus() : absl::InternalError("bench: the logits are not finite");
+}
+
+// Bytes of one request's state that a step reads: S, and of the ring what lies in the open group or in reach of the
+// convolution, averaged over the places in a group.
+double StateBytesRead(const ModelConfig& config) {
+  const int group = config.linear_attention.group_size, reach = config.linear_attention.conv_kernel - 1;
+  double slots = 0;
+  for (int phase = 0; phase < group; ++phase)
+    slots += std::max(phase, std::min(reach, group)) / static_cast<double>(group);
+  const double d = config.head_dim;
+  return config.num_layers * config.num_kv_heads * (d * d + 2 * slots * d) * sizeof(float);
 }
 
 // The ceilings of the machine that the model runs on.
@@ -76,8 +93,13 @@ class Bencher {
  public:
   Bencher(Model* model, double seconds, int chunk) : model_(model), seconds_(seconds), chunk_(chunk) {}
 
-  // Mean seconds of one decode step of `batch` requests that each have `context` tokens behind them.
-  absl::StatusOr<double> DecodeStep(int batch, int context);
+  struct Step {
+    double seconds = 0, device_seconds = 0;  // mean of a step; device_seconds 0 on a CPU
+    double tokens = 1;                       // mean, of one request
+  };
+  // Steps of `batch` requests that each have `context` tokens behind them. nodes > 1: each brings a chain of so many
+  // rows, of which a draft at depth d is accepted with probability acceptance[d - 1] once those before it were.
+  absl::StatusOr<Step> DecodeStep(int batch, int context, int nodes, const std::vector<double>& acceptance);
   absl::StatusOr<double> PrefillTokensPerSecond(int prompt);
 
  private:
@@ -87,12 +109,22 @@ class Bencher {
     return tokens;
   }
 
+  double DeviceSeconds() const {
+    for (const DeviceStats& device : model_->device_stats()) {
+      for (const auto& [what, seconds] : device.busy_seconds) {
+        if (what == "verify") return seconds;
+      }
+    }
+    return 0;
+  }
+
   Model* const model_;
   const double seconds_;
   const int chunk_;  // tokens of one Prefill call
 };
 
-absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
+absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, int nodes,
+                                                  const std::vector<double>& acceptance) {
   auto pool = model_->CreatePool(batch_size);
   if (!pool.ok()) return pool.status();
   const int group = model_->config().linear_attention.group_size;
@@ -102,35 +134,47 @@ absl::StatusOr<double> Bencher::DecodeStep(int batch_size, int context) {
   std::vector<StateSlot> slots;
   for (int i = 0; i < batch_size; ++i) {
     slots.push_back((*pool)->Acquire());
-    const PrefillChunk chunks[] = {{slots.back().id(), prompt}};
+    // Requests stand at different places of their groups, as they do in a server.
+    const PrefillChunk chunks[] = {
+        {slots.back().id(), std::span(prompt).first(computed - i * 7 % std::min(computed, group))}};
     if (absl::Status status = model_->Prefill(chunks, pool->get()); !status.ok()) return status;
-    const int skipped = (context - computed) / group * group;  // whole groups keep the phase
-    (*pool)->set_length(slots.back().id(), computed + skipped);
+    const int64_t skipped = (context - computed) / group * group;  // whole groups keep the phase
+    (*pool)->set_length(slots.back().id(), (*pool)->length(slots.back().id()) + skipped);
   }
-  const auto vocab = static_cast<size_t>(model_->config().vocab_size);
-  const std::vector<std::vector<int32_t>> paths(batch_size, {0});
-  std::vector<int32_t> next(batch_size, 1);
-  double total = 0;
-  int steps = -3;  // warm-up
-  while (steps < 8 || total < seconds_) {
+  DraftTree chain = DraftTree::Root(1);
+  for (int node = 1; node < nodes; ++node) chain.Add(node, node - 1);
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> uniform;
+  Step mean;
+  double tokens = 0, device_begin = 0;
+  int steps = -3;  // warm-up: graphs are made
+  while (steps < 8 || mean.seconds < seconds_) {
+    std::vector<std::vector<int32_t>> paths(batch_size, {0});
+    for (std::vector<int32_t>& path : paths) {
+      for (int node = 1; node < nodes && uniform(random) < acceptance[std::min<size_t>(node, acceptance.size()) - 1];
+           ++node) {
+        path.push_back(node);
+      }
+      if (steps >= 0) tokens += static_cast<double>(path.size());
+    }
     const auto start = Clock::now();
     VerifyBatch batch;
-    batch.row_starts = {0};
-    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), DraftTree::Root(next[i]));
+    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), chain);
     if (model_->chooses_tokens()) {
-      batch.sampling.resize(batch_size);
+      batch.sampling.resize(batch.num_rows());
       batch.want_logits = batch.want_hidden = false;
     }
     auto result = model_->Verify(batch, **pool);
     if (!result.ok()) return result.status();
-    for (int i = 0; i < batch_size; ++i) {
-      next[i] = model_->chooses_tokens() ? result->sampled[i] : ArgMax(result->logits.subspan(i * vocab, vocab));
-      if (next[i] < 0) return absl::InternalError("bench: the logits are not finite");
-    }
+    if (absl::Status chosen = CheckChosen(*result); !chosen.ok()) return chosen;
     if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
-    if (++steps > 0) total += SecondsSince(start);
+    if (++steps == 0) device_begin = DeviceSeconds();
+    if (steps > 0) mean.seconds += SecondsSince(start);
   }
-  return total / steps;
+  mean.device_seconds = (DeviceSeconds() - device_begin) / steps;
+  mean.seconds /= steps;
+  mean.tokens = tokens / steps / batch_size;
+  return mean;
 }
 
 absl::StatusOr<double> Bencher::PrefillTokensPerSecond(int length) {
@@ -209,6 +253,8 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto batches = flags.Ints("batch", "1,4,16", 1, 4096);
   const auto contexts = flags.Ints("context", "128,4096,65536", 1, 1 << 30);
   const auto prompts = flags.Ints("prefill", "512,2048", 1, 1 << 24);
+  const auto draft_nodes = flags.Ints("draft-nodes", "1", 1, kMaxTreeNodes);
+  const std::vector<double> acceptance = flags.Doubles("acceptance", "0.7", 0, 1);
   const double seconds = flags.Double("seconds", 2, 0.01, 3600);
   if (!flags.status().ok()) return flags.status();
   auto config = ParseServerConfig(flags.rest());
@@ -223,6 +269,7 @@ absl::Status Bench(std::span<const std::string> args) {
   if (absl::Status measured = machinery.Measure(); !measured.ok()) return measured;
   const double bandwidth = machinery.ReadBandwidth(512e6);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
+  const double state_read = StateBytesRead((*model)->config());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
@@ -231,18 +278,24 @@ absl::Status Bench(std::span<const std::string> args) {
   Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
   const char* comma = "\n";
   for (const int batch : batches) {
-    const double step_bytes = weight_bytes + batch * state_bytes;
+    const double step_bytes = weight_bytes + batch * state_read;
     const double step_bandwidth = machinery.ReadBandwidth(step_bytes);
     for (const int context : contexts) {
-      auto step = bencher.DecodeStep(batch, context);
-      if (!step.ok()) return step.status();
-      const double floor_s = step_bytes / step_bandwidth;
-      fmt::print(
-          "{}  {{\"batch\": {}, \"context\": {}, \"tokens_per_s\": {:.1f}, \"ms_per_step\": {:.3f}, "
-          "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"fraction_of_floor\": {:.3f}}}",
-          comma, batch, context, batch / *step, *step * 1e3, step_bandwidth / 1e9, floor_s * 1e3, floor_s / *step);
-      std::fflush(stdout);
-      comma = ",\n";
+      for (const int nodes : draft_nodes) {
+        auto step = bencher.DecodeStep(batch, context, nodes, acceptance);
+        if (!step.ok()) return step.status();
+        const double floor_s = step_bytes / step_bandwidth;
+        fmt::print(
+            "{}  {{\"batch\": {}, \"context\": {}, \"nodes\": {}, \"tokens_per_s\": {:.1f}, \"tokens_per_step\": "
+            "{:.2f}, "
+            "\"ms_per_step\": {:.3f}, \"device_ms\": {:.3f}, \"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": "
+            "{:.3f}, "
+            "\"fraction_of_floor\": {:.3f}}}",
+            comma, batch, context, nodes, batch * step->tokens / step->seconds, step->tokens, step->seconds * 1e3,
+            step->device_seconds * 1e3, step_bandwidth / 1e9, floor_s * 1e3, floor_s / step->seconds);
+        std::fflush(stdout);
+        comma = ",\n";
+      }
     }
   }
   fmt::print("],\n\"prefill\": [");

@@ -44,12 +44,15 @@ constexpr char kEvalHelp[] = R"(linspec eval [flags of serve] --text FILE
   --max-tokens N     stop after so many tokens of the file (default: all)
 )";
 
-constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape CONFIG.JSON] [flags]
-  --shape FILE       random weights in the shape of this config.json instead of a model
-  --weight-dtype T   auto, f32, bf16, int8
+constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|CONFIG.JSON] [flags]
+  --shape NAME       random weights in the shape of LLaMA-2 7b or 13b, or of this config.json, instead of a model
+  --device D         auto, cpu, cuda
+  --weight-dtype T   auto, f32, bf16, int8, fp8 (GPU)
   --batch LIST       default 1,4,16
   --context LIST     default 128,4096,65536
-  --prefill LIST     prompt lengths, default 512,2048
+  --prefill LIST     prompt lengths, default 512,2048; in pieces of --max-step-tokens
+  --draft-nodes LIST rows that each request brings to a step, default 1; more: a chain of drafts, of which
+  --acceptance LIST  are accepted at depth 1, 2, ..., each given those before it (default 0.7, the last one goes on)
   --seconds S        per measurement, default 2
   --threads N, --isa NAME
 )";

@@ -63,7 +63,10 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.network.stream_buffer_bytes);
   visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, c.network.cors_origin);
   g = "Limits";
-  visit(FlagInfo{g, "max-requests", "requests that run at once (state slots)", 1, 1e6}, c.engine.max_requests);
+  visit(FlagInfo{g, "max-requests",
+                 "requests that run at once (state slots); 0: what fits on the GPU (at most 2048), or 64 on a CPU", 0,
+                 1e6},
+        c.engine.max_requests);
   visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step", 1, 65536}, c.engine.max_step_tokens);

@@ -40,7 +40,7 @@ struct ServerConfig {
     std::string cors_origin;
   } network;
   struct EngineLimits {
-    int max_requests = 64;
+    int max_requests = 0;  // 0: as many as suit the machine
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
     int max_step_tokens = 512;

@@ -51,16 +51,18 @@ double CommandFlags::Double(const std::string& name, double fallback, double min
   return fallback;
 }
 
-std::vector<int> CommandFlags::Ints(const std::string& name, const std::string& fallback, int min, int max) {
+template <typename Number>
+std::vector<Number> CommandFlags::List(const std::string& name, const std::string& fallback, Number min, Number max,
+                                       const char* kind) {
   const std::string text = String(name, fallback);
-  std::vector<int> values;
+  std::vector<Number> values;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
-    int value = 0;
+    Number value = 0;
     if (!ParseNumber(std::string_view(text).substr(begin, end - begin), min, max, &value)) {
       if (status_.ok()) {
         status_ = absl::InvalidArgumentError(
-            fmt::format("--{}: '{}' is not a list of integers from {} to {}", name, text, min, max));
+            fmt::format("--{}: '{}' is not a list of {} from {} to {}", name, text, kind, min, max));
       }
       return {};
     }
@@ -68,6 +70,15 @@ std::vector<int> CommandFlags::Ints(const std::string& name, const std::string& 
     begin = end + 1;
   }
   return values;
+}
+
+std::vector<int> CommandFlags::Ints(const std::string& name, const std::string& fallback, int min, int max) {
+  return List(name, fallback, min, max, "integers");
+}
+
+std::vector<double> CommandFlags::Doubles(const std::string& name, const std::string& fallback, double min,
+                                          double max) {
+  return List(name, fallback, min, max, "numbers");
 }
 
 std::string CommandFlags::Positional() {

@@ -20,6 +20,7 @@ class CommandFlags {
   int Int(const std::string& name, int fallback, int min, int max);
   double Double(const std::string& name, double fallback, double min, double max);
   std::vector<int> Ints(const std::string& name, const std::string& fallback, int min, int max);  // "1,4,16"
+  std::vector<double> Doubles(const std::string& name, const std::string& fallback, double min, double max);
   // The first argument that is neither a flag nor a flag's value. Call after the flags above.
   std::string Positional();
 
@@ -27,6 +28,10 @@ class CommandFlags {
   const absl::Status& status() const { return status_; }
 
  private:
+  template <typename Number>
+  std::vector<Number> List(const std::string& name, const std::string& fallback, Number min, Number max,
+                           const char* kind);
+
   std::vector<std::string> rest_;
   absl::Status status_;
 };

@@ -259,7 +259,7 @@ class LinSpecService final : public v1::LinSpec::CallbackService {
       response->set_num_layers(model.num_layers);
       response->set_group_size(model.linear_attention.group_size);
       response->set_state_bytes_per_request(model.StateBytes());
-      response->set_max_requests(limits.max_requests);
+      response->set_max_requests(service_->engine().options().max_requests);
       response->set_max_prompt_tokens(limits.max_prompt_tokens);
       response->set_max_output_tokens(limits.max_output_tokens);
       for (const std::string& drafter : service_->drafters()) response->add_drafters(drafter);

@@ -213,6 +213,7 @@ absl::StatusOr<HttpReply> HttpApi::Model(const std::string& name) const {
 
 HttpReply HttpApi::Ready() const {
   if (service_->draining()) return {.status = 503, .body = "{\"status\":\"draining\"}"};
+  if (!service_->engine().health().ok()) return {.status = 503, .body = "{\"status\":\"failed\"}"};
   return {.body = "{\"status\":\"ready\"}"};
 }
 

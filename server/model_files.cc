@@ -1,7 +1,10 @@
 #include "server/model_files.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -65,6 +68,15 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions
   return std::shared_ptr<CpuOps>(*std::move(made));
 }
 
+// A line that is rewritten as the loading goes on; nothing for models that load at once.
+std::function<void(double)> LoadProgress(const std::string& path) {
+  return [path, start = Clock::now(), shown = false](double fraction) mutable {
+    shown |= fraction < 0.9 && Clock::now() - start > std::chrono::milliseconds(500);
+    if (!shown) return;
+    fmt::print(stderr, "\rloading {}: {:3.0f} %{}", path, 100 * fraction, fraction < 1 ? "" : "\n");
+  };
+}
+
 LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions& options, const Machine& machine) {
   LoadOptions load;
   load.path = path;
@@ -72,15 +84,24 @@ LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions
   load.ops = machine.ops;
   load.cuda = machine.cuda;
   load.deterministic = options.deterministic;
+  if (isatty(STDERR_FILENO)) load.progress = LoadProgress(path);
   return load;
 }
 
+// Slots when nobody said: what a GPU holds, less a reserve for drafters' states, or a number that suits a CPU.
+int MaxRequests(const ServerConfig& config, const Model& model) {
+  constexpr int kOnCpu = 64, kMostOnGpu = 2048;
+  if (config.engine.max_requests > 0) return config.engine.max_requests;
+  const int64_t fit = model.SlotsThatFit();
+  return fit < 0 ? kOnCpu : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10, 1, kMostOnGpu));
+}
+
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
-                                                   const Machine& machine, int64_t vocab_size) {
+                                                   const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
-                                           {.max_sequences = config.engine.max_requests,
+                                           {.max_sequences = max_sequences,
                                             .max_depth = config.engine.draft_depth,
                                             .top_k = config.engine.draft_top_k,
                                             .min_confidence = 0});
@@ -195,10 +216,11 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   if (!mode.ok()) return mode.status();
   auto files = LoadModelFiles(config.model);
   if (!files.ok()) return files.status();
+  const int max_requests = MaxRequests(config, *files->model);
   Service::Parts parts;
   std::vector<std::unique_ptr<Drafter>> drafters;
   if (const std::string draft = DraftPath(config); !draft.empty()) {
-    auto drafter = LoadDraft(draft, config, files->machine, files->model->config().vocab_size);
+    auto drafter = LoadDraft(draft, config, files->machine, files->model->config().vocab_size, max_requests);
     if (!drafter.ok()) return drafter.status();
     drafters.push_back(*std::move(drafter));
   }
@@ -216,7 +238,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
     return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
   }
   EngineOptions options;
-  options.max_requests = config.engine.max_requests;
+  options.max_requests = max_requests;
   options.max_queue_requests = config.engine.max_queue_requests;
   options.max_queue_tokens = config.engine.max_queue_tokens;
   options.max_step_tokens = config.engine.max_step_tokens;

@@ -1,48 +1,103 @@
-// tree_verify, commit_append_fold and prefill: window_programs.h (math, layout, floor) on the grid (kv head, request).
-// Instances for the head sizes in use keep S in registers with compile-time indices; 0 takes any other.
-#include "kernels/cuda/launch.h"
+// Host entry points of attention: the tensor-core instances where the layer shape has them (verify.cu, commit.cu,
+// prefill.cu), else the programs of window_programs.h on the grid (kv head, request), for any shape.
+#include <mutex>
+
+#include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/window_programs.h"
 
 namespace linspec::cuda {
 namespace {
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, 2) VerifyKernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads) VerifyKernel(const AttentionParams p) {
   __shared__ AttentionShared shared;
-  VerifyBlock<kDim>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
+  VerifyBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, 2) CommitKernel(const AttentionParams p) {
-  CommitBlock<kDim>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x);
+__global__ void __launch_bounds__(kThreads) DecodeKernel(const AttentionParams p) {
+  __shared__ AttentionShared shared;
+  DecodeBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(kThreads, 2) PrefillKernel(const AttentionParams p) {
+__global__ void __launch_bounds__(kThreads) CommitKernel(const AttentionParams p) {
+  CommitBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads) CommitLayersKernel(const AttentionParams* layers) {
+  const AttentionParams& p = layers[blockIdx.z];
+  CommitBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x);
+}
+
+__global__ void __launch_bounds__(kThreads) PrefillKernel(const AttentionParams p) {
   __shared__ AttentionShared shared;
-  PrefillBlock<kDim>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
+  PrefillBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
+}
+
+DeviceLimits ReadLimits(int device) {
+  DeviceLimits limits = {};
+  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  return limits;
 }
 
 using Kernel = void (*)(AttentionParams);
 
-void Launch(Kernel d128, Kernel d64, Kernel any, const AttentionParams& params, int num_tasks, cudaStream_t stream) {
-  if (num_tasks == 0) return;
-  const Kernel kernel = params.layer.head_dim == 128 ? d128 : params.layer.head_dim == 64 ? d64 : any;
+void Launch(Kernel kernel, const AttentionParams& params, int num_tasks, cudaStream_t stream) {
   kernel<<<dim3(params.layer.num_kv_heads, num_tasks), kThreads, 0, stream>>>(params);
 }
 
 }  // namespace
 
+const DeviceLimits& CurrentDeviceLimits() {
+  constexpr int kMaxDevices = 64;
+  static DeviceLimits limits[kMaxDevices];
+  static std::once_flag read[kMaxDevices];
+  int device = 0;
+  cudaGetDevice(&device);
+  std::call_once(read[device], [device] { limits[device] = ReadLimits(device); });
+  return limits[device];
+}
+
+bool HasTiles(const LayerParams& layer) {
+  constexpr int kSharedBytes = 228 * 1024;
+  const int d = layer.head_dim, g = layer.group_size;
+  return (d == 64 || d == 128) && g >= 8 && g <= 64 && (g & (g - 1)) == 0 && layer.conv_kernel <= 32 &&
+         layer.conv_kernel <= g && CurrentDeviceLimits().shared_bytes >= kSharedBytes;
+}
+
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
-  Launch(VerifyKernel<128>, VerifyKernel<64>, VerifyKernel<0>, params, num_tasks, stream);
+  if (num_tasks == 0) return;
+  if (HasTiles(params.layer)) return LaunchVerifyTiles(params, num_tasks, stream);
+  Launch(VerifyKernel, params, num_tasks, stream);
+}
+
+void LaunchDecode(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
+  if (num_tasks == 0) return;
+  if (HasTiles(params.layer)) return LaunchDecodeTiles(params, num_tasks, stream);
+  Launch(DecodeKernel, params, num_tasks, stream);
 }
 
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
-  Launch(CommitKernel<128>, CommitKernel<64>, CommitKernel<0>, params, num_tasks, stream);
+  if (num_tasks == 0) return;
+  if (HasTiles(params.layer)) return LaunchCommitTiles(params, num_tasks, stream);
+  Launch(CommitKernel, params, num_tasks, stream);
+}
+
+void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
+                        cudaStream_t stream) {
+  if (num_tasks == 0 || num_layers == 0) return;
+  if (HasTiles(shape)) return LaunchCommitTilesOfLayers(shape, layers, num_layers, num_tasks, stream);
+  CommitLayersKernel<<<dim3(shape.num_kv_heads, num_tasks, num_layers), kThreads, 0, stream>>>(layers);
 }
 
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
-  Launch(PrefillKernel<128>, PrefillKernel<64>, PrefillKernel<0>, params, num_tasks, stream);
+  if (num_tasks == 0) return;
+  if (HasTiles(params.layer)) return LaunchPrefillTiles(params, num_tasks, stream);
+  Launch(PrefillKernel, params, num_tasks, stream);
+}
+
+int64_t PrefillScratchFloats(const LayerParams& layer, int64_t num_groups) {
+  if (!HasTiles(layer)) return 0;
+  return num_groups * layer.num_kv_heads * layer.head_dim * layer.head_dim;
 }
 
 }  // namespace linspec::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 namespace linspec::cuda {
 namespace {
@@ -15,10 +16,10 @@ int RowBucket(int rows) {
   return (rows + step - 1) / step * step;
 }
 
-int TaskBucket(int tasks) {
-  int bucket = 1;
-  while (bucket < tasks) bucket *= 2;
-  return bucket;
+int PowerOfTwo(int at_least) {
+  int power = 1;
+  while (power < at_least) power *= 2;
+  return power;
 }
 
 constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -36,7 +37,10 @@ int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, con
                          "intermediate_size and num_heads * head_dim that are multiples of 16");
   }
   std::unique_ptr<DeviceModel> made(new DeviceModel(context, shape, weights, deterministic));
-  LINSPEC_CUDA_TRY(context->Check(cudaEventCreateWithFlags(&made->prefill_uploaded_, cudaEventDisableTiming), "event"));
+  for (cudaEvent_t* event : {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_, &made->verify_begin_,
+                             &made->verify_end_}) {
+    LINSPEC_CUDA_TRY(context->Check(cudaEventCreate(event), "event"));
+  }
   *model = std::move(made);
   return kLinspecCudaOk;
 }
@@ -54,7 +58,9 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
 DeviceModel::~DeviceModel() {
   cudaStreamSynchronize(context_->stream());
   DropGraphs();
-  if (prefill_uploaded_ != nullptr) cudaEventDestroy(prefill_uploaded_);
+  for (const cudaEvent_t event : {prefill_uploaded_, prefill_begin_, prefill_end_, verify_begin_, verify_end_}) {
+    if (event != nullptr) cudaEventDestroy(event);
+  }
 }
 
 void DeviceModel::DropGraphs() {
@@ -69,24 +75,39 @@ int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
   return context_->Fail(kLinspecCudaInvalid, "a step needs tasks, rows and states");
 }
 
-int32_t DeviceModel::ReserveScratch(int num_rows, bool prefill, bool logits) {
+int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
   const int64_t rows = num_rows, f32 = sizeof(float), bf16 = sizeof(uint16_t);
+  if (gemm_workspace_.as<void>() == nullptr) {
+    LINSPEC_CUDA_TRY(gemm_workspace_.Reserve(context_, StreamingGemmWorkspaceBytes()));
+    LINSPEC_CUDA_TRY(context_->Check(
+        cudaMemsetAsync(gemm_workspace_.as<void>(), 0, StreamingGemmWorkspaceBytes(), context_->stream()), "zero"));
+  }
   LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
   LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
   LINSPEC_CUDA_TRY(gate_up_.Reserve(context_, rows * 2 * shape_.intermediate_size * f32));
   LINSPEC_CUDA_TRY(activated_.Reserve(context_, rows * shape_.intermediate_size * bf16));
   LINSPEC_CUDA_TRY(angles_.Reserve(context_, rows * shape_.head_dim / 2 * int64_t{sizeof(float2)}));
-  if (prefill) return prefill_qkv_.Reserve(context_, rows * qkv_width() * f32);
+  if (!logits) return kLinspecCudaOk;
   if (rows > kept_rows_) {
     LINSPEC_CUDA_TRY(kept_qkv_.Reserve(context_, rows * qkv_width() * f32 * shape_.num_layers));
     kept_rows_ = num_rows;
   }
-  if (!logits) return kLinspecCudaOk;
   LINSPEC_CUDA_TRY(logits_.Reserve(context_, rows * shape_.vocab_size * f32));
   LINSPEC_CUDA_TRY(hidden_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)}));
   return host_sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)});
+}
+
+int32_t DeviceModel::ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups) {
+  LINSPEC_CUDA_TRY(ReserveScratch(step.num_rows, /*logits=*/false));
+  *num_groups = 0;
+  for (int i = 0; i < step.num_tasks; ++i) {
+    *num_groups += PrefillGroups(step.tasks[i].length, step.tasks[i].num_rows, shape_.group_size);
+  }
+  const int64_t floats = PrefillScratchFloats(ShapeOf(0), *num_groups);
+  LINSPEC_CUDA_TRY(prefill_states_.Reserve(context_, floats * static_cast<int64_t>(sizeof(float))));
+  return prefill_qkv_.Reserve(context_, step.num_rows * qkv_width() * static_cast<int64_t>(sizeof(float)));
 }
 
 DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool sampling) {
@@ -105,6 +126,9 @@ DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool
 DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host,
                                               std::byte* device, const LinspecCudaLogitEdit* edits) const {
   static_assert(sizeof(Task) == sizeof(LinspecCudaTask));
+  int max_rows = 1;
+  for (int i = 0; i < step.num_tasks; ++i) max_rows = std::max(max_rows, step.tasks[i].num_rows);
+  max_rows = PowerOfTwo(max_rows);
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
   std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));
@@ -129,7 +153,9 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
               step.sampling != nullptr ? reinterpret_cast<const LinspecCudaSampling*>(device + at.sampling) : nullptr,
           .edits = reinterpret_cast<const LinspecCudaLogitEdit* const*>(device + at.edits),
           .num_tasks = num_tasks,
-          .num_rows = num_rows};
+          .num_rows = num_rows,
+          .max_rows = max_rows,
+          .num_groups = 0};
 }
 
 int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
@@ -139,9 +165,9 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
   if (pending_) return context_->Fail(kLinspecCudaInvalid, "the verify before this one was not finished");
   const bool graph = step.num_rows <= kMaxGraphRows;
   const int num_rows = graph ? RowBucket(step.num_rows) : step.num_rows;
-  const int num_tasks = graph ? TaskBucket(step.num_tasks) : step.num_tasks;
+  const int num_tasks = graph ? PowerOfTwo(step.num_tasks) : step.num_tasks;
   const int64_t block_bytes = LayoutOf(num_tasks, num_rows, step.sampling != nullptr).size;
-  LINSPEC_CUDA_TRY(ReserveScratch(num_rows, /*prefill=*/false, /*logits=*/true));
+  LINSPEC_CUDA_TRY(ReserveScratch(num_rows, /*logits=*/true));
   LINSPEC_CUDA_TRY(verify_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_verify_block_.Reserve(context_, block_bytes));
   if (step.num_edits > 0) {
@@ -153,13 +179,14 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
         cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes, cudaMemcpyHostToDevice, context_->stream()),
         "upload logit edits"));
   }
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(verify_begin_, context_->stream()), "event"));
   const StepInput input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
                                     verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>());
   LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states)
                          : EnqueueVerify(input, block_bytes, step.states));
   LINSPEC_CUDA_TRY(EnqueueResults(step));
   pending_ = true;
-  return kLinspecCudaOk;
+  return context_->Check(cudaEventRecord(verify_end_, context_->stream()), "event");
 }
 
 int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
@@ -181,7 +208,7 @@ int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, c
   if (generation != graph_generation_ || states.base != graph_states_) DropGraphs();
   graph_generation_ = generation;
   graph_states_ = states.base;
-  Graph& graph = graphs_[{input.num_tasks, input.num_rows, input.sampling != nullptr}];
+  Graph& graph = graphs_[{input.num_tasks, input.num_rows, input.max_rows, input.sampling != nullptr}];
   if (graph.uses++ == 0) return EnqueueVerify(input, block_bytes, states);
   const cudaStream_t stream = context_->stream();
   if (graph.exec == nullptr) {
@@ -226,6 +253,10 @@ int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
   if (!pending_) return context_->Fail(kLinspecCudaInvalid, "no verify was started");
   pending_ = false;
   LINSPEC_CUDA_TRY(context_->Sync("verify"));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.verify_ms, verify_begin_, verify_end_), "time"));
+  if (std::exchange(prefilled_, false)) {
+    LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.prefill_ms, prefill_begin_, prefill_end_), "time"));
+  }
   *result = result_;
   return kLinspecCudaOk;
 }
@@ -234,42 +265,53 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
   LINSPEC_CUDA_TRY(context_->Enter());
   LINSPEC_CUDA_TRY(CheckStep(step));
   const int64_t block_bytes = LayoutOf(step.num_tasks, step.num_rows, false).size;
-  LINSPEC_CUDA_TRY(ReserveScratch(step.num_rows, /*prefill=*/true, /*logits=*/false));
+  int64_t num_groups = 0;
+  LINSPEC_CUDA_TRY(ReservePrefill(step, &num_groups));
   LINSPEC_CUDA_TRY(prefill_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_prefill_block_.Reserve(context_, block_bytes));
   // The upload of the prefill before this one may still be reading the host block.
   LINSPEC_CUDA_TRY(context_->Check(cudaEventSynchronize(prefill_uploaded_), "prefill upload"));
+  if (!std::exchange(prefilled_, true)) {
+    LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_begin_, context_->stream()), "event"));
+  }
   LinspecCudaStep chains = step;
   chains.ancestors = nullptr;
   chains.sampling = nullptr;
-  const StepInput input = PackInput(chains, step.num_tasks, step.num_rows, host_prefill_block_.as<std::byte>(),
-                                    prefill_block_.as<std::byte>(), nullptr);
+  StepInput input = PackInput(chains, step.num_tasks, step.num_rows, host_prefill_block_.as<std::byte>(),
+                              prefill_block_.as<std::byte>(), nullptr);
+  input.num_groups = static_cast<int>(num_groups);
   LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(prefill_block_.as<void>(), host_prefill_block_.as<void>(),
                                                    block_bytes, cudaMemcpyHostToDevice, context_->stream()),
                                    "upload a prefill"));
   LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_uploaded_, context_->stream()), "event"));
   Layers(input, step.states, Attention::kPrefill);
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_end_, context_->stream()), "event"));
   return context_->CheckLaunch("prefill");
 }
 
 void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
-  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate}, rows, context_->stream());
+  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()}, rows,
+                      context_->stream());
+}
+
+LayerParams DeviceModel::ShapeOf(int index) const {
+  const LinspecCudaLayer& layer = layers_[index];
+  return {.num_heads = shape_.num_heads,
+          .num_kv_heads = shape_.num_kv_heads,
+          .head_dim = shape_.head_dim,
+          .group_size = shape_.group_size,
+          .conv_kernel = shape_.conv_kernel,
+          .local = shape_.local,
+          .global = static_cast<Global>(shape_.global),
+          .global_factor = layer.global_factor,
+          .global_norm_eps = shape_.global_norm_eps,
+          .global_gain = layer.global_gain,
+          .decay = layer.decay,
+          .conv_taps = layer.conv_taps};
 }
 
 AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states, const float* qkv) const {
-  const LinspecCudaLayer& layer = layers_[index];
-  return {.layer = {.num_heads = shape_.num_heads,
-                    .num_kv_heads = shape_.num_kv_heads,
-                    .head_dim = shape_.head_dim,
-                    .group_size = shape_.group_size,
-                    .conv_kernel = shape_.conv_kernel,
-                    .local = shape_.local,
-                    .global = static_cast<Global>(shape_.global),
-                    .global_factor = layer.global_factor,
-                    .global_norm_eps = shape_.global_norm_eps,
-                    .global_gain = layer.global_gain,
-                    .decay = layer.decay,
-                    .conv_taps = layer.conv_taps},
+  return {.layer = ShapeOf(index),
           .states = {.base = states.base,
                      .floats_per_slot = states.floats_per_slot,
                      .layer_offset = index * states.floats_per_layer},
@@ -314,6 +356,10 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     AttentionParams params = AttentionOf(i, states, qkv);
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
+    params.max_rows = input.max_rows;
+    params.scratch = prefill_states_.as<float>();
+    params.num_groups = input.num_groups;
+    params.exact_prefill = deterministic_;
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
     Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
     norm(layer.mlp_norm);
@@ -346,30 +392,33 @@ void DeviceModel::Head(const StepInput& input) {
 int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks,
                             const int32_t* paths, int num_paths) {
   LINSPEC_CUDA_TRY(context_->Enter());
-  const int64_t path_offset = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
-  const int64_t bytes = path_offset + Align(int64_t{num_paths} * 4);
+  const int64_t paths_at = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
+  const int64_t layers_at = paths_at + Align(int64_t{num_paths} * 4);
+  const int64_t bytes = layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams));
   LINSPEC_CUDA_TRY(commit_block_.Reserve(context_, bytes));
   LINSPEC_CUDA_TRY(host_commit_block_.Reserve(context_, bytes));
   // The host block is free: a verify was finished since the commit before this one.
   auto* host = host_commit_block_.as<std::byte>();
+  auto* device = commit_block_.as<std::byte>();
   std::memcpy(host, tasks, num_tasks * sizeof(Task));
-  std::memcpy(host + path_offset, paths, int64_t{num_paths} * 4);
-  LINSPEC_CUDA_TRY(context_->Check(
-      cudaMemcpyAsync(commit_block_.as<void>(), host, bytes, cudaMemcpyHostToDevice, context_->stream()),
-      "upload a commit"));
+  std::memcpy(host + paths_at, paths, int64_t{num_paths} * 4);
   for (int i = 0; i < shape_.num_layers; ++i) {
     AttentionParams params = AttentionOf(i, states, kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width());
-    params.tasks = commit_block_.as<Task>();
-    params.paths = reinterpret_cast<const int32_t*>(commit_block_.as<std::byte>() + path_offset);
-    LaunchCommit(params, num_tasks, context_->stream());
+    params.tasks = reinterpret_cast<const Task*>(device);
+    params.paths = reinterpret_cast<const int32_t*>(device + paths_at);
+    std::memcpy(host + layers_at + i * sizeof(AttentionParams), &params, sizeof(params));
   }
+  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, context_->stream()),
+                                   "upload a commit"));
+  LaunchCommitLayers(ShapeOf(0), reinterpret_cast<const AttentionParams*>(device + layers_at), shape_.num_layers,
+                     num_tasks, context_->stream());
   return context_->CheckLaunch("commit");
 }
 
 int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   LINSPEC_CUDA_TRY(context_->Enter());
   const int64_t dim = shape_.hidden_size, f32 = sizeof(float);
-  LINSPEC_CUDA_TRY(ReserveScratch(rows, false, true));
+  LINSPEC_CUDA_TRY(ReserveScratch(rows, /*logits=*/true));
   const cudaStream_t stream = context_->stream();
   std::vector<uint16_t> rounded(rows * dim);
   std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);

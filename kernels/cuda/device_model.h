@@ -46,6 +46,8 @@ class DeviceModel {
     const LinspecCudaSampling* sampling;       // null: nothing is chosen
     const LinspecCudaLogitEdit* const* edits;  // one pointer, in the block
     int num_tasks, num_rows;
+    int max_rows;    // of one task, or more
+    int num_groups;  // prefill: that the tasks touch
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
@@ -60,7 +62,8 @@ class DeviceModel {
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
-  int32_t ReserveScratch(int num_rows, bool prefill, bool logits);
+  int32_t ReserveScratch(int num_rows, bool logits);
+  int32_t ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups);
   // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
                       const LinspecCudaLogitEdit* edits) const;
@@ -71,6 +74,7 @@ class DeviceModel {
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
   void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
+  LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
   void DropGraphs();
 
@@ -84,14 +88,17 @@ class DeviceModel {
   const bool deterministic_;
 
   // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
-  Buffer x_, normed_, kept_qkv_, prefill_qkv_, attention_, gate_up_, activated_, angles_, logits_, hidden_, sampled_;
+  Buffer x_, normed_, kept_qkv_, prefill_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
+      hidden_, sampled_, gemm_workspace_;
   int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
-  cudaEvent_t prefill_uploaded_ = nullptr;
+  cudaEvent_t prefill_uploaded_ = nullptr, prefill_begin_ = nullptr, prefill_end_ = nullptr;
+  cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
+  bool prefilled_ = false;  // since the verify before
 
-  std::map<std::array<int, 3>, Graph> graphs_;  // by tasks, rows, sampling
+  std::map<std::array<int, 4>, Graph> graphs_;  // by tasks, rows, rows of one task, sampling
   int graph_generation_ = 0;                    // of all buffers that graphs point into, when they were captured
   const float* graph_states_ = nullptr;
 

@@ -1,166 +1,295 @@
-// y[m, n] (+)= scale[n] * sum_k x[m, k] w[n, k]: weights streamed once, tokens ride along.
+// Products of few rows: the weights are streamed from memory once, and 8 to 64 tokens ride along.
 //
-// Tensor cores, mma m16n8k16 bf16 -> fp32 with the weights as the 16-row operand and 8 tokens as the columns. A sum
-// over k may take its terms in any order if both operands agree, so a lane loads 16 consecutive bytes of its weight
-// row straight from memory and treats them as the k indices that the instruction assigns to it; no shared memory, no
-// shuffles. Lane l holds weight rows l / 4 and l / 4 + 8, token l / 4, and k slice l % 4.
+// A warp holds one tile of 16 weight rows and one of kSplit ranges of k. It loads a batch of 8 steps (512 consecutive
+// bytes of each row: shorter pieces cost DRAM efficiency) straight into registers in the tensor core's fragment order;
+// 16 warps on a multiprocessor keep 128 KB in flight. The first batch leaves before the kernel ahead has ended (pdl.h).
 //
-// Grid: one block per 16 weight rows; its 8 warps take every 8th k step and are added in warp order. The split
-// depends on the shape of w alone, and columns of an mma do not mix, so a row's bits do not depend on the other rows.
-// int8 and fp8 widen to bf16 exactly; the row's scale enters at the end.
+// Two forms with the same bits:
+// - whole (up to 8 tokens, many tiles): the 8 warps of a block are the ranges of one tile; x comes through the L1.
+// - split (more tokens, or few tiles): the block is one range; its slice of x stays in shared memory in fragment order,
+//   so x is read from the L2 once per block and not once per tile. Sums of a range go to the workspace, and the last
+//   of a tile's kSplit warps adds them in order.
 //
-// Floor: N * K * size(weight) bytes over the read bandwidth, as long as 2 * rows * N * K / 790 TFLOP/s is less (about
-// 180 rows in bf16). x is re-read from L2 once per 16 weight rows: rows / 16 of the weight bytes for bf16.
-#include <cuda_bf16.h>
-#include <cuda_fp8.h>
+// Floor: N K bytes-per-weight over the read bandwidth, as long as 2 rows N K over the mma.sync rate is less.
+#include <algorithm>
 
-#include "kernels/cuda/launch.h"
+#include "kernels/cuda/gemm_tile.h"
+#include "kernels/cuda/pdl.h"
 
 namespace linspec::cuda {
 namespace {
 
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kWeightRows = 16, kTokens = 8;
+constexpr int kWarps = kThreads / kWarpSize;
+constexpr int kBatch = 8;               // steps in registers
+constexpr int kBlocksPerProcessor = 2;  // by registers
+constexpr int kMaxTiles = 16384;        // of one matrix: 262,144 rows
+constexpr int64_t kPartialBytes = int64_t{96} << 20;
+static_assert(kWarps == kSplit);
 
-struct Bf16x8 {  // four bf16x2 registers: 8 consecutive k
-  uint32_t pair[4];
-};
-
-__device__ Bf16x8 Load16Bytes(const void* p) {
-  const uint4 raw = *static_cast<const uint4*>(p);
-  return {{raw.x, raw.y, raw.z, raw.w}};
-}
-
-__device__ uint32_t PackPair(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-
-// One lane's 16 bytes of a weight row, as groups of 8 k.
+// A warp's share of the product: which k, and how much of it exists for this lane.
 template <int kType>
-struct WeightTraits;
+struct Range {
+  static constexpr int kParts = WeightTraits<kType>::kParts;
+  static constexpr int kStepDepth = 32 * kParts;  // k of a step
+  int begin, count;                               // steps
+  int valid;                                      // steps of which this lane's 16 bytes lie inside the row
 
-template <>
-struct WeightTraits<kLinspecCudaBf16> {
-  static constexpr int kElements = 8;
-  __device__ static void Widen(const uint4& raw, Bf16x8 (&out)[1]) { out[0] = {{raw.x, raw.y, raw.z, raw.w}}; }
+  __device__ Range(const LinspecCudaMatrix& w, int range) {
+    const int steps = NumSteps(w), lane_byte = threadIdx.x % 4 * 16;
+    begin = RangeBegin(steps, range);
+    count = RangeBegin(steps, range + 1) - begin;
+    const int64_t bytes = w.cols * 2 / kParts - int64_t{begin} * kStepBytes - lane_byte;
+    valid = static_cast<int>(min(int64_t{count}, (bytes + kStepBytes - 1) / kStepBytes));
+  }
+  __device__ int batches() const { return (count + kBatch - 1) / kBatch; }
 };
 
-template <>
-struct WeightTraits<kLinspecCudaI8> {
-  static constexpr int kElements = 16;
-  __device__ static void Widen(const uint4& raw, Bf16x8 (&out)[2]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+// kBatch steps of a tile in registers.
+template <int kType>
+struct Batch {
+  uint4 low[kBatch], high[kBatch];  // rows g and g + 8
+
+  __device__ __forceinline__ void Load(const LinspecCudaMatrix& w, const Range<kType>& range, int64_t tile, int first) {
+    const int g = threadIdx.x % kWarpSize / 4, s = threadIdx.x % 4;
+    const int64_t pitch = w.cols * 2 / Range<kType>::kParts, row = tile * kTileRows + g;
+    const char* base = static_cast<const char*>(w.data) + int64_t{range.begin + first} * kStepBytes + s * 16;
+    const char* low_row = base + min(row, w.rows - 1) * pitch;
+    const char* high_row = base + min(row + 8, w.rows - 1) * pitch;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t half = words[i / 2] >> (i % 2 * 16);
-      out[i / 4].pair[i % 4] = PackPair(static_cast<float>(static_cast<int8_t>(half & 0xFF)),
-                                        static_cast<float>(static_cast<int8_t>(half >> 8 & 0xFF)));
+    for (int u = 0; u < kBatch; ++u) {
+      const bool inside = first + u < range.valid;
+      low[u] = inside ? __ldcs(reinterpret_cast<const uint4*>(low_row + u * kStepBytes)) : uint4{};
+      high[u] = inside ? __ldcs(reinterpret_cast<const uint4*>(high_row + u * kStepBytes)) : uint4{};
     }
   }
-};
 
-template <>
-struct WeightTraits<kLinspecCudaFp8> {
-  static constexpr int kElements = 16;
-  __device__ static void Widen(const uint4& raw, Bf16x8 (&out)[2]) {
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  // x(step, part, t): the lane's 8 values of token tile t.
+  template <int kTiles, typename X>
+  __device__ __forceinline__ void Multiply(int first, int count, const X& x, float (&sums)[kTiles][4]) const {
+    constexpr int kParts = Range<kType>::kParts;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      __nv_fp8x2_e4m3 pair;
-      pair.__x = static_cast<__nv_fp8x2_storage_t>(words[i / 2] >> (i % 2 * 16) & 0xFFFF);
-      const float2 value = static_cast<float2>(pair);
-      out[i / 4].pair[i % 4] = PackPair(value.x, value.y);
-    }
-  }
-};
-
-__device__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// 8 k per lane, 32 in all, as two instructions.
-__device__ void Multiply(float (&c)[4], const Bf16x8& low, const Bf16x8& high, const Bf16x8& x) {
-  Mma(c, low.pair[0], high.pair[0], low.pair[1], high.pair[1], x.pair[0], x.pair[1]);
-  Mma(c, low.pair[2], high.pair[2], low.pair[3], high.pair[3], x.pair[2], x.pair[3]);
-}
-
-template <int kType, int kTiles>  // kTiles * 8 tokens
-__global__ void __launch_bounds__(kThreads) StreamingGemmKernel(const GemmParams p, int row_begin, int rows) {
-  using Traits = WeightTraits<kType>;
-  constexpr int kParts = Traits::kElements / 8, kBytes = 16 / Traits::kElements;
-  __shared__ float partial[kWarps][kTiles * kTokens][kWeightRows];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, slice = lane % 4;
-  const int64_t depth = p.w.cols, first = static_cast<int64_t>(blockIdx.x) * kWeightRows;
-  const int64_t n_low = min(first + lane / 4, p.w.rows - 1), n_high = min(first + lane / 4 + 8, p.w.rows - 1);
-  const char* w_low = static_cast<const char*>(p.w.data) + n_low * depth * kBytes;
-  const char* w_high = static_cast<const char*>(p.w.data) + n_high * depth * kBytes;
-  float sums[kTiles][4] = {};
-#pragma unroll 4
-  for (int64_t step = warp * 4 * Traits::kElements; step < depth; step += kWarps * 4 * Traits::kElements) {
-    const int64_t k = step + slice * Traits::kElements;
-    const bool inside = k < depth;  // all lanes stay for the mma; those past the end bring zeros
-    Bf16x8 low[kParts], high[kParts];
-    Traits::Widen(inside ? __ldcs(reinterpret_cast<const uint4*>(w_low + k * kBytes)) : uint4{}, low);
-    Traits::Widen(inside ? __ldcs(reinterpret_cast<const uint4*>(w_high + k * kBytes)) : uint4{}, high);
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int m = min(tile * kTokens + lane / 4, rows - 1);
+    for (int u = 0; u < kBatch; ++u) {
+      if (first + u >= count) return;
+      uint32_t a[4 * kParts], b[4 * kParts];
+      WeightTraits<kType>::Widen(low[u], a);
+      WeightTraits<kType>::Widen(high[u], b);
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const Bf16x8 x = inside ? Load16Bytes(p.x + (row_begin + m) * depth + k + part * 8) : Bf16x8{};
-        Multiply(sums[tile], low[part], high[part], x);
+        uint4 tokens[kTiles];
+        const int i = part * 4;
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) tokens[t] = x(first + u, part, t);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) Mma(sums[t], a[i], b[i], a[i + 1], b[i + 1], tokens[t].x, tokens[t].y);
+#pragma unroll
+        for (int t = 0; t < kTiles; ++t) Mma(sums[t], a[i + 2], b[i + 2], a[i + 3], b[i + 3], tokens[t].z, tokens[t].w);
       }
     }
   }
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {  // c0, c1: weight row l / 4, tokens 2 (l % 4) and the next; c2, c3: + 8
-#pragma unroll
-    for (int i = 0; i < 4; ++i) partial[warp][tile * kTokens + slice * 2 + i % 2][lane / 4 + i / 2 * 8] = sums[tile][i];
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < rows * kWeightRows; i += kThreads) {
-    const int m = i / kWeightRows, n = i % kWeightRows;
-    if (first + n >= p.w.rows) continue;
-    float sum = 0.0f;
-    for (int from = 0; from < kWarps; ++from) sum += partial[from][m][n];
-    if (p.w.scales != nullptr) sum *= p.w.scales[first + n];
-    float& y = p.y[(row_begin + m) * p.w.rows + first + n];
-    y = p.accumulate ? y + sum : sum;
+};
+
+template <int kType>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) WholeGemmKernel(const GemmParams p, const int rows) {
+  constexpr int kParts = Range<kType>::kParts;
+  __shared__ float4 partial[2][kSplit][kWarpSize];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, s = lane % 4;
+  const Range<kType> range(p.w, warp);
+  const int64_t tiles = (p.w.rows + kTileRows - 1) / kTileRows;
+  Batch<kType> batch;
+  batch.Load(p.w, range, blockIdx.x, 0);
+  GridLaunchDependents();
+  GridWait();
+  const uint16_t* x_lane =
+      p.x + int64_t{min(g, rows - 1)} * p.w.cols + int64_t{range.begin} * Range<kType>::kStepDepth + s * 8 * kParts;
+  const auto x = [&](int step, int part, int) {
+    const uint16_t* from = x_lane + step * Range<kType>::kStepDepth + part * 8;
+    return step < range.valid ? *reinterpret_cast<const uint4*>(from) : uint4{};
+  };
+  const OutputTile output{p, rows};
+  int turn = 0;
+  for (int64_t tile = blockIdx.x, next; tile < tiles; tile = next, ++turn) {
+    float sums[1][4] = {};
+    next = tile + gridDim.x;
+    for (int i = 0; i < range.batches(); ++i) {
+      batch.template Multiply<1>(i * kBatch, range.count, x, sums);
+      if (i + 1 < range.batches()) {
+        batch.Load(p.w, range, tile, (i + 1) * kBatch);
+      } else if (next < tiles) {
+        batch.Load(p.w, range, next, 0);
+      }
+    }
+    // Two buffers: a warp that is a tile ahead writes the other one, and none can be two ahead of the barrier.
+    float4(&parts)[kSplit][kWarpSize] = partial[turn % 2];
+    parts[warp][lane] = make_float4(sums[0][0], sums[0][1], sums[0][2], sums[0][3]);
+    __syncthreads();
+    if (warp != turn % kWarps) continue;
+    const int64_t row = tile * kTileRows + g;
+    float old[4], total[4] = {};
+    output.ReadOld(row, 2 * s, old);
+    for (const auto& part : parts) {
+      total[0] += part[lane].x, total[1] += part[lane].y, total[2] += part[lane].z, total[3] += part[lane].w;
+    }
+    output.Write(row, 2 * s, total, old);
   }
 }
 
-template <int kType>
-void LaunchRows(const GemmParams& params, int row_begin, int rows, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((params.w.rows + kWeightRows - 1) / kWeightRows);
-  if (rows <= kTokens) {
-    StreamingGemmKernel<kType, 1><<<blocks, kThreads, 0, stream>>>(params, row_begin, rows);
-  } else if (rows <= 2 * kTokens) {
-    StreamingGemmKernel<kType, 2><<<blocks, kThreads, 0, stream>>>(params, row_begin, rows);
-  } else {
-    StreamingGemmKernel<kType, 4><<<blocks, kThreads, 0, stream>>>(params, row_begin, rows);
+struct Workspace {
+  unsigned* arrived;  // [kMaxTiles], zero between launches
+  float2* partial;    // [tile][range][token tile][half of the rows][lane]
+};
+
+// The range's slice of x as [step][token tile][part][lane].
+template <int kType, int kTiles>
+__device__ void StoreTokens(const GemmParams& p, const Range<kType>& range, int rows, uint4* tokens) {
+  constexpr int kParts = Range<kType>::kParts;
+  for (int i = threadIdx.x; i < range.count * kTiles * kParts * kWarpSize; i += kThreads) {
+    const int lane = i % kWarpSize, part = i / kWarpSize % kParts, t = i / (kWarpSize * kParts) % kTiles;
+    const int step = i / (kWarpSize * kParts * kTiles), m = t * kTileTokens + lane / 4;
+    const int64_t k = int64_t{range.begin + step} * Range<kType>::kStepDepth + (lane % 4 * kParts + part) * 8;
+    const bool inside = m < rows && k < p.w.cols;
+    tokens[i] = inside ? *reinterpret_cast<const uint4*>(p.x + m * p.w.cols + k) : uint4{};
   }
+}
+
+template <int kTiles>
+__device__ void AddRanges(const OutputTile& output, const Workspace& workspace, int64_t tile) {
+  const int lane = threadIdx.x % kWarpSize;
+  const float2* all = workspace.partial + tile * kSplit * kTiles * 2 * kWarpSize + lane;
+#pragma unroll 1
+  for (int t = 0; t < kTiles && t * kTileTokens + lane % 4 * 2 < output.rows; ++t) {
+    const int64_t row = tile * kTileRows + lane / 4;
+    const int token = t * kTileTokens + lane % 4 * 2;
+    float old[4], total[4] = {};
+    output.ReadOld(row, token, old);
+    float2 low[kSplit], high[kSplit];
+#pragma unroll
+    for (int from = 0; from < kSplit; ++from) {
+      low[from] = __ldcg(all + (from * kTiles + t) * 2 * kWarpSize);
+      high[from] = __ldcg(all + ((from * kTiles + t) * 2 + 1) * kWarpSize);
+    }
+#pragma unroll
+    for (int from = 0; from < kSplit; ++from) {
+      total[0] += low[from].x, total[1] += low[from].y, total[2] += high[from].x, total[3] += high[from].y;
+    }
+    output.Write(row, token, total, old);
+  }
+}
+
+template <int kType, int kTiles>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    SplitGemmKernel(const GemmParams p, const int rows, const Workspace workspace) {
+  constexpr int kParts = Range<kType>::kParts;
+  extern __shared__ uint4 tokens[];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, range_index = blockIdx.x % kSplit;
+  const int columns = static_cast<int>(gridDim.x) / kSplit;
+  const Range<kType> range(p.w, range_index);
+  const int64_t tiles = (p.w.rows + kTileRows - 1) / kTileRows, stride = columns * kWarps;
+  const int64_t first = blockIdx.x / kSplit + warp * columns;
+  Batch<kType> batch;
+  if (first < tiles) batch.Load(p.w, range, first, 0);
+  GridLaunchDependents();
+  GridWait();
+  StoreTokens<kType, kTiles>(p, range, rows, tokens);
+  __syncthreads();
+  const auto x = [&](int step, int part, int t) {
+    return tokens[((step * kTiles + t) * kParts + part) * kWarpSize + lane];
+  };
+  const OutputTile output{p, rows};
+  for (int64_t tile = first, next; tile < tiles; tile = next) {
+    float sums[kTiles][4] = {};
+    next = tile + stride;
+    for (int i = 0; i < range.batches(); ++i) {
+      batch.template Multiply<kTiles>(i * kBatch, range.count, x, sums);
+      if (i + 1 < range.batches()) {
+        batch.Load(p.w, range, tile, (i + 1) * kBatch);
+      } else if (next < tiles) {
+        batch.Load(p.w, range, next, 0);
+      }
+    }
+    float2* mine = workspace.partial + (tile * kSplit + range_index) * kTiles * 2 * kWarpSize + lane;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      if (t * kTileTokens + lane % 4 * 2 >= rows) break;
+      __stcg(mine + t * 2 * kWarpSize, make_float2(sums[t][0], sums[t][1]));
+      __stcg(mine + (t * 2 + 1) * kWarpSize, make_float2(sums[t][2], sums[t][3]));
+    }
+    __threadfence();
+    __syncwarp();
+    unsigned arrived = lane == 0 ? atomicAdd(workspace.arrived + tile, 1u) : 0;
+    arrived = __shfl_sync(0xFFFFFFFFu, arrived, 0);
+    if (arrived != kSplit - 1) continue;
+    __threadfence();
+    if (lane == 0) workspace.arrived[tile] = 0;
+    AddRanges<kTiles>(output, workspace, tile);
+  }
+}
+
+int NumTiles(const LinspecCudaMatrix& w) { return static_cast<int>((w.rows + kTileRows - 1) / kTileRows); }
+
+template <int kType>
+int64_t SharedBytes(const LinspecCudaMatrix& w, int token_tiles) {
+  constexpr int kStepTokensBytes = WeightTraits<kType>::kParts * kWarpSize * static_cast<int>(sizeof(uint4));
+  return int64_t{(NumSteps(w) + kSplit - 1) / kSplit} * token_tiles * kStepTokensBytes;
+}
+
+template <int kType, int kTiles>
+void LaunchSplit(const GemmParams& p, int rows, const Device& device, cudaStream_t stream) {
+  const auto shared = static_cast<int>(SharedBytes<kType>(p.w, kTiles));
+  const auto kernel = &SplitGemmKernel<kType, kTiles>;
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return;
+  const int blocks =
+      device.processors * std::clamp(device.shared_per_processor / (shared + 1024), 1, kBlocksPerProcessor);
+  const int columns = std::clamp(NumTiles(p.w) / kWarps, 1, std::max(blocks / kSplit, 1));
+  const Workspace workspace{static_cast<unsigned*>(p.workspace),
+                            reinterpret_cast<float2*>(static_cast<char*>(p.workspace) + kMaxTiles * sizeof(unsigned))};
+  LaunchOverlapped(kernel, kSplit * columns, kThreads, shared, stream, 1, p, rows, workspace);
+}
+
+// As many of `rows` tokens as one pass takes; the number taken.
+template <int kType>
+int LaunchPass(const GemmParams& p, int rows, const Device& device, cudaStream_t stream) {
+  if (rows <= kTileTokens) {
+    const int blocks = std::min(NumTiles(p.w), device.processors * kBlocksPerProcessor);
+    LaunchOverlapped(&WholeGemmKernel<kType>, blocks, kThreads, 0, stream, 1, p, rows);
+    return rows;
+  }
+  int tiles = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;
+  while (tiles > 2 && SharedBytes<kType>(p.w, tiles) > device.shared_per_block) tiles /= 2;
+  const int count = std::min(rows, tiles * kTileTokens);
+  switch (tiles) {
+    case 8:
+      LaunchSplit<kType, 8>(p, count, device, stream);
+      break;
+    case 4:
+      LaunchSplit<kType, 4>(p, count, device, stream);
+      break;
+    default:
+      LaunchSplit<kType, 2>(p, count, device, stream);
+  }
+  return count;
 }
 
 }  // namespace
 
+int64_t StreamingGemmWorkspaceBytes() { return kMaxTiles * sizeof(unsigned) + kPartialBytes; }
+
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream) {
-  constexpr int kRowsPerPass = 4 * kTokens;
-  for (int row = 0; row < rows; row += kRowsPerPass) {
-    const int count = rows - row < kRowsPerPass ? rows - row : kRowsPerPass;
-    switch (params.w.type) {
+  const Device& device = CurrentDevice();
+  GemmParams p = params;
+  for (int taken = 0; rows > 0; rows -= taken) {
+    switch (p.w.type) {
       case kLinspecCudaI8:
-        LaunchRows<kLinspecCudaI8>(params, row, count, stream);
+        taken = LaunchPass<kLinspecCudaI8>(p, rows, device, stream);
         break;
       case kLinspecCudaFp8:
-        LaunchRows<kLinspecCudaFp8>(params, row, count, stream);
+        taken = LaunchPass<kLinspecCudaFp8>(p, rows, device, stream);
         break;
       default:
-        LaunchRows<kLinspecCudaBf16>(params, row, count, stream);
+        taken = LaunchPass<kLinspecCudaBf16>(p, rows, device, stream);
     }
+    p.x += taken * p.w.cols;
+    if (p.y != nullptr) p.y += taken * p.w.rows;
+    if (p.y_bf16 != nullptr) p.y_bf16 += taken * (p.silu_mul ? p.w.rows / 2 : p.w.rows);
   }
 }
 

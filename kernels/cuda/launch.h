@@ -10,10 +10,27 @@
 
 namespace linspec::cuda {
 
-// head_dim % 4 == 0 and <= 128. One block per (kv head, task); tasks with slot -1 do nothing.
+// Attention: head_dim % 4 == 0 and <= 128; tasks with slot -1 do nothing, tasks without rows leave everything as it is.
+// Slots need not be cleared: nothing of a slot is read before it was written.
+//
+// Verify reads state and never writes it. Commit appends accepted rows and folds. Decode is both in one launch for
+// calls whose tasks have exactly one row, always accepted: the same bits as verify, then commit. Prefill is verify and
+// commit of a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+void LaunchDecode(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
+
+// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`.
+void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
+                        cudaStream_t stream);
+
+// Groups that a prefill task of `rows` rows touches, for AttentionParams::num_groups.
+constexpr int64_t PrefillGroups(int64_t length, int64_t rows, int group_size) {
+  return rows == 0 ? 0 : (length % group_size + rows + group_size - 1) / group_size;
+}
+// Size of AttentionParams::scratch: S before each group, fp32. One scratch serves all layers, one call at a time.
+int64_t PrefillScratchFloats(const LayerParams& layer, int64_t num_groups);
 
 struct EmbedParams {
   LinspecCudaMatrix table;  // [V, D]
@@ -48,13 +65,32 @@ void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream);
 // Index of the largest value of each row, the lowest among equals; -1 for a row that holds a NaN.
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream);
 
-struct GemmParams {     // y[m, n] (+)= sum_k x[m, k] w[n, k]
-  LinspecCudaMatrix w;  // [N, K]; K % 16 == 0
-  const uint16_t* x;    // [rows, K] bf16
-  float* y;             // [rows, N]
-  bool accumulate;
+// y[m, n] (+)= scale[n] * sum_k x[m, k] w[n, k]
+struct GemmParams {
+  LinspecCudaMatrix w;         // [N, K] bf16, int8 or fp8; K % 16 == 0, data aligned to 16 bytes
+  const uint16_t* x;           // [rows, K] bf16, aligned to 16 bytes
+  float* y;                    // [rows, N]; unused with y_bf16
+  bool accumulate;             // add to y
+  uint16_t* y_bf16 = nullptr;  // if set, the result goes here as bf16: [rows, N], or [rows, N / 2] with silu_mul
+  // w holds gate and up rows in turn (PackedGateUpRow) and the result is silu(gate) * up. Needs y_bf16; N % 16 == 0.
+  bool silu_mul = false;
+  // StreamingGemmWorkspaceBytes() of device memory, zeroed once, for all products of one stream; above 8 rows.
+  void* workspace = nullptr;
 };
-// Streams the weights once for each 32 rows. The bits of a row depend on that row alone.
+// Which row of [gate; up] (each `intermediate` rows, a multiple of 8) is row r of w for silu_mul: 8 rows of gate, the
+// same 8 of up, and so on, so that one lane of the product ends with both.
+constexpr int64_t PackedGateUpRow(int64_t r, int64_t intermediate) {
+  return r / 16 * 8 + r % 8 + (r % 16 < 8 ? 0 : intermediate);
+}
+// Few rows: streams the weights once for each 64 rows. Starts before the kernel ahead of it has ended (pdl.h). The bits
+// of a row depend on that row alone: not on the number of rows, and not on which kernel ran.
+int64_t StreamingGemmWorkspaceBytes();
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
+// Many rows (from about 128): the same product and bits, bound by arithmetic.
+void LaunchTiledGemm(const GemmParams& params, int rows, cudaStream_t stream);
+
+// out [rows, w.cols] = rows [row_begin, row_begin + rows) of int8 or fp8 weights times their scales, rounded to bf16.
+void LaunchWidenWeights(const LinspecCudaMatrix& w, int64_t row_begin, int64_t rows, uint16_t* out,
+                        cudaStream_t stream);
 
 }  // namespace linspec::cuda

@@ -127,6 +127,7 @@ typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid unt
   const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
   const float* logits;                    // [num_rows, V] after the edits, or null
   const float* hidden;                    // [num_rows, D] after the final norm, or null
+  float verify_ms, prefill_ms;            // device time of this step, and of the prefills since the verify before it
 } LinspecCudaVerifyResult;
 
 typedef struct LinspecCudaApi {

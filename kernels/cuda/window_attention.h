@@ -58,6 +58,11 @@ struct AttentionParams {
   const int32_t* paths;       // accepted nodes, indices inside the request
   float* out;                 // [rows, H d] or null
   uint16_t* out_bf16;         // the same, rounded, for the next matrix product; or null
+  int32_t max_rows = 0;       // verify: no task has more rows; 0: up to kMaxNodes. Changes the grid, never a bit
+  // Prefill: PrefillScratchFloats of `num_groups`, the sum over the tasks of PrefillGroups (or more).
+  float* scratch = nullptr;
+  int32_t num_groups = 0;
+  bool exact_prefill = false;  // outputs of prefill from three tf32 products instead of one; states always are
 };
 
 struct AttentionShared {

@@ -70,25 +70,40 @@ LINSPEC_BLOCK void VerifyBlock(const Block& block, const AttentionParams& p, con
   Attend<kDim>(block, w, p, shared, s);
 }
 
-// Appends the accepted rows to the ring and folds S at each group that fills.
+// Appends `count` rows (those of `path`, or the first) to the ring and folds S at each group that fills.
 template <int kDim, typename Block>
-LINSPEC_BLOCK void CommitBlock(const Block& block, const AttentionParams& p, const Task& task, int kv_head) {
-  if (task.slot < 0 || task.path_length == 0) return;
+LINSPEC_BLOCK void CommitRows(const Block& block, const AttentionParams& p, const Task& task, const int32_t* path,
+                              int count, int kv_head) {
   float* state = SlotState(p, task);
   const Window w(p, task.length, task.row_begin, task.num_rows, true, state, kv_head);
   const Grid grid(kDim != 0 ? kDim : p.layer.head_dim);
   int slot = w.phase;
-  for (int i = 0; i < task.path_length; ++i) {
-    block.Phase([&](int t) { AppendRow(w, t, p.paths[task.path_begin + i], slot); });
+  for (int i = 0; i < count; ++i) {
+    block.Phase([&](int t) { AppendRow(w, t, path != nullptr ? path[i] : i, slot); });
     if (++slot < w.layer.group_size) continue;
     slot = 0;
     block.Phase([&](int t) {
       Fragment s = {};
-      LoadState(grid, t, HeadState(p, state, kv_head), s);
+      if (w.folded || i >= w.layer.group_size) LoadState(grid, t, HeadState(p, state, kv_head), s);
       FoldRing(w, grid, t, s);
       StoreState(grid, t, HeadState(p, state, kv_head), s);
     });
   }
+}
+
+template <int kDim, typename Block>
+LINSPEC_BLOCK void CommitBlock(const Block& block, const AttentionParams& p, const Task& task, int kv_head) {
+  if (task.slot < 0 || task.path_length == 0) return;
+  CommitRows<kDim>(block, p, task, p.paths + task.path_begin, task.path_length, kv_head);
+}
+
+// A call whose tasks have at most one row: verify, then commit that row.
+template <int kDim, typename Block>
+LINSPEC_BLOCK void DecodeBlock(const Block& block, const AttentionParams& p, const Task& task, int kv_head,
+                               AttentionShared& shared) {
+  if (task.slot < 0 || task.num_rows == 0) return;
+  VerifyBlock<kDim>(block, p, task, kv_head, shared);
+  CommitRows<kDim>(block, p, task, nullptr, 1, kv_head);
 }
 
 // A chain of any length: pieces that end at group boundaries are attended as chains, appended and folded, with S in
@@ -102,7 +117,7 @@ LINSPEC_BLOCK void PrefillBlock(const Block& block, const AttentionParams& p, co
   typename Block::template PerThread<Fragment> s;
   block.Phase([&](int t) {
     s[t] = {};
-    LoadState(grid, t, HeadState(p, state, kv_head), s[t]);
+    if (task.length >= p.layer.group_size) LoadState(grid, t, HeadState(p, state, kv_head), s[t]);
   });
   bool changed = false;
   for (int done = 0, rows = 0; done < task.num_rows; done += rows) {

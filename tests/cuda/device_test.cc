@@ -1,5 +1,5 @@
-// Every kernel against the scalar CpuOps or a sum in double, over odd sizes, every phase and trees across group
-// boundaries. A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
+// Row operations and matrix products against the scalar CpuOps or a sum in double, over odd sizes (attention:
+// attention_test.cc). A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -21,190 +21,8 @@ void Report(const std::string& name, double error, double tolerance) {
   std::printf("%-4s %-58s error %.2e tolerance %.0e\n", ok ? "ok" : "FAIL", name.c_str(), error, tolerance);
 }
 
-struct Shape {
-  int heads, kv_heads, d, group, conv;
-  bool local;
-  GlobalBranch global;
-  bool decay;
-};
-
-const Shape kShapes[] = {
-    {2, 2, 16, 8, 4, true, GlobalBranch::kScaled, false},    {4, 2, 64, 64, 32, true, GlobalBranch::kRmsNorm, true},
-    {2, 1, 128, 64, 32, true, GlobalBranch::kRmsNorm, true}, {3, 3, 24, 8, 0, true, GlobalBranch::kNone, false},
-    {2, 1, 40, 9, 6, false, GlobalBranch::kScaled, true},    {1, 1, 100, 64, 32, true, GlobalBranch::kScaled, false},
-    {2, 2, 128, 64, 32, true, GlobalBranch::kScaled, true},
-};
-
-// Three requests and a padding one in a call; slots are not in request order, slot 0 must stay untouched.
-class AttentionCase {
- public:
-  AttentionCase(CpuOps& ops, const Shape& shape, int length, uint32_t seed)
-      : ops_(ops), s_(shape), random_(seed), stride_((shape.heads + 2 * shape.kv_heads) * shape.d) {
-    gain_ = Normal(random_, s_.heads, 1.0f);
-    taps_ = Normal(random_, s_.heads * s_.conv, 1.0f);
-    decay_.assign(s_.kv_heads, 0.9f);
-    floats_ = int64_t{s_.kv_heads} * (s_.d * s_.d + 2 * s_.group * s_.d);
-    states_.assign(5 * floats_, 0.0f);
-    layer_ = {.num_heads = s_.heads,
-              .num_kv_heads = s_.kv_heads,
-              .head_dim = s_.d,
-              .group_size = s_.group,
-              .conv_kernel = s_.conv,
-              .local = s_.local,
-              .global = s_.global,
-              .global_factor = 0.37f,
-              .global_gain = gain_.data(),
-              .global_norm_eps = 1e-6f,
-              .decay = s_.decay ? decay_.data() : nullptr,
-              .conv_taps = taps_.data()};
-    for (int r = 0; r < kRequests; ++r) lengths_[r] = length + r * (s_.group - 1);
-    for (int r = 0; r < kRequests; ++r) Advance(r);
-  }
-
-  void Verify(const int (&nodes)[3], double* verify_error, double* commit_error) {
-    MakeTrees(nodes);
-    std::vector<float> expected(rows_ * s_.heads * s_.d);
-    std::vector<WindowRequest> requests;
-    for (int r = 0; r < kRequests; ++r) {
-      requests.push_back({View(states_, r), lengths_[r], begins_[r], nodes[r], parents_.data() + begins_[r]});
-    }
-    ops_.VerifyAttention({&layer_, qkv_.data(), expected.data(), requests});
-    const DeviceArray<float> states(states_), out(expected.size());
-    Run(states, out, &LaunchVerify, true);
-    *verify_error = states.Read() == states_ ? RelativeError(out.Read(), expected) : INFINITY;
-
-    std::vector<float> expected_states = states_;
-    std::vector<CommitRequest> commits;
-    for (int r = 0; r < kRequests; ++r) {
-      commits.push_back({View(expected_states, r),
-                         lengths_[r],
-                         begins_[r],
-                         {paths_.data() + tasks_[r].path_begin, static_cast<size_t>(tasks_[r].path_length)}});
-    }
-    ops_.CommitAttention({&layer_, qkv_.data(), commits});
-    Run(states, out, &LaunchCommit, true);
-    *commit_error = RelativeError(states.Read(), expected_states);
-  }
-
-  void Prefill(const int (&tokens)[3], double* out_error, double* state_error) {
-    MakeTrees(tokens);
-    std::vector<float> expected(rows_ * s_.heads * s_.d), expected_states = states_;
-    std::vector<WindowRequest> requests;
-    for (int r = 0; r < kRequests; ++r) {
-      requests.push_back({View(expected_states, r), lengths_[r], begins_[r], tokens[r], nullptr});
-    }
-    ops_.PrefillAttention({&layer_, qkv_.data(), expected.data(), requests});
-    const DeviceArray<float> states(states_), out(expected.size());
-    Run(states, out, &LaunchPrefill, false);
-    *out_error = RelativeError(out.Read(), expected);
-    *state_error = RelativeError(states.Read(), expected_states);
-  }
-
- private:
-  static constexpr int kRequests = 3;
-  using Launcher = void (*)(const AttentionParams&, int, cudaStream_t);
-
-  static int Slot(int request) { return 4 - request; }
-  LayerState View(std::vector<float>& states, int request) const {
-    float* s = states.data() + Slot(request) * floats_;
-    float* ring = s + s_.kv_heads * s_.d * s_.d;
-    return {s, ring, ring + s_.kv_heads * s_.group * s_.d};
-  }
-  float KeyScale() const { return 1.0f / std::sqrt(static_cast<float>(s_.d)); }
-
-  void Advance(int request) {
-    if (lengths_[request] == 0) return;
-    const std::vector<float> qkv = Normal(random_, lengths_[request] * stride_, KeyScale());
-    std::vector<float> out(lengths_[request] * s_.heads * s_.d);
-    const WindowRequest window{View(states_, request), 0, 0, static_cast<int>(lengths_[request]), nullptr};
-    ops_.PrefillAttention({&layer_, qkv.data(), out.data(), {&window, 1}});
-  }
-
-  void MakeTrees(const int (&nodes)[3]) {
-    rows_ = 0;
-    for (int r = 0; r < kRequests; ++r) {
-      begins_[r] = rows_;
-      const auto path_begin = static_cast<int32_t>(paths_.size());
-      for (int i = 0; i < nodes[r]; ++i) {
-        const int parent = i == 0 ? -1 : i - 1 - static_cast<int>(random_() % std::min(i, 3));
-        parents_.push_back(parent);
-        ancestors_.push_back((parent < 0 ? 0 : ancestors_[rows_ + parent]) | uint64_t{1} << (i % 64));
-      }
-      std::vector<int32_t> path;
-      for (int node = nodes[r] - 1; node >= 0; node = parents_[rows_ + node]) path.insert(path.begin(), node);
-      paths_.insert(paths_.end(), path.begin(), path.end());
-      tasks_.push_back({lengths_[r], Slot(r), rows_, nodes[r], path_begin, static_cast<int32_t>(path.size())});
-      rows_ += nodes[r];
-    }
-    tasks_.push_back({0, -1, 0, 1, 0, 1});
-    qkv_ = Normal(random_, int64_t{rows_} * stride_, KeyScale());
-  }
-
-  void Run(const DeviceArray<float>& states, const DeviceArray<float>& out, Launcher launch, bool tree) {
-    const DeviceArray<float> qkv(qkv_), gain(gain_), taps(taps_), decay(decay_);
-    const DeviceArray<uint64_t> ancestors(ancestors_);
-    const DeviceArray<int32_t> paths(paths_);
-    const DeviceArray<Task> tasks(tasks_);
-    launch({.layer = {.num_heads = s_.heads,
-                      .num_kv_heads = s_.kv_heads,
-                      .head_dim = s_.d,
-                      .group_size = s_.group,
-                      .conv_kernel = s_.conv,
-                      .local = s_.local,
-                      .global = static_cast<Global>(s_.global),
-                      .global_factor = 0.37f,
-                      .global_norm_eps = 1e-6f,
-                      .global_gain = gain.get(),
-                      .decay = s_.decay ? decay.get() : nullptr,
-                      .conv_taps = taps.get()},
-            .states = {states.get(), floats_, 0},
-            .tasks = tasks.get(),
-            .qkv = qkv.get(),
-            .ancestors = tree ? ancestors.get() : nullptr,
-            .paths = paths.get(),
-            .out = out.get(),
-            .out_bf16 = nullptr},
-           static_cast<int>(tasks_.size()), nullptr);
-    Sync();
-  }
-
-  CpuOps& ops_;
-  const Shape s_;
-  std::mt19937 random_;
-  const int stride_;
-  int64_t floats_ = 0, lengths_[kRequests] = {};
-  int32_t rows_ = 0, begins_[kRequests] = {};
-  AttentionLayer layer_;
-  std::vector<float> gain_, taps_, decay_, states_, qkv_;
-  std::vector<int32_t> parents_, paths_;
-  std::vector<uint64_t> ancestors_;
-  std::vector<Task> tasks_;
-};
-
-// quick: few sizes, for compute-sanitizer, which slows kernels by two orders of magnitude.
-void TestAttention(CpuOps& ops, bool quick) {
-  for (size_t i = 0; i < std::size(kShapes); ++i) {
-    double verify = 0, commit = 0, prefill = 0, state = 0;
-    for (int phase = 0; phase < kShapes[i].group; phase += quick ? 31 : 1) {
-      const auto seed = static_cast<uint32_t>(1 + i * 1000 + phase);
-      double a = 0, b = 0;
-      AttentionCase(ops, kShapes[i], phase, seed).Verify({1, 64, 7}, &a, &b);
-      verify = std::max(verify, a);
-      commit = std::max(commit, b);
-      if (phase % 7 != 0 && !quick) continue;
-      AttentionCase(ops, kShapes[i], phase, seed).Prefill({1, 150, 65}, &a, &b);
-      prefill = std::max(prefill, a);
-      state = std::max(state, b);
-    }
-    const std::string shape = " shape " + std::to_string(i) + ", all phases";
-    Report("verify" + shape, verify, 1e-5);
-    Report("commit" + shape, commit, 1e-6);
-    Report("prefill" + shape, prefill, 1e-5);
-    Report("prefill state" + shape, state, 1e-5);
-  }
-}
-
 void TestGemm(bool quick) {
+  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(static_cast<size_t>(StreamingGemmWorkspaceBytes()), 0));
   std::mt19937 random(3);
   for (const int type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {
     for (const auto& [n, k] : {std::pair{16, 64}, {33, 48}, {1000, 272}, {4096, 4096}, {7, 11008}}) {
@@ -248,7 +66,8 @@ void TestGemm(bool quick) {
         const DeviceArray<float> device_y(y);
         const LinspecCudaMatrix matrix{
             device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         std::vector<float> out = device_y.Read();
         out.resize(int64_t{std::min(rows, 9)} * n);
@@ -256,7 +75,8 @@ void TestGemm(bool quick) {
         const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " +
                                  std::to_string(k) + " rows " + std::to_string(rows);
         Report(name, RelativeError(out, expected), 5e-5);
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false}, rows, nullptr);
+        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false, nullptr, false, workspace.get()}, rows,
+                            nullptr);
         Sync();
         out = device_y.Read();
         out.resize(n);
@@ -340,7 +160,6 @@ int main(int argc, char** argv) {
   cuda::TestEmbed();
   cuda::TestRows(*ops);
   cuda::TestGemm(quick);
-  cuda::TestAttention(*ops, quick);
   std::printf("device_test: %d checks, %d failed\n", cuda::checks, cuda::failures);
   return cuda::failures == 0 ? 0 : 1;
 }

@@ -1,5 +1,5 @@
 // The CUDA model against the CPU's, and against itself: a plain program that exits 0 only if every check passed.
-// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS
+// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN]
 #include "models/model.h"
 
 #include <fmt/format.h>
@@ -363,11 +363,11 @@ void OutOfMemoryIsAnError(Model* model) {
 int main(int argc, char** argv) {
   using namespace linspec;
   if (argc < 3) {
-    fmt::print("usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS\n");
+    fmt::print("usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN]\n");
     return 2;
   }
   const std::string tiny = argv[1], bundled = argv[2];
-  const auto device = Must(CudaDevice::Open(), "GPU");
+  const auto device = Must(CudaDevice::Open(argc > 3 ? argv[3] : ""), "GPU");
   const std::shared_ptr<CpuOps> ops = Must(CpuOps::Create({.num_threads = 8}), "CPU");
   for (const char* name : {"full", "full64", "gqa", "paper"}) {
     LoadOptions options;

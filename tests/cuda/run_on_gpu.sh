@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Every device test and benchmark from the binaries beside it: builds nothing, installs nothing; needs an NVIDIA driver.
-# usage: run_on_gpu.sh [FOLDER_OF_BINARIES] [FOLDER_FOR_LOGS]
+# Every GPU test and benchmark, from an unpacked bundle: builds nothing, installs nothing; needs an NVIDIA driver.
+# usage: linspec-VERSION-.../libexec/linspec-gpu-check/run_on_gpu.sh [FOLDER_FOR_LOGS] [quick]
 set -uo pipefail
-binaries=$(realpath "${1:-$(dirname "${BASH_SOURCE[0]}")}")
-logs=${2:-${OUT:-$(mktemp -d)}}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+logs=${1:-$(mktemp -d)} mode=${2:-all}
 mkdir -p "$logs"
 failed=0 summary=()
 
@@ -16,14 +17,30 @@ run() {  # NAME TIME_LIMIT COMMAND...
   ((rc == 0)) || failed=1
 }
 
+bench() {  # NAME FLAGS...: `linspec bench` on the GPU
+  local name=$1
+  shift
+  run "$name" 120 "$root/bin/linspec" bench --device cuda --seconds 0.5 "$@"
+}
+
 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv | tee "$logs/gpu.csv"
-run device_test 240 "$binaries/cuda_device_test"
-run device_bench 180 "$binaries/cuda_device_bench"
-if command -v compute-sanitizer >/dev/null; then
-  run memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$binaries/cuda_device_test" --quick
-  run racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$binaries/cuda_device_test" --quick
+run device_test 240 "$here/cuda_device_test"
+run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
+run attention_test 120 "$here/cuda_attention_test"
+run attention_bench 120 "$here/cuda_attention_bench"
+run device_bench 180 "$here/cuda_device_bench"
+bench bench_7b_bf16 --shape 7b --batch 1,8,32,64,128,256 --context 1024,32768,1048576 --prefill 2048,8192,32768,131072 \
+  --max-step-tokens 4096
+bench bench_7b_fp8 --shape 7b --weight-dtype fp8 --batch 1,8,32,64,128,256 --context 1024 --prefill 2048 \
+  --max-step-tokens 4096
+bench bench_bundled --batch 1,8,64,256 --context 1024 --prefill 2048 --max-step-tokens 4096
+if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
+  run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test" --quick
+  run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test" --quick
+  run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
+  run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi
-grep FAIL "$logs/device_test.log" | head -n 30
-cat "$logs/device_bench.log"
+grep -h FAIL "$logs"/*_test.log | head -n 30
+cat "$logs"/*_bench.log "$logs"/bench_*.log
 printf '%s\n' "-- summary (logs in $logs)" "${summary[@]}"
 exit $failed

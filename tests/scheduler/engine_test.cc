@@ -302,5 +302,19 @@ TEST(EngineTest, DestructionCancelsWhatIsLeft) {
   EXPECT_EQ(waiting.last.finish_reason, FinishReason::kCancelled);
 }
 
+TEST(EngineTest, AFailedDeviceTakesNoMoreRequests) {
+  auto model = std::make_unique<FakeModel>();
+  FakeModel* device = model.get();
+  TestEngine engine(TestEngine::StaticOptions(), {}, std::move(model));
+  EXPECT_TRUE(engine->health().ok());
+  ASSERT_TRUE(engine.Submit(TestEngine::MakeRequest(1, {1}, 5)).ok());
+  device->verify_error = absl::InternalError("the GPU failed: an illegal address");
+  device->failed = true;
+  engine.RunAll();
+  EXPECT_EQ(engine.results[1].last.finish_reason, FinishReason::kError);
+  EXPECT_FALSE(engine->health().ok());
+  EXPECT_EQ(engine.Submit(TestEngine::MakeRequest(2, {1}, 5)).code(), absl::StatusCode::kUnavailable);
+}
+
 }  // namespace
 }  // namespace linspec

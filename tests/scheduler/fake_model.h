@@ -42,6 +42,7 @@ class FakeModel : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override { return 0; }
   std::string Describe() const override { return "fake"; }
+  absl::Status health() const override { return failed ? absl::InternalError("the device failed") : absl::OkStatus(); }
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override {
     ++num_prefills;
@@ -96,6 +97,7 @@ class FakeModel : public Model {
   absl::Status prefill_error, verify_error, commit_error;  // of the next call
   std::function<void()> on_verify;
   int num_prefills = 0, num_verifies = 0;
+  bool failed = false;
 
  private:
   static uint64_t Load(int32_t slot, const StatePool& pool) {

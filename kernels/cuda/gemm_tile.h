@@ -1,0 +1,143 @@
+// Device pieces shared by the matrix-product kernels: weight widening, the tensor-core instruction and the epilogue.
+//
+// Operand layout. mma.m16n8k16 with 16 weight rows as the first operand and 8 tokens as the second. A sum over k may
+// take its terms in any order if both operands agree, so a lane treats 16 consecutive bytes of its weight row as the k
+// indices that the instruction assigns to it: lane l = 4 g + s holds weight rows g and g + 8, token g, and slice s of a
+// step. A step is 64 bytes of a weight row: 32 k in bf16, 64 k in int8 or fp8 (two parts of 8 k per lane). The result
+// of a lane is rows g and g + 8 times tokens 2 s and 2 s + 1.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "kernels/cuda/launch.h"
+
+namespace linspec::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr int kTileRows = 16, kTileTokens = 8;
+inline constexpr int kStepBytes = 64;  // of a weight row
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                    uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// 16 bytes of a weight row as bf16 pairs, exactly; pair 4 p + i holds k = 8 p + 2 i and the next.
+template <int kType>
+struct WeightTraits;
+
+template <>
+struct WeightTraits<kLinspecCudaBf16> {
+  static constexpr int kParts = 1;
+  __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[4]) {
+    out[0] = raw.x, out[1] = raw.y, out[2] = raw.z, out[3] = raw.w;
+  }
+};
+
+template <>
+struct WeightTraits<kLinspecCudaI8> {
+  static constexpr int kParts = 2;
+  // 128 + low seven bits, minus 128 or 256 by the sign bit: both are bf16 numbers with a unit in the last place of 1 or
+  // 2, and so is the difference.
+  __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t v = __byte_perm(words[i / 2], 0, i % 2 != 0 ? 0x4342 : 0x4140);
+      const uint32_t low = (v & 0x007F007Fu) | 0x43004300u, bias = (v & 0x00800080u) | 0x43004300u;
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(bias), "r"(0xBF80BF80u), "r"(low));  // low - bias
+    }
+  }
+};
+
+template <>
+struct WeightTraits<kLinspecCudaFp8> {
+  static constexpr int kParts = 2;
+  // The e4m3 fields moved to a bf16's places are the value times 2^-120 (subnormals too); the NaN pattern becomes 480.
+  __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t v = __byte_perm(words[i / 2], 0, i % 2 != 0 ? 0x3424 : 0x1404);
+      const uint32_t small = (v & 0x80008000u) | ((v >> 4) & 0x07F007F0u);
+      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(small), "r"(0x7B807B80u), "r"(0x80008000u));
+    }
+  }
+};
+
+__device__ __forceinline__ uint16_t Bf16Bits(float value) {
+  const __nv_bfloat16 rounded = __float2bfloat16(value);
+  return *reinterpret_cast<const uint16_t*>(&rounded);
+}
+
+__device__ __forceinline__ float Silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// The sum over k is always taken in kSplit contiguous ranges of steps, each from zero in order of k, and the ranges added
+// in order: the same bits whichever kernel runs and however many tokens ride along.
+inline constexpr int kSplit = 8;
+
+__host__ __device__ inline int NumSteps(const LinspecCudaMatrix& w) {
+  const int64_t bytes = w.cols * (w.type == kLinspecCudaBf16 ? 2 : 1);
+  return static_cast<int>((bytes + kStepBytes - 1) / kStepBytes);
+}
+__host__ __device__ inline int RangeBegin(int steps, int range) { return steps * range / kSplit; }
+
+// What a lane's four finished sums become. sums: {row, token}, {row, token + 1}, {row + 8, token}, {row + 8, token + 1};
+// row % 16 < 8; `old` are the values of y that `accumulate` adds to.
+// Tokens count from the first row of y.
+struct OutputTile {
+  const GemmParams& p;
+  int rows;  // tokens
+
+  __device__ bool Inside(int64_t row, int token) const { return row < p.w.rows && token < rows; }
+
+  __device__ void ReadOld(int64_t row, int token, float (&old)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t n = row + i / 2 * 8, m = token + i % 2;
+      old[i] = p.accumulate && Inside(n, m) ? p.y[m * p.w.rows + n] : 0.0f;
+    }
+  }
+
+  __device__ void Write(int64_t row, int token, float (&sums)[4], const float (&old)[4]) const {
+    if (p.w.scales != nullptr) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = row + half * 8 < p.w.rows ? p.w.scales[row + half * 8] : 0.0f;
+        sums[half * 2] *= scale, sums[half * 2 + 1] *= scale;
+      }
+    }
+    if (p.silu_mul) {
+      WriteSiluMul(row, token, sums);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t n = row + i / 2 * 8, m = token + i % 2;
+      if (!Inside(n, m)) continue;
+      if (p.y_bf16 != nullptr) {
+        p.y_bf16[m * p.w.rows + n] = Bf16Bits(sums[i]);
+      } else {
+        p.y[m * p.w.rows + n] = p.accumulate ? old[i] + sums[i] : sums[i];
+      }
+    }
+  }
+
+ private:
+  __device__ void WriteSiluMul(int64_t row, int token, const float (&sums)[4]) const {
+    const int64_t column = row / kTileRows * 8 + row % kTileRows;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (!Inside(row + 8, token + i)) continue;
+      p.y_bf16[(token + i) * (p.w.rows / 2) + column] = Bf16Bits(Silu(sums[i]) * sums[2 + i]);
+    }
+  }
+};
+
+}  // namespace linspec::cuda

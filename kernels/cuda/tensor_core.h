@@ -1,0 +1,101 @@
+// fp32-grade products on the tensor cores, and asynchronous copies to shared memory. sm_80 and newer.
+//
+// x = hi + lo with hi the 11 leading bits; x y ~ hi hi' + hi lo' + lo hi' on tf32 m16n8k8 with fp32 sums: relative
+// error of a product about 2^-21. An element of the result depends on its row of A and its column of B only, so its
+// bits do not depend on what else shares the instruction. Lane 4 g + c of a warp holds A rows g, g + 8 and
+// columns c, c + 4; B rows c, c + 4 and column g; C rows g, g + 8 and columns 2 c, 2 c + 1.
+#pragma once
+
+#include <cstdint>
+
+namespace linspec::cuda {
+
+__device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x itself
+// as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the mask comes
+// from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
+static __constant__ uint32_t high_mask = 0xFFFFE000u;
+
+template <int kSize, bool kPinned = false>
+struct Split {
+  uint32_t hi[kSize], lo[kSize];
+
+  __device__ __forceinline__ explicit Split(const float (&x)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) {
+      if constexpr (kPinned) {
+        asm volatile("and.b32 %0, %2, %3; sub.f32 %1, %2, %0;"
+                     : "=&r"(hi[i]), "=r"(lo[i])
+                     : "r"(__float_as_uint(x[i])), "r"(high_mask));
+      } else {
+        hi[i] = __float_as_uint(x[i]) & high_mask;
+        lo[i] = __float_as_uint(x[i] - __uint_as_float(hi[i]));
+      }
+    }
+  }
+};
+
+__device__ __forceinline__ void MmaProduct(float (&c)[4], const Split<4>& a, const Split<2>& b) {
+  MmaTf32(c, a.lo, b.hi);
+  MmaTf32(c, a.hi, b.lo);
+  MmaTf32(c, a.hi, b.hi);
+}
+
+// One product of operands rounded to tf32: relative error 2^-12 each.
+template <int kSize>
+struct Rounded {
+  uint32_t x[kSize];
+
+  __device__ __forceinline__ explicit Rounded(const float (&values)[kSize]) {
+#pragma unroll
+    for (int i = 0; i < kSize; ++i) x[i] = __float_as_uint(values[i]) + 0x1000u;  // to nearest; the rest is ignored
+  }
+};
+__device__ __forceinline__ void MmaProduct(float (&c)[4], const Rounded<4>& a, const Rounded<2>& b) {
+  MmaTf32(c, a.x, b.x);
+}
+
+struct Accumulators {  // two chains of dependent instructions instead of one
+  float main[4] = {0, 0, 0, 0}, rest[4] = {0, 0, 0, 0};
+
+  template <bool kPinned>
+  __device__ __forceinline__ void Add(const Split<4, kPinned>& a, const Split<2>& b) {
+    MmaTf32(rest, a.lo, b.hi);
+    MmaTf32(main, a.hi, b.hi);
+    MmaTf32(rest, a.hi, b.lo);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return main[i] + rest[i]; }
+};
+
+// 16 bytes of global memory to shared memory; both aligned to 16.
+__device__ __forceinline__ void CopyAsync16(float* shared, const float* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CopyAsync8(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CopyAsync4(void* shared, const void* global) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+}
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void WaitCopies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the data.
+__device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+               : "l"(global));
+}
+
+}  // namespace linspec::cuda

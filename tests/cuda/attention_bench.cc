@@ -1,0 +1,206 @@
+// Attention at LLaMA-2-7B layer shape (32 heads of 128, groups of 64, 32 taps, fp32 state): every time beside its
+// floor, from the read bandwidth measured in this run. Buffers rotate so that nothing is served from the L2; the ops
+// of a measurement are replayed as one CUDA graph, so that a time is what a step of a captured model pays.
+#include <cstdint>
+#include <memory>
+
+#include "kernels/cuda/launch.h"
+#include "tests/cuda/device_buffers.h"
+#include "tests/cuda/per_node.h"
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int kHeads = 32, kDim = 128, kGroup = 64, kConv = 32;
+constexpr int kLength = 64 * 15 + 31;  // half a group in the ring
+constexpr int64_t kStateFloats = int64_t{kHeads} * (kDim * kDim + 2 * kGroup * kDim);
+constexpr int64_t kRotatedBytes = int64_t{1} << 29;
+
+// Median time of one of `count` calls of `work`, captured into a graph.
+double GraphMicroseconds(const std::function<void(int, cudaStream_t)>& work, int count = 16) {
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  Check(cudaStreamCreate(&stream), "stream");
+  work(0, stream);
+  Check(cudaGetLastError(), "launch");
+  Check(cudaStreamSynchronize(stream), "first run");
+  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  for (int i = 0; i < count; ++i) work(i, stream);
+  Check(cudaStreamEndCapture(stream, &graph), "capture");
+  Check(cudaGraphInstantiate(&exec, graph, 0), "graph");
+  const double us = MedianMicroseconds([&](int) { Check(cudaGraphLaunch(exec, nullptr), "replay"); }, 9, 2);
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+  return us / count;
+}
+
+double ReadBandwidth() {
+  const int blocks = 132 * 8;
+  const int64_t floats = int64_t{1} << 29;
+  const DeviceArray<float> data(floats), out(blocks);
+  Check(cudaMemset(data.get(), 0x3D, floats * 4), "fill");
+  const double us = MedianMicroseconds([&](int) { LaunchRead(data.get(), floats, out.get(), blocks, nullptr); });
+  return static_cast<double>(floats * 4) / us * 1e-6;
+}
+
+struct Layer {
+  DeviceArray<float> gain{std::vector<float>(kHeads, 0.5f)}, decay{std::vector<float>(kHeads, 0.9f)}, taps;
+  LayerParams params;
+
+  explicit Layer(std::mt19937& random) : taps(Normal(random, kHeads * kConv, 0.3f)) {
+    params = {kHeads,           kHeads, kDim,  kGroup,     kConv,       1,
+              Global::kRmsNorm, 1.0f,   1e-6f, gain.get(), decay.get(), taps.get()};
+  }
+};
+
+DeviceArray<float>* States(std::mt19937& random, int count) {
+  const std::vector<float> one = Normal(random, kStateFloats, 0.05f);
+  auto* states = new DeviceArray<float>(count * kStateFloats);
+  Check(cudaMemcpy(states->get(), one.data(), kStateFloats * 4, cudaMemcpyHostToDevice), "upload");
+  for (int i = 1; i < count; ++i) {
+    Check(cudaMemcpy(states->get() + i * kStateFloats, states->get(), kStateFloats * 4, cudaMemcpyDeviceToDevice),
+          "copy");
+  }
+  return states;
+}
+
+void BenchVerify(const char* name, decltype(&LaunchVerify) launch, int requests, int nodes, double bandwidth) {
+  std::mt19937 random(1);
+  const int copies = std::max<int>(2, static_cast<int>(kRotatedBytes / (requests * kStateFloats * 4)));
+  const int rows = requests * nodes;
+  const Layer layer(random);
+  const std::unique_ptr<DeviceArray<float>> states(States(random, copies * requests));
+  std::vector<uint64_t> ancestors;
+  std::vector<Task> tasks;
+  for (int r = 0; r < requests; ++r) {
+    tasks.push_back({kLength, r, r * nodes, nodes, 0, 0});
+    for (int i = 0; i < nodes; ++i) {  // a binary tree
+      ancestors.push_back((i == 0 ? 0 : ancestors[r * nodes + (i - 1) / 2]) | uint64_t{1} << i);
+    }
+  }
+  const DeviceArray<float> qkv(Normal(random, int64_t{rows} * 3 * kHeads * kDim, 0.088f));
+  const DeviceArray<float> out(int64_t{rows} * kHeads * kDim);
+  const DeviceArray<uint64_t> device_ancestors(ancestors);
+  const DeviceArray<Task> device_tasks(tasks);
+  const double us = GraphMicroseconds([&](int i, cudaStream_t stream) {
+    launch({.layer = layer.params,
+            .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
+            .tasks = device_tasks.get(),
+            .qkv = qkv.get(),
+            .ancestors = device_ancestors.get(),
+            .paths = nullptr,
+            .out = out.get(),
+            .out_bf16 = nullptr,
+            .max_rows = nodes},
+           requests, stream);
+  });
+  const double bytes = 4.0 * kHeads * (requests * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows * 4.0 * kDim);
+  const double floor = bytes / bandwidth * 1e-6;
+  const double node_bytes = static_cast<double>(rows + requests) * kHeads * kDim * kDim * 4;
+  std::printf("%s (%3d,%2d): %8.2f us, floor %7.2f us, %5.1f %%; per-node states move %.1f x the bytes\n", name,
+              requests, nodes, us, floor, 100.0 * floor / us, node_bytes / bytes);
+}
+
+void BenchCommit(int requests, int phase, double bandwidth) {
+  std::mt19937 random(2);
+  const int copies = std::max<int>(2, static_cast<int>(kRotatedBytes / (requests * kStateFloats * 4)));
+  const Layer layer(random);
+  const std::unique_ptr<DeviceArray<float>> states(States(random, copies * requests));
+  std::vector<Task> tasks;
+  for (int r = 0; r < requests; ++r) {
+    tasks.push_back({64 * 15 + (phase < 0 ? r % kGroup : phase), r, r, 1, r, 1});
+  }
+  const DeviceArray<float> qkv(Normal(random, int64_t{requests} * 3 * kHeads * kDim, 0.088f));
+  const DeviceArray<int32_t> paths(std::vector<int32_t>(requests, 0));
+  const DeviceArray<Task> device_tasks(tasks);
+  const double us = GraphMicroseconds([&](int i, cudaStream_t stream) {
+    LaunchCommit({.layer = layer.params,
+                  .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
+                  .tasks = device_tasks.get(),
+                  .qkv = qkv.get(),
+                  .ancestors = nullptr,
+                  .paths = paths.get(),
+                  .out = nullptr,
+                  .out_bf16 = nullptr},
+                 requests, stream);
+  });
+  double bytes = 0;
+  for (const Task& task : tasks) {
+    bytes += 4.0 * kHeads * (4.0 * kDim + (task.length % kGroup == kGroup - 1 ? 2.0 * kDim * (kDim + kGroup) : 0.0));
+  }
+  std::printf("commit (%3d) phase %2d: %8.2f us, floor %7.2f us\n", requests, phase, us, bytes / bandwidth * 1e-6);
+}
+
+// Host time matters too: a million random values, repeated.
+std::vector<float> Tiled(std::mt19937& random, int64_t size, float scale) {
+  const std::vector<float> some = Normal(random, std::min<int64_t>(size, 1'000'003), scale);
+  std::vector<float> values(size);
+  for (int64_t i = 0; i < size; ++i) values[i] = some[i % some.size()];
+  return values;
+}
+
+void BenchPrefill(int requests, int tokens, bool exact, double bandwidth) {
+  std::mt19937 random(3);
+  const Layer layer(random);
+  const int copies = 2;
+  const std::unique_ptr<DeviceArray<float>> states(States(random, copies * requests));
+  std::vector<Task> tasks;
+  for (int r = 0; r < requests; ++r) tasks.push_back({64 * 15, r, r * tokens, tokens, 0, 0});
+  const int64_t rows = int64_t{requests} * tokens;
+  const DeviceArray<float> qkv(Tiled(random, rows * 3 * kHeads * kDim, 0.088f)), out(rows * kHeads * kDim);
+  const DeviceArray<Task> device_tasks(tasks);
+  const int64_t groups = requests * PrefillGroups(64 * 15, tokens, kGroup);
+  const DeviceArray<float> scratch(PrefillScratchFloats(layer.params, groups));
+  const double us = GraphMicroseconds(
+      [&](int i, cudaStream_t stream) {
+        LaunchPrefill({.layer = layer.params,
+                       .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
+                       .tasks = device_tasks.get(),
+                       .qkv = qkv.get(),
+                       .ancestors = nullptr,
+                       .paths = nullptr,
+                       .out = out.get(),
+                       .out_bf16 = nullptr,
+                       .scratch = scratch.get(),
+                       .num_groups = static_cast<int32_t>(groups),
+                       .exact_prefill = exact},
+                      requests, stream);
+      },
+      2);
+  const double floor = 16.0 * static_cast<double>(rows) * kHeads * kDim / bandwidth * 1e-6;
+  std::printf("prefill%s (%2d x %5d): %9.1f us, %7.1f ns/token, floor of q,k,v,out %7.1f us\n", exact ? ", exact" : "",
+              requests, tokens, us, us * 1e3 / static_cast<double>(rows), floor);
+}
+
+}  // namespace
+}  // namespace linspec::cuda
+
+// With arguments, one measurement for a profiler: verify REQUESTS NODES, decode REQUESTS 1 or prefill REQUESTS TOKENS.
+int main(int argc, char** argv) {
+  using namespace linspec::cuda;
+  Check(cudaSetDevice(0), "no usable GPU");
+  if (argc == 4) {
+    const int requests = std::atoi(argv[2]), rows = std::atoi(argv[3]);
+    if (std::strcmp(argv[1], "verify") == 0) BenchVerify("verify", &LaunchVerify, requests, rows, 1.0);
+    if (std::strcmp(argv[1], "decode") == 0) BenchVerify("decode", &LaunchDecode, requests, rows, 1.0);
+    if (std::strcmp(argv[1], "prefill") == 0) BenchPrefill(requests, rows, false, 1.0);
+    return 0;
+  }
+  const double bandwidth = ReadBandwidth();
+  std::printf("read %.2f TB/s\n", bandwidth);
+  for (const auto& [requests, nodes] :
+       {std::pair{1, 1}, {1, 8}, {1, 64}, {4, 32}, {16, 8}, {64, 4}, {64, 1}, {256, 1}}) {
+    BenchVerify("verify", &LaunchVerify, requests, nodes, bandwidth);
+  }
+  for (const int requests : {1, 16, 64, 256}) BenchVerify("decode", &LaunchDecode, requests, 1, bandwidth);
+  for (const int phase : {0, kGroup - 1, -1}) {
+    for (const int requests : {1, 64, 256}) BenchCommit(requests, phase, bandwidth);
+  }
+  for (const auto& [requests, tokens] : {std::pair{1, 512}, {1, 2048}, {1, 8192}, {8, 512}, {64, 64}}) {
+    BenchPrefill(requests, tokens, false, bandwidth);
+  }
+  BenchPrefill(1, 2048, true, bandwidth);
+  return 0;
+}
