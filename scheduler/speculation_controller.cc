@@ -72,7 +72,7 @@ double SpeculationController::ExpectedTokens(const SpeculationProposal& proposal
 
 void SpeculationController::Learn(const SpeculationProposal& proposal) {
   const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, *proposal.tree);
-  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = Depth(*proposal.tree)};
+  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = std::max(Depth(*proposal.tree), 1)};
   std::sort(profile.paths.rbegin(), profile.paths.rend());
   std::deque<Profile>& profiles = drafters_[proposal.drafter].profiles;
   profiles.push_back(std::move(profile));
