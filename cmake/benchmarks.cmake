@@ -1,3 +1,8 @@
 # Google Benchmark programs. Not ctest tests: figures need a quiet machine. ninja -C build/cpu bench_ops && build/cpu/bench_ops
 add_executable(bench_ops tests/kernels/bench_ops.cc)
 target_link_libraries(bench_ops PRIVATE linspec_kernels benchmark::benchmark)
+# What the load tester is measured against: build/cpu/loadtest_fake_server 100 (milliseconds between a stream's tokens)
+add_executable(loadtest_fake_server EXCLUDE_FROM_ALL tests/loadtest/fake_server_main.cc)
+target_link_libraries(loadtest_fake_server PRIVATE Threads::Threads)
+add_executable(bench_metrics EXCLUDE_FROM_ALL tests/server/bench_metrics.cc)
+target_link_libraries(bench_metrics PRIVATE linspec_server benchmark::benchmark)

@@ -5,7 +5,12 @@ set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
 find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin)
 enable_language(CUDA)
+# The find module of Debian's CMake 3.25.1 fails without nvToolsExt, which CUDA 13 has no more, unless the project could do
+# with an older CMake.
+set(minimum_version ${CMAKE_MINIMUM_REQUIRED_VERSION})
+set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
 find_package(CUDAToolkit REQUIRED)
+set(CMAKE_MINIMUM_REQUIRED_VERSION ${minimum_version})
 set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
 set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
 set(CMAKE_CUDA_STANDARD 20)

@@ -26,9 +26,9 @@ void Relax(int spin) {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int num_threads) {
+ThreadPool::ThreadPool(int num_threads) : shares_(num_threads) {
   LINSPEC_CHECK(num_threads >= 1);
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { Work(); });
+  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { Work(i); });
 }
 
 ThreadPool::~ThreadPool() {
@@ -46,30 +46,44 @@ void ThreadPool::Run(int64_t count, int64_t grain, Function function, void* cont
   count_ = count;
   grain_ = grain;
   num_grains_ = (count + grain - 1) / grain;
-  num_pieces_ = static_cast<int>(std::min<int64_t>(num_grains_, int64_t{num_threads()} * kPiecesPerThread));
-  unfinished_.store(num_pieces_, std::memory_order_relaxed);
+  const int64_t shares = num_threads();
+  num_pieces_ = std::min<int64_t>(num_grains_, shares * kPiecesPerThread);
+  unfinished_.store(static_cast<int>(num_pieces_), std::memory_order_relaxed);
   const uint32_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-  tickets_.store(uint64_t{epoch} << 32 | static_cast<uint32_t>(num_pieces_), std::memory_order_release);
+  for (int64_t share = 0; share < shares; ++share) {
+    const auto pieces = static_cast<uint32_t>(ShareBegin(share + 1) - ShareBegin(share));
+    shares_[share].left.store(uint64_t{epoch} << 32 | pieces, std::memory_order_release);
+  }
   epoch_.store(epoch, std::memory_order_release);
   epoch_.notify_all();
-  RunPieces(epoch);
+  RunPieces(epoch, 0);
   for (int spin = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spin) Relax(spin);
 }
 
-void ThreadPool::RunPieces(uint32_t epoch) {
-  uint64_t ticket = tickets_.load(std::memory_order_acquire);
-  while (ticket >> 32 == epoch && static_cast<uint32_t>(ticket) != 0) {
-    if (!tickets_.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
-    const int64_t piece = num_pieces_ - static_cast<int64_t>(static_cast<uint32_t>(ticket));
-    const int64_t begin = num_grains_ * piece / num_pieces_ * grain_;
-    const int64_t end = num_grains_ * (piece + 1) / num_pieces_ * grain_;
-    function_(context_, begin, std::min(end, count_));
-    unfinished_.fetch_sub(1, std::memory_order_acq_rel);
-    ticket = tickets_.load(std::memory_order_acquire);
+void ThreadPool::RunPieces(uint32_t epoch, int thread) {
+  for (int i = 0; i < num_threads(); ++i) {
+    const int done = RunShare(epoch, (thread + i) % num_threads());
+    if (done > 0) unfinished_.fetch_sub(done, std::memory_order_acq_rel);
   }
 }
 
-void ThreadPool::Work() {
+int ThreadPool::RunShare(uint32_t epoch, int share) {
+  int done = 0;
+  std::atomic<uint64_t>& left = shares_[share].left;
+  uint64_t ticket = left.load(std::memory_order_acquire);
+  while (ticket >> 32 == epoch && static_cast<uint32_t>(ticket) != 0) {
+    if (!left.compare_exchange_weak(ticket, ticket - 1, std::memory_order_acq_rel)) continue;
+    const int64_t piece = ShareBegin(share + 1) - static_cast<int64_t>(static_cast<uint32_t>(ticket));
+    const int64_t begin = num_grains_ * piece / num_pieces_ * grain_;
+    const int64_t end = num_grains_ * (piece + 1) / num_pieces_ * grain_;
+    function_(context_, begin, std::min(end, count_));
+    ++done;
+    ticket = left.load(std::memory_order_acquire);
+  }
+  return done;
+}
+
+void ThreadPool::Work(int thread) {
   uint32_t seen = 0;
   for (;;) {
     uint32_t epoch = epoch_.load(std::memory_order_acquire);
@@ -83,7 +97,7 @@ void ThreadPool::Work() {
     }
     seen = epoch;
     if (stop_.load(std::memory_order_relaxed)) return;
-    RunPieces(epoch);
+    RunPieces(epoch, thread);
   }
 }
 

@@ -39,6 +39,7 @@ struct RequestRecord {
 
 struct Target {
   std::string host, path, model, bearer_token;
+  std::string prefix;  // before every path of this server
   int port = 0;
 };
 

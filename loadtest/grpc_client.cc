@@ -97,22 +97,30 @@ class GrpcExchange : public grpc::ClientReadReactor<v1::GenerateResponse> {
 class GrpcClient : public Client {
  public:
   GrpcClient(asio::io_context* loop, Target target, const Options* options)
-      : loop_(loop),
-        target_(std::move(target)),
-        options_(options),
-        stub_(v1::LinSpec::NewStub(grpc::CreateChannel(fmt::format("{}:{}", target_.host, target_.port),
-                                                       grpc::InsecureChannelCredentials()))) {}
+      : loop_(loop), target_(std::move(target)), options_(options) {
+    // Streams share a connection up to the server's limit, often 100 to a few thousand: spread them over several. A pool
+    // of its own keeps gRPC from merging the channels again.
+    grpc::ChannelArguments arguments;
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    for (int i = 0; i < kChannels; ++i) {
+      stubs_.push_back(v1::LinSpec::NewStub(grpc::CreateCustomChannel(fmt::format("{}:{}", target_.host, target_.port),
+                                                                      grpc::InsecureChannelCredentials(), arguments)));
+    }
+  }
 
   void Start(const PlannedRequest& planned, Done done) override {
     auto* exchange = new GrpcExchange(loop_, planned, std::move(done));
-    exchange->Run(stub_.get(), MakeRequest(target_, planned, *options_), target_, options_->timeout);
+    exchange->Run(stubs_[next_++ % stubs_.size()].get(), MakeRequest(target_, planned, *options_), target_,
+                  options_->timeout);
   }
 
  private:
   asio::io_context* loop_;
   Target target_;
   const Options* options_;
-  std::unique_ptr<v1::LinSpec::Stub> stub_;
+  static constexpr int kChannels = 4;
+  std::vector<std::unique_ptr<v1::LinSpec::Stub>> stubs_;
+  size_t next_ = 0;
 };
 
 }  // namespace

@@ -2,110 +2,21 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "loadtest/report.h"
 #include "loadtest/statistics.h"
+#include "loadtest/svg_chart.h"
 
 namespace linspec::loadtest {
 namespace {
 
-struct Point {
-  double x, y;
-};
-struct Series {
-  std::string label, color;
-  std::vector<Point> points;
-};
+using Json = nlohmann::ordered_json;
 
-constexpr double kWidth = 560, kHeight = 250, kLeft = 58, kRight = 14, kTop = 14, kBottom = 38;
 constexpr int kMaxPoints = 400;  // per series: more cannot be seen and only swell the file
-
-std::string Escape(std::string_view text) {
-  std::string out;
-  for (const char c : text) {
-    switch (c) {
-      case '<':
-        out += "&lt;";
-        break;
-      case '>':
-        out += "&gt;";
-        break;
-      case '&':
-        out += "&amp;";
-        break;
-      case '"':
-        out += "&quot;";
-        break;
-      default:
-        out += c;
-    }
-  }
-  return out;
-}
-
-// A round number at or above value / steps: 1, 2 or 5 times a power of ten.
-double NiceStep(double value, int steps) {
-  if (!(value > 0)) return 1;
-  const double raw = value / steps, power = std::pow(10, std::floor(std::log10(raw)));
-  for (const double factor : {1.0, 2.0, 5.0}) {
-    if (factor * power >= raw) return factor * power;
-  }
-  return 10 * power;
-}
-
-std::string Chart(const std::string& title, const std::string& x_label, const std::string& y_label,
-                  const std::vector<Series>& series, bool dots) {
-  double x_max = 0, y_max = 0;
-  for (const Series& line : series) {
-    for (const Point& point : line.points) {
-      x_max = std::max(x_max, point.x);
-      y_max = std::max(y_max, point.y);
-    }
-  }
-  const double x_step = NiceStep(x_max, 6), y_step = NiceStep(y_max, 4);
-  x_max = std::max(x_step, std::ceil(x_max / x_step - 1e-9) * x_step);
-  y_max = std::max(y_step, std::ceil(y_max / y_step - 1e-9) * y_step);
-  const auto px = [&](double x) { return kLeft + x / x_max * (kWidth - kLeft - kRight); };
-  const auto py = [&](double y) { return kHeight - kBottom - y / y_max * (kHeight - kTop - kBottom); };
-
-  std::string svg =
-      fmt::format("<figure><figcaption>{}</figcaption><svg viewBox='0 0 {} {}' role='img'>", title, kWidth, kHeight);
-  for (double y = 0; y <= y_max + y_step / 2; y += y_step) {
-    svg += fmt::format(
-        "<line class='grid' x1='{:.1f}' x2='{:.1f}' y1='{:.1f}' y2='{:.1f}'/>"
-        "<text x='{:.1f}' y='{:.1f}' text-anchor='end'>{:g}</text>",
-        kLeft, kWidth - kRight, py(y), py(y), kLeft - 6, py(y) + 4, y);
-  }
-  for (double x = 0; x <= x_max + x_step / 2; x += x_step) {
-    svg +=
-        fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{:g}</text>", px(x), kHeight - kBottom + 16, x);
-  }
-  svg += fmt::format("<text x='{:.1f}' y='{:.1f}' text-anchor='middle'>{}</text>", (kLeft + kWidth - kRight) / 2,
-                     kHeight - 6, x_label);
-  svg += fmt::format("<text transform='translate(13,{:.1f}) rotate(-90)' text-anchor='middle'>{}</text>",
-                     (kTop + kHeight - kBottom) / 2, y_label);
-  double legend = kLeft + 10;
-  for (const Series& line : series) {
-    if (dots) {
-      for (const Point& point : line.points) {
-        svg += fmt::format("<circle cx='{:.1f}' cy='{:.1f}' r='2.2' fill='{}'/>", px(point.x), py(point.y), line.color);
-      }
-    } else {
-      svg += fmt::format("<polyline fill='none' stroke='{}' stroke-width='2' points='", line.color);
-      for (const Point& point : line.points) svg += fmt::format("{:.1f},{:.1f} ", px(point.x), py(point.y));
-      svg += "'/>";
-    }
-    if (series.size() > 1) {
-      svg += fmt::format(
-          "<rect x='{0:.1f}' y='{1:.1f}' width='10' height='10' fill='{2}'/>"
-          "<text x='{3:.1f}' y='{4:.1f}'>{5}</text>",
-          legend, kTop, line.color, legend + 14, kTop + 9, line.label);
-      legend += 26 + 8.0 * static_cast<double>(line.label.size());
-    }
-  }
-  return svg + "</svg></figure>\n";
-}
+constexpr char kBlue[] = "#2f6fde", kOrange[] = "#d2691e", kGreen[] = "#1f9d63", kRed[] = "#c62828",
+               kGrey[] = "#8492a1";
 
 // Share of values at or below x, as at most kMaxPoints points.
 Series Distribution(std::string label, std::string color, std::vector<double> seconds) {
@@ -143,93 +54,212 @@ constexpr std::string_view kStyle = R"(
 :root { color-scheme: light dark; --ink: #1d2733; --soft: #5c6b7a; --line: #dde3ea; --card: #fff; --page: #f4f6f9; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6ebf1; --soft: #9aa7b5; --line: #2c3743; --card: #18212b; --page: #10161d; } }
+* { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto;
-       max-width: 1200px; padding: 28px 20px; }
+       max-width: 1240px; padding: 28px 20px 40px; }
 h1 { font-size: 22px; margin: 0 0 2px; } p.sub { color: var(--soft); margin: 0 0 20px; }
 .warn { background: #b3261e; color: #fff; padding: 10px 14px; border-radius: 8px; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin-bottom: 16px; }
-.tile, figure, table { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.tile { padding: 10px 14px; } .tile b { display: block; font-size: 22px; } .tile span { color: var(--soft); font-size: 13px; }
+.tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin-bottom: 16px; }
+@media (max-width: 760px) { .tiles { grid-template-columns: repeat(2, 1fr); } }
+.tile, figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.tile { padding: 10px 14px; } .tile b { font-size: 22px; } .tile em { font-style: normal; color: var(--soft); }
+.tile span { display: block; color: var(--soft); font-size: 13px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 16px; margin: 16px 0; }
-figure { margin: 0; padding: 12px 14px; } figcaption { font-weight: 600; margin-bottom: 4px; }
-svg { width: 100%; height: auto; } svg text { font-size: 11px; fill: var(--soft); } .grid { stroke: var(--line); }
-table { border-collapse: collapse; width: 100%; } td, th { padding: 6px 12px; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr + tr td { border-top: 1px solid var(--line); }
+figure { margin: 0; padding: 12px 14px 6px; } figcaption { font-weight: 600; }
+figcaption i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin: 0 5px 0 14px; }
+figcaption small { color: var(--soft); font-weight: 400; } p.note { color: var(--soft); font-size: 12px; margin: 0; min-height: 18px; }
+svg { width: 100%; height: auto; display: block; } svg text { font-size: 11px; fill: var(--soft); } .grid { stroke: var(--line); }
+.card { overflow: hidden; margin-bottom: 16px; } table { border-collapse: collapse; width: 100%; }
+td, th { padding: 7px 14px; text-align: right; font-variant-numeric: tabular-nums; }
+th { color: var(--soft); font-weight: 600; font-size: 13px; } th:first-child, td:first-child { text-align: left; }
+tr + tr td { border-top: 1px solid var(--line); } footer { color: var(--soft); font-size: 13px; }
 )";
 
-std::string Tile(const std::string& label, const std::string& value) {
-  return fmt::format("<div class='tile'><b>{}</b><span>{}</span></div>", value, label);
+std::string Tile(const std::string& label, const std::string& value, const std::string& more = "") {
+  return fmt::format("<div class='tile'><b>{}</b> <em>{}</em><span>{}</span></div>", value, more, label);
 }
 
-std::string LatencyTable(const nlohmann::ordered_json& report) {
+std::string Tiles(const Json& report) {
+  const auto number = [&](const char* key) { return report.at(key).get<double>(); };
+  const auto tail = [&](const char* metric) {
+    const std::string key = fmt::format("p99_{}_ms", metric);
+    return report.contains(key) ? fmt::format("p99 {:.1f}", report.at(key).get<double>()) : std::string();
+  };
+  std::string html = "<div class='tiles'>";
+  html +=
+      Tile("requests completed", report.at("completed").dump(), fmt::format("{} failed", report.at("failed").dump()));
+  html += Tile("output tokens per second", fmt::format("{:.0f}", number("output_throughput")),
+               fmt::format("peak {:.0f}", number("max_output_tokens_per_s")));
+  html += Tile("time to first token, median ms", fmt::format("{:.1f}", number("median_ttft_ms")), tail("ttft"));
+  html += Tile("time per output token, median ms", fmt::format("{:.2f}", number("median_tpot_ms")), tail("tpot"));
+  html += Tile("end to end, median ms", fmt::format("{:.0f}", number("median_e2el_ms")), tail("e2el"));
+  html += Tile("tokens per chunk", fmt::format("{:.2f}", number("tokens_per_chunk")));
+  if (report.at("request_goodput").is_null()) {
+    html += Tile("requests per second", fmt::format("{:.2f}", number("request_throughput")));
+  } else {
+    html += Tile("requests per second within the objectives", fmt::format("{:.2f}", number("request_goodput")),
+                 fmt::format("of {:.2f}", number("request_throughput")));
+  }
+  if (report.contains("spec_decode_acceptance_length")) {
+    html += Tile("tokens per verified draft", fmt::format("{:.2f}", number("spec_decode_acceptance_length")),
+                 fmt::format("{:.0f} % accepted", number("spec_decode_acceptance_rate") * 100));
+  } else {
+    html += Tile("most requests in flight", report.at("max_concurrent_requests").dump());
+  }
+  return html + "</div>";
+}
+
+std::string LatencyTable(const Json& report) {
+  const std::pair<const char*, const char*> rows[] = {{"ttft", "Time to first token"},
+                                                      {"tpot", "Time per output token after the first"},
+                                                      {"itl", "Gap between chunks"},
+                                                      {"e2el", "End to end"}};
   std::string head = "<tr><th>milliseconds</th>", body;
-  for (const char* metric : {"ttft", "tpot", "itl", "e2el"}) {
+  for (const auto& [metric, name] : rows) {
     const std::string suffix = fmt::format("_{}_ms", metric);
     std::string cells;
     for (const auto& [key, value] : report.items()) {
       if (!key.ends_with(suffix) || !value.is_number()) continue;
+      const std::string column = key.substr(0, key.size() - suffix.size());
+      if (column == "median" && report.contains("p50" + suffix)) continue;  // the same number twice
       cells += fmt::format("<td>{:.2f}</td>", value.get<double>());
-      if (metric == std::string_view("ttft")) {
-        head += fmt::format("<th>{}</th>", key.substr(0, key.size() - suffix.size()));
-      }
+      if (metric == rows[0].first) head += fmt::format("<th>{}</th>", column);
     }
-    body += fmt::format("<tr><td>{}</td>{}</tr>", metric, cells);
+    body += fmt::format("<tr><td>{}</td>{}</tr>", name, cells);
   }
-  return fmt::format("<table>{}</tr>{}</table>", head, body);
+  return fmt::format("<div class='card'><table>{}</tr>{}</table></div>", head, body);
+}
+
+// What went wrong, most frequent first.
+std::string ErrorTable(const RunResult& result) {
+  std::map<std::string, int> counts;
+  for (const RequestRecord& record : result.records) {
+    if (!record.ok && !record.cancelled) ++counts[record.error];
+  }
+  if (counts.empty()) return "";
+  std::vector<std::pair<std::string, int>> errors(counts.begin(), counts.end());
+  std::stable_sort(errors.begin(), errors.end(), [](const auto& a, const auto& b) { return a.second > b.second; });
+  std::string html = "<div class='card'><table><tr><th>failed with</th><th>requests</th></tr>";
+  for (size_t i = 0; i < std::min<size_t>(errors.size(), 10); ++i) {
+    html += fmt::format("<tr><td>{}</td><td>{}</td></tr>", EscapeHtml(errors[i].first), errors[i].second);
+  }
+  return html + "</table></div>";
+}
+
+struct Latencies {
+  std::vector<double> ttft, tpot, itl, e2el;
+  Series starts{"answered", kBlue, {}, Series::Mark::kDots}, failures{"failed", kRed, {}, Series::Mark::kDots};
+};
+
+Latencies Collect(const RunResult& result) {
+  Latencies all;
+  const size_t stride = result.records.size() / (4 * kMaxPoints) + 1;
+  for (size_t i = 0; i < result.records.size(); ++i) {
+    const RequestRecord& record = result.records[i];
+    if (!record.ok && !record.cancelled && all.failures.points.size() < kMaxPoints) {
+      all.failures.points.push_back({record.start, 0});
+    }
+    if (!record.ok || record.slow) continue;
+    all.ttft.push_back(record.ttft);
+    all.e2el.push_back(record.latency);
+    if (record.tpot() >= 0) all.tpot.push_back(record.tpot());
+    all.itl.insert(all.itl.end(), record.itls.begin(), record.itls.end());
+    if (i % stride == 0) all.starts.points.push_back({record.start, record.ttft * 1e3});
+  }
+  return all;
+}
+
+Chart DistributionChart(const Json& report, const char* metric, const char* title, std::vector<Series> series) {
+  Chart chart{.title = title,
+              .note = "share of requests at or below, logarithmic time",
+              .x_label = "ms",
+              .y_label = "%",
+              .series = std::move(series),
+              .log_x = true,
+              .y_max = 100};
+  for (const char* percentile : {"p50", "p95", "p99"}) {
+    const std::string key = fmt::format("{}_{}_ms", percentile, metric);
+    if (report.contains(key)) chart.markers.push_back({report.at(key).get<double>(), percentile, kGrey});
+  }
+  const auto& goals = report.at("goodput_ms");
+  if (goals.contains(metric)) chart.markers.push_back({goals.at(metric).get<double>(), "goal", kRed});
+  return chart;
+}
+
+std::string Charts(const Json& report, const RunResult& result) {
+  Latencies all = Collect(result);
+  Series tokens{"tokens", kGreen, {}, Series::Mark::kArea}, flight{"in flight", kOrange, {}, Series::Mark::kArea};
+  Timeline(result, &tokens, &flight);
+  std::vector<Series> starts = {all.starts};
+  if (!all.failures.points.empty()) starts.push_back(all.failures);
+  std::string html = "<div class='charts'>";
+  html +=
+      RenderChart(DistributionChart(report, "ttft", "Time to first token", {Distribution("TTFT", kBlue, all.ttft)}));
+  html += RenderChart(DistributionChart(
+      report, "tpot", "Time per output token",
+      {Distribution("per token", kBlue, all.tpot), Distribution("gaps between chunks", kOrange, all.itl)}));
+  html += RenderChart(DistributionChart(report, "e2el", "End to end", {Distribution("E2E", kBlue, all.e2el)}));
+  html += RenderChart({.title = "Time to first token over the run",
+                       .note = "one dot a request, at the time it was sent",
+                       .x_label = "seconds",
+                       .y_label = "ms",
+                       .series = starts});
+  html += RenderChart({.title = "Output tokens per second",
+                       .note = "",
+                       .x_label = "seconds",
+                       .y_label = "tokens/s",
+                       .series = {tokens}});
+  html += RenderChart(
+      {.title = "Requests in flight", .note = "", .x_label = "seconds", .y_label = "requests", .series = {flight}});
+  if (report.contains("spec_decode_per_position_acceptance_rates")) {
+    Series rates{"accepted", kGreen, {}, Series::Mark::kBars};
+    double depth = 1;
+    for (const Json& rate : report.at("spec_decode_per_position_acceptance_rates")) {
+      if (rate.get<double>() > 0) rates.points.push_back({depth, rate.get<double>() * 100});
+      depth += 1;
+    }
+    if (!rates.points.empty()) {
+      html += RenderChart({.title = "Drafts accepted at least so deep",
+                           .note = "of all verified drafts",
+                           .x_label = "depth in the draft tree",
+                           .y_label = "%",
+                           .series = {rates},
+                           .y_max = 100});
+    }
+  }
+  return html + "</div>";
 }
 
 }  // namespace
 
-std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& result) {
-  std::vector<double> ttft, tpot, itl, e2el;
-  Series arrivals{"TTFT", "#2f6fde", {}}, tokens{"tokens", "#1f9d63", {}}, flight{"in flight", "#c2571a", {}};
-  const size_t stride = result.records.size() / (4 * kMaxPoints) + 1;
-  for (size_t i = 0; i < result.records.size(); ++i) {
-    const RequestRecord& record = result.records[i];
-    if (!record.ok || record.slow) continue;
-    ttft.push_back(record.ttft);
-    e2el.push_back(record.latency);
-    if (record.tpot() >= 0) tpot.push_back(record.tpot());
-    itl.insert(itl.end(), record.itls.begin(), record.itls.end());
-    if (i % stride == 0) arrivals.points.push_back({record.start, record.ttft * 1e3});
-  }
-  Timeline(result, &tokens, &flight);
-
+std::string ReportHtml(const Json& report, const RunResult& result) {
   const auto number = [&](const char* key) { return report.at(key).get<double>(); };
+  const auto text = [&](const char* key) { return EscapeHtml(report.at(key).get<std::string>()); };
+  const std::string rate = report.at("request_rate").is_string()
+                               ? "all at once"
+                               : fmt::format("{:g} requests/s arriving", report.at("request_rate").get<double>());
   std::string html = fmt::format(
-      "<!doctype html><html lang='en'><meta charset='utf-8'><title>linspec loadtest</title>"
-      "<meta name='viewport' content='width=device-width'><style>{}</style>",
-      kStyle);
-  html += fmt::format(
-      "<h1>Load test of {}</h1><p class='sub'>{} requests, rate {}, burstiness {}, max concurrency {}, "
-      "dataset {}, seed {}, {:.1f} s</p>",
-      Escape(report.at("model").get<std::string>()), report.at("num_prompts").dump(),
-      Escape(report.at("request_rate").dump()), report.at("burstiness").dump(), report.at("max_concurrency").dump(),
-      Escape(report.at("dataset").get<std::string>()), report.at("seed").dump(), number("duration"));
+      "<!doctype html><html lang='en'><meta charset='utf-8'><title>Load test of {0}</title>"
+      "<meta name='viewport' content='width=device-width'><style>{1}</style>"
+      "<h1>Load test of {0}</h1><p class='sub'>{2}{3}{4} requests of dataset {5}, {6} (burstiness {7}), {8}, seed {9}, "
+      "{10:.1f} s"
+      "</p>",
+      text("model_id"), kStyle, text("label"), text("label").empty() ? "" : ": ", report.at("num_prompts").dump(),
+      text("dataset"), rate, report.at("burstiness").dump(),
+      report.at("max_concurrency") == 0 ? std::string("no limit in flight")
+                                        : "at most " + report.at("max_concurrency").dump() + " in flight",
+      report.at("seed").dump(), number("duration"));
   if (result.client_was_bottleneck()) {
     html += "<p class='warn'>The client itself was a bottleneck: these figures are not the server's alone.</p>";
   }
-  html += "<div class='tiles'>";
-  html += Tile("requests completed", report.at("completed").dump());
-  html += Tile("failed", report.at("failed").dump());
-  html += Tile("output tokens/s", fmt::format("{:.0f}", number("output_throughput")));
-  html += Tile("median TTFT, ms", fmt::format("{:.1f}", number("median_ttft_ms")));
-  html += Tile("median TPOT, ms", fmt::format("{:.2f}", number("median_tpot_ms")));
-  html += Tile("tokens per chunk", fmt::format("{:.2f}", number("tokens_per_chunk")));
-  if (!report.at("request_goodput").is_null())
-    html += Tile("goodput, req/s", fmt::format("{:.2f}", number("request_goodput")));
-  if (report.contains("spec_decode_acceptance_length")) {
-    html += Tile("tokens per verified draft", fmt::format("{:.2f}", number("spec_decode_acceptance_length")));
-  }
-  html += "</div>" + LatencyTable(report) + "<div class='charts'>";
-  html += Chart("Time to first token", "ms", "% of requests", {Distribution("TTFT", "#2f6fde", ttft)}, false);
-  html += Chart("Time per output token, gaps between chunks", "ms", "% at or below",
-                {Distribution("TPOT", "#2f6fde", tpot), Distribution("ITL", "#c2571a", itl)}, false);
-  html += Chart("End-to-end latency", "ms", "% of requests", {Distribution("E2E", "#2f6fde", e2el)}, false);
-  html += Chart("Output tokens per second", "seconds", "tokens/s", {tokens}, false);
-  html += Chart("Requests in flight", "seconds", "requests", {flight}, false);
-  html += Chart("Time to first token by start time", "seconds", "ms", {arrivals}, true);
-  return html + "</div></html>\n";
+  html += Tiles(report) + LatencyTable(report) + ErrorTable(result) + Charts(report, result);
+  html += fmt::format(
+      "<footer>{} UTC. Slow readers ({}) and requests cancelled by the client ({}) are not in the latencies. Client: "
+      "event "
+      "loops late by {:.1f} ms at p99, {:.0f} % busy.</footer></html>\n",
+      text("date"), report.at("slow_readers").dump(), report.at("cancelled").dump(), number("client_loop_lag_p99_ms"),
+      number("client_cpu_per_thread") * 100);
+  return html;
 }
 
 }  // namespace linspec::loadtest

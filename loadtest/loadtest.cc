@@ -1,9 +1,11 @@
 #include "loadtest/loadtest.h"
 
 #include <fmt/format.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -24,14 +26,15 @@ Target RestTarget(const Options& options) {
   Target target;
   target.host = options.host;
   target.port = options.backend == "grpc" ? options.metrics_port : options.port;
-  target.path = !options.endpoint.empty()          ? options.endpoint
-                : options.backend == "openai-chat" ? "/v1/chat/completions"
-                                                   : "/v1/completions";
+  target.prefix = options.path_prefix;
+  target.path = target.prefix + (!options.endpoint.empty()          ? options.endpoint
+                                 : options.backend == "openai-chat" ? "/v1/chat/completions"
+                                                                    : "/v1/completions");
   return target;
 }
 
 absl::StatusOr<std::string> FirstModel(const Target& target) {
-  const absl::StatusOr<std::string> body = HttpGet(target, "/v1/models");
+  const absl::StatusOr<std::string> body = HttpGet(target, target.prefix + "/v1/models");
   if (!body.ok()) return body.status();
   const nlohmann::json models = nlohmann::json::parse(*body, nullptr, /*allow_exceptions=*/false);
   const auto id = models.is_object() ? models.value("/data/0/id"_json_pointer, nlohmann::json()) : nlohmann::json();
@@ -41,15 +44,38 @@ absl::StatusOr<std::string> FirstModel(const Target& target) {
 
 // A server without metrics is no error: the report then has no figures of speculation.
 SpeculationCounters ReadSpeculation(const Target& target) {
-  const absl::StatusOr<std::string> text = HttpGet(target, "/metrics");
+  const absl::StatusOr<std::string> text = HttpGet(target, target.prefix + "/metrics");
   return text.ok() ? ParseSpeculationCounters(*text) : SpeculationCounters();
 }
 
-absl::Status WriteFile(const std::string& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+absl::Status WriteFile(const std::string& path, const std::string& text, std::ios::openmode mode = std::ios::trunc) {
+  std::ofstream file(path, std::ios::binary | mode);
   file << text;
   file.close();
   return file ? absl::OkStatus() : absl::UnavailableError("cannot write " + path);
+}
+
+absl::Status SaveResult(const nlohmann::ordered_json& report, const Options& options) {
+  const auto word = [&](const char* key) {
+    return report.at(key).is_string() ? report.at(key).get<std::string>() : report.at(key).dump();
+  };
+  std::string name = options.result_filename;
+  if (name.empty()) {
+    name = fmt::format("{}-{}qps-{}-{}.json", word("backend"), word("request_rate"), word("model_id"), word("date"));
+    std::replace(name.begin(), name.end(), '/', '-');
+  }
+  const std::filesystem::path path = std::filesystem::path(options.result_dir) / name;
+  const auto replace = nlohmann::json::error_handler_t::replace;
+  if (options.append_result) return WriteFile(path, report.dump(-1, ' ', false, replace) + "\n", std::ios::app);
+  return WriteFile(path, report.dump(1, ' ', false, replace) + "\n");
+}
+
+// Every stream is an open file.
+void RaiseFileLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);  // what remains too low shows as failed requests, with the reason
 }
 
 absl::StatusOr<nlohmann::ordered_json> Run(const Options& options) {
@@ -96,9 +122,8 @@ absl::StatusOr<nlohmann::ordered_json> Run(const Options& options) {
   if (!options.html.empty()) {
     if (absl::Status status = WriteFile(options.html, ReportHtml(report, result)); !status.ok()) return status;
   }
-  if (!options.result.empty()) {
-    const std::string text = report.dump(1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-    if (absl::Status status = WriteFile(options.result, text); !status.ok()) return status;
+  if (options.save_result || options.append_result || !options.result_filename.empty()) {
+    if (absl::Status status = SaveResult(report, options); !status.ok()) return status;
   }
   return report;
 }
@@ -117,12 +142,13 @@ int LoadTestMain(int argc, char** argv) {
     fmt::print(stderr, "loadtest: {}\n", std::string(options.status().message()));
     return loadtest::kUsage;
   }
+  loadtest::RaiseFileLimit();
   const absl::StatusOr<nlohmann::ordered_json> report = loadtest::Run(*options);
   if (!report.ok()) {
     fmt::print(stderr, "loadtest: {}\n", std::string(report.status().message()));
     return loadtest::kFailed;
   }
-  fmt::print("{}", loadtest::ReportTable(*report));
+  fmt::print("{}", loadtest::ReportTable(*report, options->percentile_metrics));
   return report->at("failed").get<int64_t>() == 0 ? 0 : loadtest::kFailed;
 }
 

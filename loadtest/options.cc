@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 #include <functional>
@@ -22,23 +23,31 @@ struct Flag {
 std::vector<Flag> Flags(Options* o) {
   return {
       {"backend", &o->backend, "openai (completions), openai-chat, grpc (linspec.v1)"},
+      {"base-url", &o->base_url, "http://host:port[/path before the endpoint] instead of --host and --port"},
       {"host", &o->host, "server to load; only what you name is ever contacted"},
       {"port", &o->port, "0: 8000, or 50051 for grpc"},
       {"metrics-port", &o->metrics_port, "HTTP port of /metrics when the backend is grpc"},
       {"endpoint", &o->endpoint, "path, when it is not the usual one"},
       {"model", &o->model, "empty: the first model the server lists"},
       {"api-key-file", &o->api_key_file, "file with the bearer token"},
-      {"dataset-name", &o->dataset_name, "random, custom (jsonl), trace (csv: arrival, prompt and output tokens)"},
-      {"dataset-path", &o->dataset_path, "file of custom or trace"},
+      {"dataset-name", &o->dataset_name,
+       "random, custom (jsonl), sharegpt (json), trace (csv: arrival, prompt, output tokens)"},
+      {"dataset-path", &o->dataset_path, "file of custom, sharegpt or trace"},
       {"num-prompts", &o->num_prompts, "requests to send"},
       {"num-warmups", &o->num_warmups, "requests before the clock starts"},
       {"random-input-len", &o->random_input_len, "words per random prompt"},
       {"random-output-len", &o->random_output_len, "max_tokens of random and custom prompts"},
+      {"custom-output-len", &o->random_output_len, "the same, under the name it has for custom prompts"},
       {"random-range-ratio", &o->random_range_ratio, "lengths are uniform in len * [1 - r, 1 + r]"},
+      {"length-distribution", &o->length_distribution, "uniform, lognormal (sigma: the range ratio), exponential"},
       {"request-rate", &o->request_rate, "arrivals per second; inf: all at once"},
       {"burstiness", &o->burstiness, "gamma shape of the gaps: 1 Poisson, below 1 burstier"},
+      {"ramp-up-strategy", &o->ramp_up_strategy, "linear or exponential: the rate moves over the requests"},
+      {"ramp-up-start-rps", &o->ramp_up_start_rps, "rate of the first request"},
+      {"ramp-up-end-rps", &o->ramp_up_end_rps, "rate of the last request"},
       {"max-concurrency", &o->max_concurrency, "at most so many in flight (closed loop); 0: unbounded"},
       {"trace-speed", &o->trace_speed, "2 replays a trace twice as fast"},
+      {"trace-arrivals", &o->trace_arrivals, "false: only lengths from the trace, arrivals from --request-rate"},
       {"duration", &o->duration, "start no request after so many seconds; 0: send them all"},
       {"timeout", &o->timeout, "seconds one request may take"},
       {"seed", &o->seed, "of arrivals, prompts and faults"},
@@ -51,11 +60,18 @@ std::vector<Flag> Flags(Options* o) {
       {"slow-delay-ms", &o->slow_delay_ms, "pause between a slow reader's reads"},
       {"threads", &o->threads, "event loops of this client"},
       {"metric-percentiles", &o->metric_percentiles, "comma-separated"},
+      {"percentile-metrics", &o->percentile_metrics, "rows of the table, of ttft,tpot,itl,e2el"},
       {"goodput", &o->goodput, "SLOs in ms, e.g. \"ttft:200 tpot:20 e2el:5000\""},
       {"save-detailed", &o->save_detailed, "per-request values in the JSON"},
-      {"result", &o->result, "JSON file to write"},
+      {"save-result", &o->save_result, "write the figures as JSON"},
+      {"append-result", &o->append_result, "as one more line of the file"},
+      {"result-dir", &o->result_dir, "folder of the file"},
+      {"result-filename", &o->result_filename,
+       "its name, which also says that you want it; default: backend-rateqps-model-time.json"},
+      {"label", &o->label, "copied into the result"},
       {"html", &o->html, "report with plots to write"},
       {"quiet", &o->quiet, "no live progress"},
+      {"disable-tqdm", &o->quiet, "the same"},
   };
 }
 
@@ -90,6 +106,27 @@ bool ParseGoodput(std::string_view text, Goodput* out) {
   return out->any();
 }
 
+// "http://host:port/prefix": the prefix goes before the endpoint.
+absl::Status ApplyBaseUrl(Options* o) {
+  constexpr std::string_view kScheme = "http://";
+  std::string_view rest = o->base_url;
+  if (!rest.starts_with(kScheme)) {
+    return Bad("base-url", o->base_url, "starts with http:// (for a server behind TLS, put a local proxy in between)");
+  }
+  rest.remove_prefix(kScheme.size());
+  const size_t slash = std::min(rest.find('/'), rest.size());
+  const std::string_view authority = rest.substr(0, slash), prefix = rest.substr(slash);
+  const size_t colon = authority.rfind(':');
+  o->host = authority.substr(0, colon);
+  o->port = 80;
+  if (colon != std::string_view::npos && !ParseNumber(authority.substr(colon + 1), &o->port)) {
+    return Bad("base-url", o->base_url, "has no port after ':'");
+  }
+  if (o->host.empty()) return Bad("base-url", o->base_url, "names no host");
+  o->path_prefix = prefix.ends_with('/') ? prefix.substr(0, prefix.size() - 1) : prefix;
+  return absl::OkStatus();
+}
+
 bool ParseValue(std::string_view text, const Target& target) {
   struct Visitor {
     std::string_view text;
@@ -113,11 +150,25 @@ bool ParseValue(std::string_view text, const Target& target) {
 }
 
 absl::Status Validate(const Options& o) {
-  if (o.backend != "openai" && o.backend != "openai-chat" && o.backend != "grpc") {
-    return Bad("backend", o.backend, "is none of openai, openai-chat, grpc");
+  const struct {
+    std::string_view name, value;
+    std::initializer_list<std::string_view> choices;
+  } words[] = {{"backend", o.backend, {"openai", "openai-chat", "grpc"}},
+               {"dataset-name", o.dataset_name, {"random", "custom", "sharegpt", "trace"}},
+               {"length-distribution", o.length_distribution, {"uniform", "lognormal", "exponential"}},
+               {"ramp-up-strategy", o.ramp_up_strategy, {"", "linear", "exponential"}}};
+  for (const auto& word : words) {
+    if (std::find(word.choices.begin(), word.choices.end(), word.value) == word.choices.end()) {
+      return Bad(word.name, word.value, fmt::format("is none of {}", fmt::join(word.choices, " ")));
+    }
   }
-  if (o.dataset_name != "random" && o.dataset_name != "custom" && o.dataset_name != "trace") {
-    return Bad("dataset-name", o.dataset_name, "is none of random, custom, trace");
+  for (const std::string_view metric : Split(o.percentile_metrics, ",")) {
+    if (metric != "ttft" && metric != "tpot" && metric != "itl" && metric != "e2el") {
+      return Bad("percentile-metrics", metric, "is none of ttft tpot itl e2el");
+    }
+  }
+  if (!o.ramp_up_strategy.empty() && !(o.ramp_up_start_rps > 0 && o.ramp_up_end_rps > 0)) {
+    return Bad("ramp-up-strategy", o.ramp_up_strategy, "needs --ramp-up-start-rps and --ramp-up-end-rps above 0");
   }
   if (o.dataset_name != "random" && o.dataset_path.empty()) return Bad("dataset-path", "", "is needed by this dataset");
   if (o.port < 0 || o.port > 65535) return Bad("port", std::to_string(o.port), "is not a port");
@@ -130,7 +181,9 @@ absl::Status Validate(const Options& o) {
       {"num-warmups", double(o.num_warmups), 0, 1e4},
       {"random-input-len", double(o.random_input_len), 1, 1e6},
       {"random-output-len", double(o.random_output_len), 1, 1e6},
-      {"random-range-ratio", o.random_range_ratio, 0, 1},
+      {"random-range-ratio", o.random_range_ratio, 0, o.length_distribution == "lognormal" ? 3.0 : 1.0},
+      {"ramp-up-start-rps", o.ramp_up_start_rps, 0, 1e6},
+      {"ramp-up-end-rps", o.ramp_up_end_rps, 0, 1e6},
       {"request-rate", o.request_rate, 1e-6, std::numeric_limits<double>::infinity()},
       {"burstiness", o.burstiness, 1e-3, 1e3},
       {"max-concurrency", double(o.max_concurrency), 0, 1e6},
@@ -184,6 +237,9 @@ absl::StatusOr<Options> ParseOptions(std::span<const std::string> args) {
       }
     }
     if (!ParseValue(value, flag->target)) return Bad(name, value, "is not understood");
+  }
+  if (!options.base_url.empty()) {
+    if (const absl::Status status = ApplyBaseUrl(&options); !status.ok()) return status;
   }
   if (const absl::Status status = Validate(options); !status.ok()) return status;
   if (options.port == 0) options.port = options.backend == "grpc" ? 50051 : 8000;

@@ -20,6 +20,8 @@ struct Goodput {  // milliseconds; infinity: no bound
 
 struct Options {
   std::string backend = "openai";  // openai, openai-chat, grpc
+  std::string base_url;            // "http://host:port" instead of host and port
+  std::string path_prefix;         // from base_url; before every path
   std::string host = "127.0.0.1";
   int port = 0;             // 0: 8000, or 50051 for grpc
   int metrics_port = 8000;  // where /metrics is when the backend is grpc
@@ -27,20 +29,24 @@ struct Options {
   std::string model;        // empty: the first one the server lists
   std::string api_key_file;
 
-  std::string dataset_name = "random";  // random, custom, trace
+  std::string dataset_name = "random";  // random, custom, sharegpt, trace
   std::string dataset_path;
   int num_prompts = 200;
   int num_warmups = 1;
-  int random_input_len = 64;      // words
-  int random_output_len = 64;     // tokens
-  double random_range_ratio = 0;  // lengths uniform in [len (1 - r), len (1 + r)]
+  int random_input_len = 64;                    // words
+  int random_output_len = 64;                   // tokens
+  double random_range_ratio = 0;                // lengths uniform in [len (1 - r), len (1 + r)]
+  std::string length_distribution = "uniform";  // uniform, lognormal (sigma = the ratio), exponential; mean: len
 
   double request_rate = std::numeric_limits<double>::infinity();
-  double burstiness = 1;    // gamma shape: 1 is Poisson, below 1 burstier
+  double burstiness = 1;         // gamma shape: 1 is Poisson, below 1 burstier
+  std::string ramp_up_strategy;  // empty, linear, exponential: the rate moves from start to end over the requests
+  double ramp_up_start_rps = 0, ramp_up_end_rps = 0;
   int max_concurrency = 0;  // 0: unbounded (open loop)
   double trace_speed = 1;
-  double duration = 0;   // seconds after which no request starts; 0: all of them
-  double timeout = 600;  // seconds a request may take
+  bool trace_arrivals = true;  // false: lengths from the trace, arrivals from request_rate
+  double duration = 0;         // seconds after which no request starts; 0: all of them
+  double timeout = 600;        // seconds a request may take
   uint64_t seed = 0;
 
   double temperature = 0;
@@ -54,10 +60,15 @@ struct Options {
 
   int threads = 1;
   std::vector<double> metric_percentiles = {50, 90, 95, 99};
+  std::string percentile_metrics = "ttft,tpot,itl,e2el";  // in the printed table; the JSON has all
   Goodput goodput;
   bool save_detailed = false;
-  std::string result;  // JSON file; empty: none
-  std::string html;    // report file; empty: none
+  bool save_result = false;     // write JSON to result_dir/result_filename
+  bool append_result = false;   // as one more line of that file
+  std::string result_dir;       // empty: the working directory
+  std::string result_filename;  // empty: backend-rate-model-time.json
+  std::string label;            // copied into the result
+  std::string html;             // report file; empty: none
   bool quiet = false;
 };
 

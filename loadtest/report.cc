@@ -1,9 +1,11 @@
 #include "loadtest/report.h"
 
+#include <fmt/chrono.h>
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <cmath>
+#include <ctime>
 #include <nlohmann/json.hpp>
 
 #include "loadtest/statistics.h"
@@ -118,14 +120,21 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   const double duration = std::max(result.duration, 1e-9);
 
   Json report;
-  report["backend"] = options.backend;
-  report["model"] = model;
+  report["date"] = fmt::format("{:%Y%m%d-%H%M%S}", fmt::gmtime(std::time(nullptr)));
+  report["endpoint_type"] = report["backend"] = options.backend;
+  report["label"] = options.label;
+  report["model_id"] = model;
   report["dataset"] = options.dataset_name;
   report["num_prompts"] = result.records.size();
   report["request_rate"] = std::isinf(options.request_rate) ? Json("inf") : Json(options.request_rate);
   report["burstiness"] = options.burstiness;
   report["max_concurrency"] = options.max_concurrency;
   report["seed"] = options.seed;
+  report["goodput_ms"] = Json::object();  // the objectives
+  for (const auto& [name, bound] : {std::pair("ttft", options.goodput.ttft), std::pair("tpot", options.goodput.tpot),
+                                    std::pair("e2el", options.goodput.e2el)}) {
+    if (std::isfinite(bound)) report["goodput_ms"][name] = bound;
+  }
   report["duration"] = result.duration;
   report["completed"] = completed;
   report["failed"] = failed;
@@ -145,6 +154,7 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   report["client_loop_lag_p99_ms"] = result.loop_lag_p99 * 1e3;
   report["client_loop_lag_max_ms"] = result.loop_lag_max * 1e3;
   report["client_start_lateness_p99_ms"] = result.start_lateness_p99 * 1e3;
+  report["client_cpu_per_thread"] = result.cpu_per_thread;
   report["client_was_bottleneck"] = result.client_was_bottleneck();
   report["interrupted"] = result.interrupted;
   report["first_error"] = first_error;
@@ -152,7 +162,7 @@ Json ReportJson(const RunResult& result, const Options& options, const std::stri
   return report;
 }
 
-std::string ReportTable(const Json& report) {
+std::string ReportTable(const Json& report, std::string_view metrics) {
   std::string table;
   const auto number = [&](const char* key) { return report.at(key).get<double>(); };
   const auto row = [&](const char* label, const char* key, int digits) {
@@ -172,6 +182,7 @@ std::string ReportTable(const Json& report) {
   row("Most requests in flight", "max_concurrent_requests", 0);
   row("Tokens per chunk", "tokens_per_chunk", 2);
   for (const char* metric : {"ttft", "tpot", "itl", "e2el"}) {
+    if (metrics.find(metric) == std::string_view::npos) continue;
     std::string name(metric);
     std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::toupper(c); });
     const std::string suffix = fmt::format("_{}_ms", metric);
@@ -191,9 +202,11 @@ std::string ReportTable(const Json& report) {
   }
   if (report.at("client_was_bottleneck").get<bool>()) {
     table += fmt::format(
-        "WARNING: this client was a bottleneck (event loop late by {:.0f} ms at p99, requests sent {:.0f} ms late at "
-        "p99); the figures are not the server's alone. Use more --threads or another machine.\n",
-        number("client_loop_lag_p99_ms"), number("client_start_lateness_p99_ms"));
+        "WARNING: this client was a bottleneck (event loops late by {:.0f} ms at p99 and busy {:.0f} % of the time, "
+        "requests sent {:.0f} ms late at p99); the figures are not the server's alone. Use more --threads or another "
+        "machine.\n",
+        number("client_loop_lag_p99_ms"), number("client_cpu_per_thread") * 100,
+        number("client_start_lateness_p99_ms"));
   }
   return table;
 }

@@ -3,6 +3,7 @@
 
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <string_view>
 
 #include "loadtest/options.h"
 #include "loadtest/runner.h"
@@ -12,7 +13,8 @@ namespace linspec::loadtest {
 
 nlohmann::ordered_json ReportJson(const RunResult& result, const Options& options, const std::string& model,
                                   const SpeculationCounters& speculation);
-std::string ReportTable(const nlohmann::ordered_json& report);
+// metrics: which latencies to show, e.g. "ttft,tpot".
+std::string ReportTable(const nlohmann::ordered_json& report, std::string_view metrics);
 // One file without scripts or outside resources; plots are SVG.
 std::string ReportHtml(const nlohmann::ordered_json& report, const RunResult& result);
 

@@ -1,6 +1,7 @@
 #include "loadtest/runner.h"
 
 #include <fmt/format.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <boost/asio/executor_work_guard.hpp>
@@ -29,6 +30,15 @@ constexpr auto kProgressPeriod = std::chrono::seconds(1);
 Clock::duration Seconds(double seconds) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
 }
+double ProcessorSeconds() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  const auto seconds = [](const timeval& time) {
+    return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
+
 double ToSeconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
 
 // One thread, one event loop, one client; nothing is shared with the others.
@@ -43,6 +53,7 @@ class Worker {
   }
   void Stop() {
     asio::post(loop_, [this] {
+      stopping_ = true;  // a timer that has fired already, but not run, cannot be cancelled any more
       lag_timer_.cancel();
       work_.reset();
     });
@@ -57,7 +68,7 @@ class Worker {
   void MeasureLag(Clock::time_point due) {
     lag_timer_.expires_at(due);
     lag_timer_.async_wait([this, due](ErrorCode error) {
-      if (error) return;
+      if (error || stopping_) return;
       const Clock::time_point now = Clock::now();
       lags_.push_back(ToSeconds(now - due));
       MeasureLag(now + kLagPeriod);
@@ -68,6 +79,7 @@ class Worker {
   asio::executor_work_guard<asio::io_context::executor_type> work_{loop_.get_executor()};
   asio::steady_timer lag_timer_{loop_};
   std::vector<double> lags_;
+  bool stopping_ = false;
   std::unique_ptr<Client> client_;
   std::thread thread_;
 };
@@ -92,9 +104,12 @@ class Coordinator {
     });
     for (auto& worker : workers_) worker->Launch();
     start_ = Clock::now();
+    cpu_start_ = ProcessorSeconds();
     Arrive();
     if (!options_.quiet) Progress();
     loop_.run();
+    cpu_used_ = ProcessorSeconds() - cpu_start_;
+    run_time_ = ToSeconds(Clock::now() - start_);
     for (auto& worker : workers_) worker->Stop();
     return Collect();
   }
@@ -139,6 +154,7 @@ class Coordinator {
     last_end_ = ToSeconds(Clock::now() - start_);
     ++finished_;
     if (!record.ok && !record.cancelled) ++failed_;
+    if (record.ok) recent_ttft_.push_back(record.ttft);
     output_tokens_ += record.output_tokens;
     result_.records[index] = std::move(record);
     --in_flight_;
@@ -154,7 +170,8 @@ class Coordinator {
   }
 
   void FinishIfIdle() {
-    if (in_flight_ > 0 || next_ < workload_.size() || !ready_.empty()) return;
+    if (done_ || in_flight_ > 0 || next_ < workload_.size() || !ready_.empty()) return;
+    done_ = true;
     arrival_timer_.cancel();
     progress_timer_.cancel();
     signals_.cancel();
@@ -164,15 +181,19 @@ class Coordinator {
   void Progress() {
     progress_timer_.expires_after(kProgressPeriod);
     progress_timer_.async_wait([this](ErrorCode error) {
-      if (error) return;
+      if (error || done_) return;
       PrintProgress('\r');
       Progress();
     });
   }
   void PrintProgress(char end) {
     const double now = std::max(1e-9, ToSeconds(Clock::now() - start_));
-    fmt::print(stderr, "  {:6.1f} s  sent {}/{}  in flight {}  finished {}  failed {}  {:.0f} tokens/s   {}", now,
-               finished_ + in_flight_, workload_.size(), in_flight_, finished_, failed_, output_tokens_ / now, end);
+    std::sort(recent_ttft_.begin(), recent_ttft_.end());
+    const std::string ttft = recent_ttft_.empty() ? "-" : fmt::format("{:.0f} ms", Percentile(recent_ttft_, 50) * 1e3);
+    recent_ttft_.clear();
+    fmt::print(
+        stderr, "  {:6.1f} s  sent {}/{}  in flight {}  finished {}  failed {}  {:.0f} tokens/s  TTFT now {}      {}",
+        now, finished_ + in_flight_, workload_.size(), in_flight_, finished_, failed_, output_tokens_ / now, ttft, end);
     std::fflush(stderr);
   }
 
@@ -189,6 +210,7 @@ class Coordinator {
     std::sort(lags.begin(), lags.end());
     std::sort(lateness.begin(), lateness.end());
     result_.duration = last_end_;
+    result_.cpu_per_thread = cpu_used_ / std::max(run_time_, 1e-9) / static_cast<double>(workers_.size());
     result_.loop_lag_p99 = Percentile(lags, 99);
     result_.loop_lag_max = lags.empty() ? 0 : lags.back();
     result_.start_lateness_p99 = Percentile(lateness, 99);
@@ -206,7 +228,9 @@ class Coordinator {
   std::vector<bool> sent_;
   size_t next_ = 0;  // first request that has not arrived
   int in_flight_ = 0, finished_ = 0, failed_ = 0;
-  double last_end_ = 0;
+  bool done_ = false;  // timers that fired already still run their handlers
+  double last_end_ = 0, cpu_start_ = 0, cpu_used_ = 0, run_time_ = 0;
+  std::vector<double> recent_ttft_;  // of requests that finished since the last line of progress
   int64_t output_tokens_ = 0;
   RunResult result_;
 };

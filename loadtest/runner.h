@@ -23,7 +23,10 @@ struct RunResult {
   // How late this client was: its timers, and the requests themselves. Large values mean that it, not the server, was
   // measured.
   double loop_lag_p99 = 0, loop_lag_max = 0, start_lateness_p99 = 0;
-  bool client_was_bottleneck() const { return loop_lag_p99 > 0.02 || start_lateness_p99 > 0.05; }
+  double cpu_per_thread = 0;  // processor seconds of this client per second and event loop; 1: no loop had a pause
+  bool client_was_bottleneck() const {
+    return loop_lag_p99 > 0.02 || start_lateness_p99 > 0.05 || cpu_per_thread > 0.95;
+  }
 };
 
 using ClientFactory = std::function<std::unique_ptr<Client>(boost::asio::io_context*)>;

@@ -30,11 +30,10 @@ Summary Summarize(std::vector<double> values, std::span<const double> percentile
 }
 
 ArrivalGenerator::ArrivalGenerator(double rate, double burstiness, uint64_t seed)
-    : infinite_(std::isinf(rate)), random_(seed), gap_(burstiness, infinite_ ? 1 : 1 / (rate * burstiness)) {}
+    : mean_gap_(1 / rate), random_(seed), gap_(burstiness, 1 / burstiness) {}
 
-double ArrivalGenerator::Next() {
-  if (!infinite_) time_ += gap_(random_);
-  return time_;
-}
+void ArrivalGenerator::SetRate(double rate) { mean_gap_ = 1 / rate; }
+
+double ArrivalGenerator::Next() { return time_ += mean_gap_ * gap_(random_); }
 
 }  // namespace linspec::loadtest

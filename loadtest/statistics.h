@@ -21,11 +21,12 @@ Summary Summarize(std::vector<double> values, std::span<const double> percentile
 class ArrivalGenerator {
  public:
   ArrivalGenerator(double rate, double burstiness, uint64_t seed);
+  // From here on, without a jump in time.
+  void SetRate(double rate);
   double Next();  // seconds since the start; 0 for ever when the rate is infinite
 
  private:
-  double time_ = 0;
-  bool infinite_;
+  double time_ = 0, mean_gap_;  // mean gap 0: infinite rate
   std::mt19937_64 random_;
   std::gamma_distribution<double> gap_;
 };

@@ -43,11 +43,26 @@ std::string RandomPrompt(int num_words, Random* random) {
   return prompt;
 }
 
+// Mean `length` whatever the distribution; at least 1, at most 64 means (a heavy tail must not ask for a million tokens).
 template <typename Random>
-int RandomLength(int length, double ratio, Random* random) {
-  const int low = std::max(1, static_cast<int>(std::floor(length * (1 - ratio))));
-  const int high = std::max(low, static_cast<int>(std::ceil(length * (1 + ratio))));
-  return std::uniform_int_distribution<int>(low, high)(*random);
+int RandomLength(int length, const Options& options, Random* random) {
+  const double ratio = options.random_range_ratio;
+  if (options.length_distribution == "uniform") {
+    const int low = std::max(1, static_cast<int>(std::floor(length * (1 - ratio))));
+    const int high = std::max(low, static_cast<int>(std::ceil(length * (1 + ratio))));
+    return std::uniform_int_distribution<int>(low, high)(*random);
+  }
+  const double drawn = options.length_distribution == "lognormal"
+                           ? std::lognormal_distribution<double>(std::log(length) - ratio * ratio / 2, ratio)(*random)
+                           : std::exponential_distribution<double>(1.0 / length)(*random);
+  return static_cast<int>(std::lround(std::clamp(drawn, 1.0, 64.0 * length)));
+}
+
+// Rate for request i of n: from start to end, in equal steps or equal factors.
+double RampedRate(const Options& options, size_t i, size_t n) {
+  const double share = n > 1 ? static_cast<double>(i) / static_cast<double>(n - 1) : 0;
+  const double start = options.ramp_up_start_rps, end = options.ramp_up_end_rps;
+  return options.ramp_up_strategy == "linear" ? start + (end - start) * share : start * std::pow(end / start, share);
 }
 
 // One JSON object a line, with "prompt", "text" or "turns" (its first).
@@ -74,6 +89,22 @@ absl::StatusOr<std::vector<std::string>> ReadPrompts(const std::string& path) {
     prompts.push_back(prompt->get<std::string>());
   }
   if (prompts.empty()) return absl::InvalidArgumentError(fmt::format("{}: no prompts", path));
+  return prompts;
+}
+
+// A JSON array of {"conversations": [{"value": ...}, ...]}; what the first speaker says first is the prompt.
+absl::StatusOr<std::vector<std::string>> ReadShareGpt(const std::string& path) {
+  absl::StatusOr<std::string> text = ReadFile(path);
+  if (!text.ok()) return text.status();
+  const nlohmann::json rows = nlohmann::json::parse(*text, nullptr, /*allow_exceptions=*/false);
+  if (!rows.is_array()) return absl::InvalidArgumentError(fmt::format("{}: expected a JSON array", path));
+  std::vector<std::string> prompts;
+  const auto first_turn = "/conversations/0/value"_json_pointer;
+  for (const nlohmann::json& row : rows) {
+    if (row.is_object() && row.contains(first_turn) && row.at(first_turn).is_string())
+      prompts.push_back(row.at(first_turn).get<std::string>());
+  }
+  if (prompts.empty()) return absl::InvalidArgumentError(fmt::format("{}: no conversation in it", path));
   return prompts;
 }
 
@@ -152,8 +183,9 @@ absl::StatusOr<std::vector<TraceRow>> ParseTrace(std::string_view csv) {
 absl::StatusOr<std::vector<PlannedRequest>> MakeWorkload(const Options& options) {
   std::vector<std::string> prompts;
   std::vector<TraceRow> trace;
-  if (options.dataset_name == "custom") {
-    absl::StatusOr<std::vector<std::string>> read = ReadPrompts(options.dataset_path);
+  if (options.dataset_name == "custom" || options.dataset_name == "sharegpt") {
+    absl::StatusOr<std::vector<std::string>> read =
+        options.dataset_name == "custom" ? ReadPrompts(options.dataset_path) : ReadShareGpt(options.dataset_path);
     if (!read.ok()) return read.status();
     prompts = *std::move(read);
   } else if (options.dataset_name == "trace") {
@@ -172,17 +204,17 @@ absl::StatusOr<std::vector<PlannedRequest>> MakeWorkload(const Options& options)
   std::vector<PlannedRequest> workload(count);
   for (size_t i = 0; i < count; ++i) {
     PlannedRequest& request = workload[i];
+    if (!options.ramp_up_strategy.empty()) arrivals.SetRate(RampedRate(options, i, count));
     if (!trace.empty()) {
-      request.arrival = trace[i].arrival / options.trace_speed;
+      request.arrival = options.trace_arrivals ? trace[i].arrival / options.trace_speed : arrivals.Next();
       request.prompt = RandomPrompt(std::max(1, trace[i].prompt_tokens), &random);
       request.max_tokens = std::max(1, trace[i].output_tokens);
     } else {
       request.arrival = arrivals.Next();
-      request.max_tokens = RandomLength(options.random_output_len, options.random_range_ratio, &random);
-      request.prompt =
-          !prompts.empty()
-              ? prompts[i % prompts.size()]
-              : RandomPrompt(RandomLength(options.random_input_len, options.random_range_ratio, &random), &random);
+      request.max_tokens = RandomLength(options.random_output_len, options, &random);
+      request.prompt = !prompts.empty()
+                           ? prompts[i % prompts.size()]
+                           : RandomPrompt(RandomLength(options.random_input_len, options, &random), &random);
     }
     if (cancel(random)) request.cancel_after_chunks = options.cancel_after;
     if (slow(random)) request.read_delay_ms = options.slow_delay_ms;

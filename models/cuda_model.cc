@@ -76,6 +76,7 @@ class CudaModel final : public Model {
 
   const ModelConfig& config() const override { return config_; }
   int64_t streamed_bytes() const override;
+  DType weight_dtype() const override { return weights_.lm_head->dtype(); }
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
   bool chooses_tokens() const override { return true; }
@@ -136,7 +137,8 @@ std::vector<DeviceStats> CudaModel::device_stats() const {
 absl::Status CudaModel::Init(bool deterministic) {
   const auto info = device_->Info();
   if (!info.ok()) return info.status();
-  device_name_ = fmt::format("{} (sm_{}{})", info->name, info->major, info->minor);
+  device_name_ =
+      fmt::format("{} (sm_{}{}{})", info->name, info->major, info->minor, info->has_cublas ? "" : ", without cuBLASLt");
   const LinearAttentionConfig& rule = config_.linear_attention;
   const LinspecCudaShape shape{.hidden_size = config_.hidden_size,
                                .intermediate_size = config_.intermediate_size,

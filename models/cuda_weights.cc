@@ -30,16 +30,24 @@ class CudaPacker final : public MatrixPacker {
   explicit CudaPacker(std::shared_ptr<CudaDevice> device) : device_(std::move(device)) {}
 
   std::unique_ptr<PackedWeight> Pack(std::span<const MatrixPart> parts, int64_t cols, DType target) override {
-    if (!status_.ok()) return nullptr;
-    auto packed = TryPack(parts, cols, target);
-    if (packed.ok()) return *std::move(packed);
-    status_ = packed.status();
-    return nullptr;
+    return Keep(TryPack(parts, cols, target, /*interleave=*/false));
+  }
+  std::unique_ptr<PackedWeight> PackGateUp(std::span<const MatrixPart> parts, int64_t cols, DType target) override {
+    return Keep(TryPack(parts, cols, target, /*interleave=*/true));
   }
   absl::Status status() const override { return status_; }
 
  private:
-  absl::StatusOr<std::unique_ptr<PackedWeight>> TryPack(std::span<const MatrixPart> parts, int64_t cols, DType target) {
+  std::unique_ptr<PackedWeight> Keep(absl::StatusOr<std::unique_ptr<PackedWeight>> packed) {
+    if (packed.ok()) return *std::move(packed);
+    status_ = packed.status();
+    return nullptr;
+  }
+
+  // interleave: two parts of equal height, 8 rows of the one and 8 of the other in turn.
+  absl::StatusOr<std::unique_ptr<PackedWeight>> TryPack(std::span<const MatrixPart> parts, int64_t cols, DType target,
+                                                        bool interleave) {
+    if (!status_.ok()) return status_;
     if (target != DType::kBF16 && target != DType::kI8 && target != DType::kF8) {
       return absl::UnimplementedError(
           fmt::format("no products with {} weights on a GPU; use bf16, int8 or fp8", DTypeName(target)));
@@ -63,13 +71,13 @@ class CudaPacker final : public MatrixPacker {
                                    .reserved = 0};
     int64_t row = 0;
     for (const MatrixPart& part : parts) {
-      if (absl::Status packed = PackPart(part, row, matrix); !packed.ok()) return packed;
-      row += part.rows();
+      if (absl::Status packed = PackPart(part, row, interleave, matrix); !packed.ok()) return packed;
+      row += interleave ? 8 : part.rows();
     }
     return std::make_unique<CudaMatrix>(matrix, target, *std::move(data), std::move(scales));
   }
 
-  absl::Status PackPart(const MatrixPart& part, int64_t row_begin, const LinspecCudaMatrix& matrix) {
+  absl::Status PackPart(const MatrixPart& part, int64_t row_begin, bool interleave, const LinspecCudaMatrix& matrix) {
     const auto type = CudaType(part.tensor->dtype);
     if (!type.ok()) return type.status();
     LinspecCudaSource source = {};
@@ -79,6 +87,7 @@ class CudaPacker final : public MatrixPacker {
     source.cols = matrix.cols;
     source.row_begin = row_begin;
     source.type = *type;
+    source.interleave = interleave;
     if (part.tensor->random) {
       source.seed = part.tensor->random->seed;
       source.stream = part.tensor->random->stream;

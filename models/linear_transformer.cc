@@ -72,10 +72,11 @@ void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const
   const int64_t n = static_cast<int64_t>(tokens.size()), dim = config_.hidden_size;
   Embed(tokens);
   float* normed = Grow(normed_, n * dim);
-  float* qkv = Grow(qkv_, n * qkv_width());
+  float* scratch_qkv = purpose == Purpose::kKeptOutput ? nullptr : Grow(qkv_, n * qkv_width());
   float* attended = Grow(attention_, n * attention_width());
   for (int i = 0; i < config_.num_layers; ++i) {
     const TransformerLayer& layer = weights_.layers[i];
+    float* qkv = purpose == Purpose::kKeptOutput ? kept_qkv_[i].data() : scratch_qkv;
     ops_->RmsNorm({.x = x_.data(),
                    .weight = layer.attention_norm.data(),
                    .out = normed,
@@ -226,9 +227,10 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
   const int64_t width = qkv_width(), out_width = attention_width(), num_new = static_cast<int64_t>(new_rows.size());
   const bool all_new = num_new == batch.num_rows();
   if (num_new == 0) return {};
-  Forward(tokens, positions, Purpose::kOutput, [&](int layer, const float* qkv, float* out) {
+  const Purpose purpose = all_new ? Purpose::kKeptOutput : Purpose::kOutput;
+  Forward(tokens, positions, purpose, [&](int layer, const float* qkv, float* out) {
     float* kept = kept_qkv_[layer].data();
-    for (int64_t i = 0; i < num_new; ++i) std::copy_n(qkv + i * width, width, kept + new_rows[i] * width);
+    for (int64_t i = 0; i < num_new && !all_new; ++i) std::copy_n(qkv + i * width, width, kept + new_rows[i] * width);
     for (int r = 0; r < batch.num_requests(); ++r) requests_[r].state = pool.layer(batch.slots[r], layer);
     float* tree_out = all_new ? out : Grow(tree_attention_, batch.num_rows() * out_width);
     ops_->VerifyAttention(

@@ -60,6 +60,7 @@ class LinearTransformer final : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override;
   int64_t streamed_bytes() const override;
+  DType weight_dtype() const override { return weights_.lm_head->dtype(); }
   std::string Describe() const override;
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override;
@@ -72,9 +73,10 @@ class LinearTransformer final : public Model {
   // Attention of one layer: reads qkv [num_rows, (H + 2 Hkv) d] after RopeNormalize, writes out [num_rows, H d].
   using Attention = absl::FunctionRef<void(int layer, const float* qkv, float* out)>;
 
-  enum class Purpose : uint8_t { kState, kOutput };
+  enum class Purpose : uint8_t { kState, kOutput, kKeptOutput };
 
   // Runs the layers over rows; leaves the residual stream in x_. kState: only what attention does to the state counts.
+  // kKeptOutput: qkv of each layer is computed in kept_qkv_, which has room for all rows.
   void Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                Attention attention);
   void Embed(std::span<const int32_t> tokens);

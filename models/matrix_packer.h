@@ -25,6 +25,10 @@ class MatrixPacker {
   virtual ~MatrixPacker() = default;
   // Null when it failed: status() says why, from then on.
   virtual std::unique_ptr<PackedWeight> Pack(std::span<const MatrixPart> parts, int64_t cols, DType target) = 0;
+  // gate and up of an MLP, in the order that the machine's product wants them.
+  virtual std::unique_ptr<PackedWeight> PackGateUp(std::span<const MatrixPart> parts, int64_t cols, DType target) {
+    return Pack(parts, cols, target);
+  }
   virtual absl::Status status() const { return absl::OkStatus(); }
 };
 

@@ -74,6 +74,7 @@ class Model {
   virtual int64_t weight_bytes() const = 0;  // held in memory
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
+  virtual DType weight_dtype() const { return DType::kF32; }  // of the matrices
   // States live where the model computes. More slots than fit: RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const;
   // How many slots fit beside the model now, with room for its scratch; -1: the machine's memory is not ours to fill.

@@ -178,12 +178,13 @@ void ParseHeads(Fields& fields, ModelConfig& config) {
 
 }  // namespace
 
+int64_t ModelConfig::NumLayerMatrixParameters() const {
+  return hidden_size * head_dim * (2 * num_heads + 2 * num_kv_heads) + 3 * hidden_size * intermediate_size;
+}
+
 int64_t ModelConfig::NumParameters() const {
   const LinearAttentionConfig& attention = linear_attention;
-  const int64_t d = head_dim;
-  int64_t layer = 2 * hidden_size;                                // norms
-  layer += hidden_size * d * (2 * num_heads + 2 * num_kv_heads);  // q, k, v, o
-  layer += 3 * hidden_size * intermediate_size;                   // gate, up, down
+  int64_t layer = 2 * hidden_size + NumLayerMatrixParameters();  // norms; q, k, v, o, gate, up, down
   layer += int64_t{num_heads} * attention.conv_kernel;
   if (attention.global == GlobalBranch::kScaled) layer += 1;
   if (attention.global == GlobalBranch::kRmsNorm) layer += num_heads;

@@ -42,6 +42,7 @@ struct ModelConfig {
     return num_kv_heads * (d * d + 2 * g * d);
   }
   int64_t StateBytes() const { return num_layers * StateFloatsPerLayer() * 4; }  // of one request, at any context
+  int64_t NumLayerMatrixParameters() const;  // of one layer: what a token is multiplied with
   int64_t NumParameters() const;
 };
 

@@ -59,17 +59,25 @@ std::unique_ptr<PackedWeight> TensorReader::Pack(const StoredMatrix& matrix) {
   return PackParts({matrix}, matrix.tensor.shape[1]);
 }
 
-std::unique_ptr<PackedWeight> TensorReader::Fused(const std::vector<MatrixShape>& shapes, int64_t cols) {
+std::vector<StoredMatrix> TensorReader::Matrices(const std::vector<MatrixShape>& shapes, int64_t cols) {
   std::vector<StoredMatrix> parts;
-  for (const MatrixShape& shape : shapes) {
-    parts.push_back(Matrix(shape.name, shape.rows, cols));
-    if (!status_.ok()) return nullptr;
-  }
-  return PackParts(parts, cols);
+  for (const MatrixShape& shape : shapes) parts.push_back(Matrix(shape.name, shape.rows, cols));
+  return parts;
+}
+
+std::unique_ptr<PackedWeight> TensorReader::Fused(const std::vector<MatrixShape>& shapes, int64_t cols) {
+  const std::vector<StoredMatrix> parts = Matrices(shapes, cols);
+  return status_.ok() ? PackParts(parts, cols) : nullptr;
+}
+
+std::unique_ptr<PackedWeight> TensorReader::GateUp(const std::vector<MatrixShape>& gate_and_up, int64_t cols) {
+  const std::vector<StoredMatrix> parts = Matrices(gate_and_up, cols);
+  return status_.ok() ? PackParts(parts, cols, /*gate_up=*/true) : nullptr;
 }
 
 // Parts of different types become what F32 would.
-std::unique_ptr<PackedWeight> TensorReader::PackParts(const std::vector<StoredMatrix>& parts, int64_t cols) {
+std::unique_ptr<PackedWeight> TensorReader::PackParts(const std::vector<StoredMatrix>& parts, int64_t cols,
+                                                      bool gate_up) {
   const DType dtype = parts[0].tensor.dtype;
   bool same = true;
   std::vector<MatrixPart> views;
@@ -77,7 +85,9 @@ std::unique_ptr<PackedWeight> TensorReader::PackParts(const std::vector<StoredMa
     same &= part.tensor.dtype == dtype;
     views.push_back({.tensor = &part.tensor, .row_scales = part.scales()});
   }
-  std::unique_ptr<PackedWeight> packed = packer_->Pack(views, cols, Target(same ? dtype : DType::kF32));
+  const DType target = Target(same ? dtype : DType::kF32);
+  std::unique_ptr<PackedWeight> packed =
+      gate_up ? packer_->PackGateUp(views, cols, target) : packer_->Pack(views, cols, target);
   if (packed == nullptr) status_ = packer_->status();
   return packed;
 }

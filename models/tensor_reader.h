@@ -51,10 +51,12 @@ class TensorReader {
   std::unique_ptr<PackedWeight> Pack(const StoredMatrix& matrix);
   // Several matrices of the same width as one, rows in the given order.
   std::unique_ptr<PackedWeight> Fused(const std::vector<MatrixShape>& shapes, int64_t cols);
+  std::unique_ptr<PackedWeight> GateUp(const std::vector<MatrixShape>& gate_and_up, int64_t cols);
 
  private:
   TensorView Take(const std::string& name, std::vector<int64_t> shape);
-  std::unique_ptr<PackedWeight> PackParts(const std::vector<StoredMatrix>& parts, int64_t cols);
+  std::vector<StoredMatrix> Matrices(const std::vector<MatrixShape>& shapes, int64_t cols);
+  std::unique_ptr<PackedWeight> PackParts(const std::vector<StoredMatrix>& parts, int64_t cols, bool gate_up = false);
   DType Target(DType stored) const { return target_.value_or(stored == DType::kI8 ? DType::kI8 : DType::kBF16); }
 
   WeightSource* source_;

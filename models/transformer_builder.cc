@@ -32,7 +32,7 @@ class Builder {
                                 {attention + "v_proj.weight", kv_rows}},
                                dim);
     layer.o = reader_->Fused({{attention + "o_proj.weight", dim}}, q_rows);
-    layer.gate_up = reader_->Fused({{mlp + "gate_proj.weight", inner}, {mlp + "up_proj.weight", inner}}, dim);
+    layer.gate_up = reader_->GateUp({{mlp + "gate_proj.weight", inner}, {mlp + "up_proj.weight", inner}}, dim);
     layer.down = reader_->Fused({{mlp + "down_proj.weight", dim}}, inner);
     LinearAttention(attention, layer);
     return layer;

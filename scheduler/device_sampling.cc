@@ -57,9 +57,11 @@ void AppendRowSampling(const DraftTree& tree, const WalkInput& input, VerifyBatc
     batch->sampling.resize(batch->sampling.size() + tree.num_nodes());
     return;
   }
-  const Edits common = CommonEdits(input);
   const std::vector<int> depths = tree.Depths();
   const std::vector<int32_t> ends = EndTokens(input);
+  const bool edited = HasPenalties(params) || !params.logit_bias.empty() ||
+                      (!ends.empty() && input.num_output_tokens < params.min_tokens);
+  const Edits common = edited ? CommonEdits(input) : Edits();
   for (int node = 0; node < tree.num_nodes(); ++node) {
     const int depth = depths[node];
     const bool ends_banned = !ends.empty() && input.num_output_tokens + depth < params.min_tokens;

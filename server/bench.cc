@@ -1,13 +1,13 @@
-// `linspec bench`: decode and prefill speed of the model alone, beside the read bandwidth measured in the same run.
+// `linspec bench`: decode and prefill speed of the model alone, beside the floors that memory and multipliers set,
+// measured in the same run.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <random>
-#include <thread>
 
+#include "kernels/cpu/peak.h"
 #include "server/commands.h"
 #include "server/config.h"
 #include "server/flags.h"
@@ -17,36 +17,6 @@ namespace linspec {
 namespace {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-// Bytes/s that all threads together read, each going over its share of `bytes` again and again: what a step of that
-// working set could reach, be it in cache or in memory.
-double MeasureReadBandwidth(int num_threads, double bytes) {
-  using Lanes = uint64_t __attribute__((vector_size(64)));
-  const size_t per_thread = std::max<size_t>(1, static_cast<size_t>(bytes / num_threads / sizeof(Lanes)));
-  std::vector<std::vector<uint64_t>> sums(num_threads);
-  std::atomic<int64_t> total = 0;
-  constexpr double kSeconds = 0.3;
-  const auto work = [&](int t) {
-    std::vector<uint64_t> buffer(per_thread * 8 + 8, static_cast<uint64_t>(t));
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    const Lanes* data = reinterpret_cast<const Lanes*>((address + 63) / 64 * 64);
-    Lanes sum[4] = {};
-    int64_t read = 0;
-    const auto begin = Clock::now();
-    while (SecondsSince(begin) < kSeconds) {
-      for (size_t i = 0; i + 4 <= per_thread; i += 4) {
-        for (size_t lane = 0; lane < 4; ++lane) sum[lane] += data[i + lane];
-      }
-      read += static_cast<int64_t>(per_thread / 4 * 4 * sizeof(Lanes));
-    }
-    total += static_cast<int64_t>(static_cast<double>(read) / SecondsSince(begin));
-    for (const Lanes& lanes : sum) sums[t].push_back(lanes[0] + lanes[7]);  // used, so the reads stay
-  };
-  std::vector<std::thread> threads;
-  for (int t = 0; t < num_threads; ++t) threads.emplace_back(work, t);
-  for (std::thread& thread : threads) thread.join();
-  return static_cast<double>(total);
-}
 
 // A device has chosen a token for each row; from a CPU come logits, of which the host takes the best, as a server does.
 absl::Status CheckChosen(const VerifyResult& result) {
@@ -67,26 +37,60 @@ double StateBytesRead(const ModelConfig& config) {
   return config.num_layers * config.num_kv_heads * (d * d + 2 * slots * d) * sizeof(float);
 }
 
+// Multiply-adds of one row: with weights, and of attention in fp32, averaged likewise.
+struct RowWork {
+  double weights, floats;
+};
+RowWork WorkOfRow(const ModelConfig& config) {
+  const LinearAttentionConfig& attention = config.linear_attention;
+  double window = 0;  // keys and values that a row is multiplied with
+  for (int phase = 0; phase < attention.group_size; ++phase) {
+    const int local = attention.local ? phase + 1 : 0;
+    window += local + std::max(local, attention.conv_kernel);
+  }
+  window /= attention.group_size;
+  const double d = config.head_dim, heads = config.num_heads, layers = config.num_layers;
+  const double dim = static_cast<double>(config.hidden_size), inner = static_cast<double>(config.intermediate_size);
+  const double layer = dim * (2 * heads + 2 * config.num_kv_heads) * d + 3 * dim * inner;
+  const double state = attention.global == GlobalBranch::kNone ? 0 : d * d;
+  return {.weights = layers * layer + static_cast<double>(config.vocab_size) * dim,
+          .floats = layers * heads * (state + window * d)};
+}
+
 // The ceilings of the machine that the model runs on.
 class Machinery {
  public:
-  Machinery(std::shared_ptr<CudaDevice> cuda, int threads) : cuda_(std::move(cuda)), threads_(threads) {}
-  absl::Status Measure() {
-    if (cuda_ == nullptr) return absl::OkStatus();
-    const auto ceilings = cuda_->Measure();
-    if (ceilings.ok()) ceilings_ = *ceilings;
+  explicit Machinery(const Machine& machine) : machine_(machine) {}
+  absl::Status Measure(DType weights) {
+    if (machine_.cuda == nullptr) {
+      float_macs_per_s_ = MeasureMultiplyAddPeak(machine_.ops->isa(), DType::kF32, machine_.ops->num_threads());
+      weight_macs_per_s_ = weights != DType::kI8
+                               ? float_macs_per_s_
+                               : MeasureMultiplyAddPeak(machine_.ops->isa(), DType::kI8, machine_.ops->num_threads());
+      return absl::OkStatus();
+    }
+    const auto ceilings = machine_.cuda->Measure();
+    if (ceilings.ok()) {
+      device_bytes_per_s_ = ceilings->read_bytes_per_s;
+      weight_macs_per_s_ = float_macs_per_s_ = ceilings->bf16_flops_per_s / 2;
+    }
     return ceilings.status();
   }
   // Bytes/s that a step of `bytes` could read: from cache or memory on a CPU, from memory on a GPU.
   double ReadBandwidth(double bytes) const {
-    return cuda_ != nullptr ? ceilings_.read_bytes_per_s : MeasureReadBandwidth(threads_, bytes);
+    if (machine_.cuda != nullptr) return device_bytes_per_s_;
+    return MeasureReadBandwidth(machine_.ops->isa(), machine_.ops->num_threads(), static_cast<int64_t>(bytes));
   }
-  double matrix_flops() const { return ceilings_.bf16_flops_per_s; }  // 0: not measured
+  double weight_macs_per_s() const { return weight_macs_per_s_; }  // 0: not measured
+  // The products of so many rows alone; 0 where no ceiling was measured.
+  double ArithmeticSeconds(const RowWork& row, double rows) const {
+    if (weight_macs_per_s_ <= 0) return 0;
+    return rows * (row.weights / weight_macs_per_s_ + row.floats / float_macs_per_s_);
+  }
 
  private:
-  const std::shared_ptr<CudaDevice> cuda_;
-  const int threads_;
-  LinspecCudaCeilings ceilings_ = {};
+  const Machine machine_;
+  double device_bytes_per_s_ = 0, weight_macs_per_s_ = 0, float_macs_per_s_ = 0;
 };
 
 class Bencher {
@@ -95,6 +99,7 @@ class Bencher {
 
   struct Step {
     double seconds = 0, device_seconds = 0;  // mean of a step; device_seconds 0 on a CPU
+    double best_seconds = 1e9;               // of the fastest step: what a shared machine can do when it is quiet
     double tokens = 1;                       // mean, of one request
   };
   // Steps of `batch` requests that each have `context` tokens behind them. nodes > 1: each brings a chain of so many
@@ -169,7 +174,10 @@ absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, i
     if (absl::Status chosen = CheckChosen(*result); !chosen.ok()) return chosen;
     if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
     if (++steps == 0) device_begin = DeviceSeconds();
-    if (steps > 0) mean.seconds += SecondsSince(start);
+    if (steps <= 0) continue;
+    const double seconds = SecondsSince(start);
+    mean.seconds += seconds;
+    mean.best_seconds = std::min(mean.best_seconds, seconds);
   }
   mean.device_seconds = (DeviceSeconds() - device_begin) / steps;
   mean.seconds /= steps;
@@ -263,19 +271,19 @@ absl::Status Bench(std::span<const std::string> args) {
   if (!machine.ok()) return machine.status();
   auto model = BenchModel(shape, config->model, *machine);
   if (!model.ok()) return model.status();
-  const int threads =
-      config->model.threads > 0 ? config->model.threads : static_cast<int>(std::thread::hardware_concurrency());
-  Machinery machinery(machine->cuda, threads);
-  if (absl::Status measured = machinery.Measure(); !measured.ok()) return measured;
+  Machinery machinery(*machine);
+  if (absl::Status measured = machinery.Measure((*model)->weight_dtype()); !measured.ok()) return measured;
   const double bandwidth = machinery.ReadBandwidth(512e6);
   const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
   const double state_read = StateBytesRead((*model)->config());
+  const RowWork row_work = WorkOfRow((*model)->config());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {},\n\"decode\": [",
-      (*model)->Describe(), threads, bandwidth / 1e9, weight_bytes, state_bytes, (*model)->SlotsThatFit());
-  Bencher bencher(model->get(), seconds, config->engine.max_step_tokens);
+      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.2f},\n\"decode\": [",
+      (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, state_bytes,
+      (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
+  Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
   const char* comma = "\n";
   for (const int batch : batches) {
     const double step_bytes = weight_bytes + batch * state_read;
@@ -284,15 +292,16 @@ absl::Status Bench(std::span<const std::string> args) {
       for (const int nodes : draft_nodes) {
         auto step = bencher.DecodeStep(batch, context, nodes, acceptance);
         if (!step.ok()) return step.status();
-        const double floor_s = step_bytes / step_bandwidth;
+        const double memory_s = step_bytes / step_bandwidth;
+        const double arithmetic_s = machinery.ArithmeticSeconds(row_work, static_cast<double>(batch) * nodes);
         fmt::print(
-            "{}  {{\"batch\": {}, \"context\": {}, \"nodes\": {}, \"tokens_per_s\": {:.1f}, \"tokens_per_step\": "
-            "{:.2f}, "
-            "\"ms_per_step\": {:.3f}, \"device_ms\": {:.3f}, \"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": "
-            "{:.3f}, "
+            "{}  {{\"batch\": {}, \"context\": {}, \"nodes\": {}, \"tokens_per_s\": {:.1f}, "
+            "\"tokens_per_step\": {:.2f}, \"ms_per_step\": {:.3f}, \"best_ms\": {:.3f}, \"device_ms\": {:.3f}, "
+            "\"working_set_gb_s\": {:.1f}, \"bandwidth_floor_ms\": {:.3f}, \"arithmetic_floor_ms\": {:.3f}, "
             "\"fraction_of_floor\": {:.3f}}}",
             comma, batch, context, nodes, batch * step->tokens / step->seconds, step->tokens, step->seconds * 1e3,
-            step->device_seconds * 1e3, step_bandwidth / 1e9, floor_s * 1e3, floor_s / step->seconds);
+            step->best_seconds * 1e3, step->device_seconds * 1e3, step_bandwidth / 1e9, memory_s * 1e3,
+            arithmetic_s * 1e3, std::max(memory_s, arithmetic_s) / step->seconds);
         std::fflush(stdout);
         comma = ",\n";
       }
@@ -303,7 +312,10 @@ absl::Status Bench(std::span<const std::string> args) {
   for (const int prompt : prompts) {
     auto rate = bencher.PrefillTokensPerSecond(prompt);
     if (!rate.ok()) return rate.status();
-    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}}}", comma, prompt, *rate);
+    const ModelConfig& c = (*model)->config();
+    const double flops = 2.0 * static_cast<double>(c.num_layers * c.NumLayerMatrixParameters()) * *rate;
+    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}, \"product_tflop_s\": {:.2f}}}", comma, prompt,
+               *rate, flops / 1e12);
     comma = ",\n";
   }
   fmt::print("]\n}}\n");

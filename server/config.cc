@@ -69,7 +69,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.engine.max_requests);
   visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
-  visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step", 1, 65536}, c.engine.max_step_tokens);
+  visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},
+        c.engine.max_step_tokens);
   visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, c.engine.max_prompt_tokens);
   visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, c.engine.max_output_tokens);
   visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, c.engine.max_n);

@@ -43,7 +43,7 @@ struct ServerConfig {
     int max_requests = 0;  // 0: as many as suit the machine
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
-    int max_step_tokens = 512;
+    int max_step_tokens = 0;  // 0: what suits the machine
     int max_prompt_tokens = 131072;
     int max_output_tokens = 131072;
     int max_n = 16;

@@ -1,13 +1,16 @@
 #include "server/log.h"
 
 #include <fmt/format.h>
+#include <poll.h>
 #include <spdlog/async.h>
 #include <spdlog/async_logger.h>
 #include <spdlog/sinks/base_sink.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <climits>
 #include <cmath>
 #include <string>
 
@@ -18,7 +21,8 @@ namespace {
 
 constexpr size_t kQueuedLines = 8192;
 
-// write(2), because spdlog's own sinks ignore a failed write; here it is counted.
+// write(2), because spdlog's own sinks ignore a failed write, and never a wait without end: a pipe that nobody reads would
+// otherwise keep the process from ending.
 class DescriptorSink : public spdlog::sinks::base_sink<spdlog::details::null_mutex> {
  public:
   explicit DescriptorSink(int descriptor) : descriptor_(descriptor) {}
@@ -29,19 +33,29 @@ class DescriptorSink : public spdlog::sinks::base_sink<spdlog::details::null_mut
     spdlog::memory_buf_t line;
     formatter_->format(message, line);
     for (size_t done = 0; done < line.size();) {
-      const ssize_t written = ::write(descriptor_, line.data() + done, line.size() - done);
+      // A pipe that polls as writable takes PIPE_BUF bytes without blocking.
+      pollfd ready{descriptor_, POLLOUT, 0};
+      if (poll(&ready, 1, stuck_ ? 0 : kPatienceMs) == 0) {
+        stuck_ = true;
+        ++failures_;
+        return;
+      }
+      const ssize_t written = ::write(descriptor_, line.data() + done, std::min<size_t>(line.size() - done, PIPE_BUF));
       if (written < 0 && errno == EINTR) continue;
       if (written <= 0) {
         ++failures_;
         return;
       }
+      stuck_ = false;
       done += static_cast<size_t>(written);
     }
   }
   void flush_() override {}
 
  private:
+  static constexpr int kPatienceMs = 1000;
   const int descriptor_;
+  bool stuck_ = false;  // the last write had to be given up: the next ones do not wait
   std::atomic<int64_t> failures_ = 0;
 };
 

@@ -150,6 +150,12 @@ absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options) {
   return machine;
 }
 
+int MaxStepTokens(const ServerConfig& config, const Machine& machine) {
+  constexpr int kOnCpu = 512, kOnGpu = 2048;
+  if (config.engine.max_step_tokens > 0) return config.engine.max_step_tokens;
+  return machine.cuda != nullptr ? kOnGpu : kOnCpu;
+}
+
 absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::stringstream text;
@@ -241,7 +247,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_requests = max_requests;
   options.max_queue_requests = config.engine.max_queue_requests;
   options.max_queue_tokens = config.engine.max_queue_tokens;
-  options.max_step_tokens = config.engine.max_step_tokens;
+  options.max_step_tokens = MaxStepTokens(config, files->machine);
   options.max_prompt_tokens = config.engine.max_prompt_tokens;
   options.max_output_tokens = config.engine.max_output_tokens;
   options.speculation = *mode;

@@ -31,6 +31,9 @@ struct Machine {
 // --device auto takes a GPU if there is one, and says on standard error why not where the plugin is; cuda insists on it.
 absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options);
 
+// Token budget of a step: the configured one, or what keeps the machine busy without making others wait long.
+int MaxStepTokens(const ServerConfig& config, const Machine& machine);
+
 struct ModelFiles {
   std::string path;
   Machine machine;  // the model's, to share with its drafters

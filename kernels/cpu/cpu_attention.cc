@@ -1,17 +1,25 @@
 // How a row finds its window. The arithmetic is in the tables; here are positions, ancestors and folds.
 //
 // A row at position p sees the positions max(0, min(group start of p, p - conv_kernel + 1)) .. p. Committed positions come
-// from the ring, newer ones from the rows of the call; either way they enter the sum at the same place.
+// from the ring, newer ones from the rows of the call; either way they enter the sum at the same place. Rows of one group
+// are computed in tiles that load what their windows share once.
 #include "kernels/cpu/cpu_attention.h"
 
 #include <algorithm>
 #include <cstring>
+#include <list>
+#include <memory>
+#include <numeric>
+#include <span>
 #include <vector>
 
 #include "kernels/check.h"
 
 namespace linspec::cpu {
 namespace {
+
+// A row's ancestors in the call from the root on, itself last (indices inside the request).
+using Path = std::span<const int32_t>;
 
 class KvHead {
  public:
@@ -23,72 +31,49 @@ class KvHead {
     s_ = state.s + int64_t{kv_head} * d_ * d_;
     ring_k_ = state.ring_k + int64_t{kv_head} * group_ * d_;
     ring_v_ = state.ring_v + int64_t{kv_head} * group_ * d_;
-    scratch_.resize(d_);
+    scratch_ = std::make_unique_for_overwrite<float[]>(kMaxQueryRows * (kMaxWindow + d_));
   }
 
-  const float* RowK(int64_t row) const { return rows_ + row * stride_ + int64_t{layer_.num_heads + kv_head_} * d_; }
-  const float* RowV(int64_t row) const { return RowK(row) + int64_t{layer_.num_kv_heads} * d_; }
+  // Attention of the last rows of `paths`, 1 to kMaxQueryRows of one group. s: the folded state at that group.
+  void Attend(std::span<const Path> paths, const float* s, float* out);
 
-  // Window of the row `path.back()`, whose ancestors from the root on are `path` (rows of this call).
-  // s: the folded state at the row's group.
-  template <typename Path>
-  void Attend(const Path& path, int64_t path_length, const float* s, float* out) {
-    const int64_t position = length_ + path_length - 1;
-    const int64_t group_begin = position - position % group_;
-    int64_t begin = layer_.local ? group_begin : position;
-    begin = std::max<int64_t>(0, std::min(begin, position - layer_.conv_kernel + 1));
-    const int window = static_cast<int>(position - begin + 1);
-    for (int j = 0; j < window; ++j) {
-      const int64_t p = begin + j;
-      k_[j] = p < length_ ? ring_k_ + p % group_ * d_ : RowK(path(p - length_));
-      v_[j] = p < length_ ? ring_v_ + p % group_ * d_ : RowV(path(p - length_));
-    }
-    const int64_t row = path(path_length - 1);
-    const int heads_per_kv = layer_.num_heads / layer_.num_kv_heads;
-    for (int h = kv_head_ * heads_per_kv; h < (kv_head_ + 1) * heads_per_kv; ++h) {
-      // Before the first fold S is zero and RMSNorm(0) = 0: the branch contributes nothing, so it is skipped.
-      const bool has_global = layer_.global != GlobalBranch::kNone && group_begin > 0;
-      const bool rms_norm = layer_.global == GlobalBranch::kRmsNorm;
-      table_.attention_row({.q = rows_ + row * stride_ + int64_t{h} * d_,
-                            .out = out + row * layer_.num_heads * d_ + int64_t{h} * d_,
-                            .k = k_,
-                            .v = v_,
-                            .window = window,
-                            .local_begin = layer_.local ? static_cast<int>(group_begin - begin) : window,
-                            .taps = layer_.conv_taps + int64_t{h} * layer_.conv_kernel,
-                            .num_taps = layer_.conv_kernel,
-                            .s = has_global ? s : nullptr,
-                            .global_scale = rms_norm ? layer_.global_gain[h] : layer_.global_factor,
-                            .rms_norm = rms_norm,
-                            .eps = layer_.global_norm_eps,
-                            .head_dim = d_,
-                            .scratch = scratch_.data()});
-    }
-  }
-
-  // target <- decay * target + K^T V over the group that ends at path position `path_length - 1`.
-  template <typename Path>
-  void Fold(const Path& path, int64_t path_length, float* target) {
-    const int64_t end = length_ + path_length;
+  // target <- decay * target + K^T V over the group that ends with the last row of path.
+  void Fold(Path path, float* target) {
+    const int64_t end = Position(path) + 1;
     for (int j = 0; j < group_; ++j) {
-      const int64_t p = end - group_ + j;
-      k_[j] = p < length_ ? ring_k_ + p % group_ * d_ : RowK(path(p - length_));
-      v_[j] = p < length_ ? ring_v_ + p % group_ * d_ : RowV(path(p - length_));
+      k_[j] = K(end - group_ + j, path);
+      v_[j] = V(end - group_ + j, path);
     }
     table_.fold(target, layer_.decay != nullptr ? layer_.decay[kv_head_] : 1.0f, k_, v_, group_, d_);
   }
 
-  bool EndsGroup(int64_t path_length) const { return (length_ + path_length) % group_ == 0; }
-
   void Append(int64_t position, int64_t row) {
     std::memcpy(ring_k_ + position % group_ * d_, RowK(row), d_ * sizeof(float));
-    std::memcpy(ring_v_ + position % group_ * d_, RowV(row), d_ * sizeof(float));
+    std::memcpy(ring_v_ + position % group_ * d_, RowK(row) + v_offset(), d_ * sizeof(float));
   }
 
+  int64_t Position(Path path) const { return length_ + static_cast<int64_t>(path.size()) - 1; }
+  int64_t Group(Path path) const { return Position(path) / group_; }
+  bool EndsGroup(Path path) const { return (Position(path) + 1) % group_ == 0; }
   float* s() { return s_; }
   int64_t state_floats() const { return int64_t{d_} * d_; }
 
  private:
+  const float* RowK(int64_t row) const { return rows_ + row * stride_ + int64_t{layer_.num_heads + kv_head_} * d_; }
+  void CollectTokens(std::span<const Path> paths, AttentionTile* tile);
+  int64_t v_offset() const { return int64_t{layer_.num_kv_heads} * d_; }
+  const float* K(int64_t position, Path path) const {
+    return position < length_ ? ring_k_ + position % group_ * d_ : RowK(path[position - length_]);
+  }
+  const float* V(int64_t position, Path path) const {
+    return position < length_ ? ring_v_ + position % group_ * d_ : RowK(path[position - length_]) + v_offset();
+  }
+  // First position that a row sees.
+  int64_t WindowBegin(int64_t position) const {
+    const int64_t local = layer_.local ? position - position % group_ : position;
+    return std::max<int64_t>(0, std::min(local, position - layer_.conv_kernel + 1));
+  }
+
   const IsaTable& table_;
   const AttentionLayer& layer_;
   const int64_t length_;
@@ -96,67 +81,153 @@ class KvHead {
   int64_t stride_;
   const float* rows_;
   float *s_, *ring_k_, *ring_v_;
-  std::vector<float> scratch_;
-  const float* k_[kMaxWindow];
-  const float* v_[kMaxWindow];
+  // Tokens of a fold, or of a tile: the shared ones, then each row's own.
+  const float* k_[kMaxWindow + kMaxQueryRows * kMaxWindow];
+  const float* v_[kMaxWindow + kMaxQueryRows * kMaxWindow];
+  std::unique_ptr<float[]> scratch_;
 };
 
-// Tree rows. states[i] is the folded state that row i reads; a row that completes a group owns a folded copy for its
-// children, exactly what sequential decoding would have in the pool.
-void VerifyTree(KvHead& head, const WindowRequest& request, float* out) {
-  const int n = request.num_rows;
-  std::vector<const float*> states(n);
-  std::vector<std::vector<float>> folded(n);
-  std::vector<int32_t> path;
-  for (int i = 0; i < n; ++i) {
-    path.clear();
-    for (int node = i; node >= 0; node = request.parents[node]) path.push_back(node);
-    std::reverse(path.begin(), path.end());
-    const auto at = [&path](int64_t index) { return path[index]; };
-    const int parent = request.parents[i];
-    const float* inherited = parent < 0 ? head.s() : folded[parent].empty() ? states[parent] : folded[parent].data();
-    states[i] = inherited;
-    head.Attend(at, static_cast<int64_t>(path.size()), inherited, out);
-    const bool has_child = std::find(request.parents + i + 1, request.parents + n, i) != request.parents + n;
-    if (!has_child || !head.EndsGroup(static_cast<int64_t>(path.size()))) continue;
-    folded[i].assign(inherited, inherited + head.state_floats());
-    head.Fold(at, static_cast<int64_t>(path.size()), folded[i].data());
+// Shared tokens: what is committed and the ancestors that all rows have.
+void KvHead::CollectTokens(std::span<const Path> paths, AttentionTile* tile) {
+  const int64_t group_begin = Group(paths[0]) * group_;
+  int64_t begin = WindowBegin(Position(paths[0])), common = static_cast<int64_t>(paths[0].size());
+  for (const Path& path : paths.subspan(1)) {
+    begin = std::min(begin, WindowBegin(Position(path)));
+    const auto first = paths[0].begin();
+    common = std::mismatch(first, first + common, path.begin(), path.end()).first - first;
+  }
+  const int64_t shared_end = std::max(begin, length_ + common);
+  const auto local_begin = [&](int64_t first, int64_t end) {  // of tokens [first, end)
+    return static_cast<int>((layer_.local ? std::clamp(group_begin, first, end) : end) - first);
+  };
+  int used = 0;
+  const auto take = [&](int64_t first, int64_t end, Path path) {
+    for (int64_t p = first; p < end; ++p, ++used) {
+      k_[used] = K(p, path);
+      v_[used] = V(p, path);
+    }
+  };
+  tile->k = k_;
+  tile->v = v_;
+  tile->num_shared = static_cast<int>(shared_end - begin);
+  tile->local_begin = local_begin(begin, shared_end);
+  take(begin, shared_end, paths[0]);
+  for (size_t r = 0; r < paths.size(); ++r) {
+    const int64_t end = Position(paths[r]) + 1, window_begin = WindowBegin(end - 1);
+    const int64_t own_begin = std::max(window_begin, shared_end);
+    QueryRow& row = tile->rows[r];
+    row.first = static_cast<int>(std::min(window_begin, shared_end) - begin);
+    row.num_own = static_cast<int>(end - own_begin);
+    row.own_local_begin = local_begin(own_begin, end);
+    row.own_k = k_ + used;
+    row.own_v = v_ + used;
+    take(own_begin, end, paths[r]);
   }
 }
 
-void VerifyChain(KvHead& head, int num_rows, float* out) {
-  const auto at = [](int64_t index) { return index; };
-  std::vector<float> folded;
-  const float* state = head.s();
-  for (int i = 0; i < num_rows; ++i) {
-    head.Attend(at, i + 1, state, out);
-    if (i + 1 == num_rows || !head.EndsGroup(i + 1)) continue;
-    if (folded.empty()) folded.assign(state, state + head.state_floats());
-    head.Fold(at, i + 1, folded.data());
-    state = folded.data();
+void KvHead::Attend(std::span<const Path> paths, const float* s, float* out) {
+  const bool rms_norm = layer_.global == GlobalBranch::kRmsNorm;
+  AttentionTile tile{};
+  tile.num_rows = static_cast<int>(paths.size());
+  CollectTokens(paths, &tile);
+  tile.num_taps = layer_.conv_kernel;
+  // Before the first fold S is zero and RMSNorm(0) = 0: the branch contributes nothing, so it is skipped.
+  tile.s = layer_.global != GlobalBranch::kNone && Group(paths[0]) > 0 ? s : nullptr;
+  tile.rms_norm = rms_norm;
+  tile.eps = layer_.global_norm_eps;
+  tile.head_dim = d_;
+  tile.scratch = scratch_.get();
+  const int heads_per_kv = layer_.num_heads / layer_.num_kv_heads;
+  for (int h = kv_head_ * heads_per_kv; h < (kv_head_ + 1) * heads_per_kv; ++h) {
+    for (size_t r = 0; r < paths.size(); ++r) {
+      const int64_t row = paths[r].back();
+      tile.rows[r].q = rows_ + row * stride_ + int64_t{h} * d_;
+      tile.rows[r].out = out + row * layer_.num_heads * d_ + int64_t{h} * d_;
+    }
+    tile.taps = layer_.conv_taps + int64_t{h} * layer_.conv_kernel;
+    tile.global_scale = rms_norm ? layer_.global_gain[h] : layer_.global_factor;
+    table_.attention_tile(tile);
   }
 }
+
+// Attends to paths[begin, end) in tiles; all lie in one group.
+void AttendAll(KvHead& head, std::span<const Path> paths, const float* s, float* out) {
+  for (size_t i = 0; i < paths.size(); i += kMaxQueryRows) {
+    head.Attend(paths.subspan(i, std::min<size_t>(kMaxQueryRows, paths.size() - i)), s, out);
+  }
+}
+
+// Paths of a request's rows: of a chain prefixes of one list, of a tree a list each.
+class Paths {
+ public:
+  explicit Paths(const WindowRequest& request) : paths_(request.num_rows) {
+    const int n = request.num_rows;
+    if (request.parents == nullptr) {
+      nodes_.resize(n);
+      std::iota(nodes_.begin(), nodes_.end(), 0);
+      for (int i = 0; i < n; ++i) paths_[i] = Path(nodes_).first(i + 1);
+      return;
+    }
+    nodes_.reserve(int64_t{n} * (n + 1) / 2);  // a path holds smaller indices and itself: spans stay valid
+    for (int i = 0; i < n; ++i) {
+      const int parent = request.parents[i];
+      LINSPEC_CHECK(parent < i);
+      const size_t begin = nodes_.size();
+      for (int j = 0; parent >= 0 && j < static_cast<int>(paths_[parent].size()); ++j) {
+        nodes_.push_back(paths_[parent][j]);
+      }
+      nodes_.push_back(i);
+      paths_[i] = Path(nodes_).subspan(begin);
+    }
+  }
+  const Path& operator[](int row) const { return paths_[row]; }
+  std::span<const Path> rows(int begin, int end) const { return std::span(paths_).subspan(begin, end - begin); }
+
+ private:
+  std::vector<int32_t> nodes_;
+  std::vector<Path> paths_;
+};
 
 }  // namespace
 
+// A row that completes a group owns a folded copy for its children, exactly what sequential decoding would have in the
+// pool.
 void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
                   float* out, int kv_head) {
   KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
   float* request_out = out + request.row_begin * layer.num_heads * layer.head_dim;
-  if (request.parents == nullptr) {
-    VerifyChain(head, request.num_rows, request_out);
-  } else {
-    VerifyTree(head, request, request_out);
+  const Paths paths(request);
+  const int n = request.num_rows;
+  const auto parent = [&request](int row) { return request.parents == nullptr ? row - 1 : request.parents[row]; };
+
+  std::vector<const float*> states(n, head.s());  // the folded state that the row reads
+  std::list<std::vector<float>> folded;
+  std::vector<const float*> after(n, nullptr);  // the one its children read, where that differs
+  for (int i = 0; i < n; ++i) {
+    if (parent(i) >= 0) states[i] = after[parent(i)] != nullptr ? after[parent(i)] : states[parent(i)];
+    if (!head.EndsGroup(paths[i])) continue;
+    bool has_child = false;
+    for (int child = i + 1; child < n && !has_child; ++child) has_child = parent(child) == i;
+    if (!has_child) continue;
+    std::vector<float>& copy = folded.emplace_back(states[i], states[i] + head.state_floats());
+    head.Fold(paths[i], copy.data());
+    after[i] = copy.data();
+  }
+  for (int begin = 0; begin < n;) {  // rows that read the same state lie in the same group
+    int end = begin + 1;
+    while (end < n && states[end] == states[begin] && head.Group(paths[end]) == head.Group(paths[begin])) ++end;
+    AttendAll(head, paths.rows(begin, end), states[begin], request_out);
+    begin = end;
   }
 }
 
 void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const CommitRequest& request, const float* qkv,
                   int kv_head) {
   KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
-  const auto at = [&request](int64_t index) { return request.path[index]; };
-  for (int64_t i = 0; i < static_cast<int64_t>(request.path.size()); ++i) {
-    head.Append(request.length + i, request.path[i]);
-    if (head.EndsGroup(i + 1)) head.Fold(at, i + 1, head.s());
+  for (size_t i = 0; i < request.path.size(); ++i) {
+    head.Append(request.length + static_cast<int64_t>(i), request.path[i]);
+    const Path path = request.path.first(i + 1);
+    if (head.EndsGroup(path)) head.Fold(path, head.s());
   }
 }
 
@@ -165,14 +236,17 @@ void PrefillKvHead(const IsaTable& table, const AttentionLayer& layer, const Win
   LINSPEC_CHECK(request.parents == nullptr);
   KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
   float* request_out = out + request.row_begin * layer.num_heads * layer.head_dim;
-  const auto at = [](int64_t index) { return index; };
+  const Paths paths(request);
   // The ring is written last: until then rows of this call read older positions from it.
-  for (int64_t i = 0; i < request.num_rows; ++i) {
-    head.Attend(at, i + 1, head.s(), request_out);
-    if (head.EndsGroup(i + 1)) head.Fold(at, i + 1, head.s());
+  for (int begin = 0; begin < request.num_rows;) {
+    int end = begin + 1;
+    while (end < request.num_rows && !head.EndsGroup(paths[end - 1])) ++end;
+    AttendAll(head, paths.rows(begin, end), head.s(), request_out);
+    if (head.EndsGroup(paths[end - 1])) head.Fold(paths[end - 1], head.s());
+    begin = end;
   }
-  const int64_t first = std::max<int64_t>(0, request.num_rows - layer.group_size);
-  for (int64_t i = first; i < request.num_rows; ++i) head.Append(request.length + i, i);
+  const int first = std::max(0, request.num_rows - layer.group_size);
+  for (int i = first; i < request.num_rows; ++i) head.Append(request.length + i, i);
 }
 
 }  // namespace linspec::cpu

@@ -82,9 +82,11 @@ int64_t PaddedCols(int64_t cols) { return (cols + 3) / 4 * 4; }
 
 }  // namespace
 
-CpuWeight::CpuWeight(int64_t rows, int64_t cols, DType dtype) : rows_(rows), cols_(cols), dtype_(dtype) {
+CpuWeight::CpuWeight(int64_t rows, int64_t cols, DType dtype, WeightArena* arena)
+    : rows_(rows), cols_(cols), dtype_(dtype) {
   const int64_t elements = PaddedRows(rows) * (dtype == DType::kI8 ? PaddedCols(cols) : cols);
-  data_.resize(elements * static_cast<int64_t>(DTypeSize(dtype)) + kAlignment);
+  data_bytes_ = elements * static_cast<int64_t>(DTypeSize(dtype));
+  data_ = arena->Allocate(data_bytes_);
   if (dtype == DType::kI8) {
     scales_.resize(PaddedRows(rows), 0.0f);
     row_sums_.resize(PaddedRows(rows), 0);
@@ -103,9 +105,9 @@ void CpuWeight::Fill(const void* source, DType source_dtype, const float* row_sc
       if (source_dtype == DType::kI8) value *= row_scales[n];
       const int64_t target = (block * cols_ + k) * kLanes + lane;
       if (dtype_ == DType::kF32) {
-        static_cast<float*>(data())[target] = value;
+        reinterpret_cast<float*>(data_.get())[target] = value;
       } else {
-        static_cast<uint16_t*>(data())[target] = FloatToBFloat16(value);
+        reinterpret_cast<uint16_t*>(data_.get())[target] = FloatToBFloat16(value);
       }
     }
   }
@@ -124,7 +126,7 @@ void CpuWeight::FillInt8Row(const void* source, DType source_dtype, const float*
   scales_[n] = scale;
   const float inverse = source_dtype == DType::kI8 ? 1.0f : (scale > 0 ? 1.0f / scale : 0.0f);
   const int64_t stride = PaddedCols(cols_), block = n / kLanes, lane = n % kLanes;
-  int8_t* out = static_cast<int8_t*>(data());
+  auto* out = reinterpret_cast<int8_t*>(data_.get());
   for (int64_t k = 0; k < cols_; ++k) {
     const float value = SourceElement(source, source_dtype, n * cols_ + k) * inverse;
     // -128 becomes -127: the AVX2 dot needs |w| <= 127, and symmetric quantisers never produce it.
@@ -134,16 +136,9 @@ void CpuWeight::FillInt8Row(const void* source, DType source_dtype, const float*
   }
 }
 
-const void* CpuWeight::data() const {
-  const auto address = reinterpret_cast<uintptr_t>(data_.data());
-  return data_.data() + ((address + kAlignment - 1) / kAlignment * kAlignment - address);
-}
+PackedMatrix CpuWeight::matrix() const { return {data_.get(), scales_.data(), row_sums_.data(), rows_, cols_}; }
 
-PackedMatrix CpuWeight::matrix() const { return {data(), scales_.data(), row_sums_.data(), rows_, cols_}; }
-
-int64_t CpuWeight::bytes() const {
-  return static_cast<int64_t>(data_.size()) - kAlignment + static_cast<int64_t>(scales_.size()) * 8;
-}
+int64_t CpuWeight::bytes() const { return data_bytes_ + static_cast<int64_t>(scales_.size()) * 8; }
 
 CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads) : isa_(isa), table_(TableFor(isa)), pool_(num_threads) {}
 
@@ -151,7 +146,7 @@ std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_
                                                int64_t rows, int64_t cols, DType target) {
   LINSPEC_CHECK(rows > 0 && cols > 0 && (source_dtype != DType::kI8 || row_scales != nullptr));
   LINSPEC_CHECK(target == DType::kF32 || target == DType::kBF16 || target == DType::kI8);
-  auto weight = std::make_unique<CpuWeight>(rows, cols, target);
+  auto weight = std::make_unique<CpuWeight>(rows, cols, target, &arena_);
   weight->Fill(source, source_dtype, row_scales);
   return weight;
 }
@@ -174,16 +169,12 @@ void CpuOpsImpl::Matmul(const MatmulParams& p) {
 
 QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {
   const int64_t stride = PaddedCols(cols);
-  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) {
-    quantized_.resize(num_rows * stride);
-    biased_.resize(num_rows * stride);
-  }
+  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) quantized_.resize(num_rows * stride);
   if (static_cast<int64_t>(quantized_scales_.size()) < num_rows) quantized_scales_.resize(num_rows);
   ForRows(num_rows, cols, [&](int64_t m) {
-    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, biased_.data() + m * stride,
-                        &quantized_scales_[m]);
+    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, &quantized_scales_[m]);
   });
-  return {quantized_.data(), biased_.data(), quantized_scales_.data(), stride};
+  return {quantized_.data(), quantized_scales_.data(), stride};
 }
 
 void CpuOpsImpl::RmsNorm(const RmsNormParams& p) {

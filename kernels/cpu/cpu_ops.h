@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/cpu/isa_table.h"
+#include "kernels/cpu/weight_arena.h"
 #include "kernels/ops.h"
 #include "kernels/thread_pool.h"
 
@@ -13,7 +14,7 @@ namespace linspec::cpu {
 
 class CpuWeight : public PackedWeight {
  public:
-  CpuWeight(int64_t rows, int64_t cols, DType dtype);
+  CpuWeight(int64_t rows, int64_t cols, DType dtype, WeightArena* arena);
   void Fill(const void* source, DType source_dtype, const float* row_scales);
   int64_t rows() const override { return rows_; }
   int64_t cols() const override { return cols_; }
@@ -22,14 +23,12 @@ class CpuWeight : public PackedWeight {
   PackedMatrix matrix() const;
 
  private:
-  static constexpr int64_t kAlignment = 64;
   void FillInt8Row(const void* source, DType source_dtype, const float* row_scales, int64_t n);
-  const void* data() const;
-  void* data() { return const_cast<void*>(static_cast<const CpuWeight*>(this)->data()); }
 
   int64_t rows_, cols_;
   DType dtype_;
-  std::vector<uint8_t> data_;      // layout: PackedMatrix; kAlignment bytes of slack
+  int64_t data_bytes_;
+  std::shared_ptr<uint8_t> data_;  // layout: PackedMatrix
   std::vector<float> scales_;      // i8 only, padded to whole blocks
   std::vector<int32_t> row_sums_;  // i8 only
 };
@@ -67,8 +66,8 @@ class CpuOpsImpl : public CpuOps {
   const Isa isa_;
   const IsaTable& table_;
   ThreadPool pool_;
-  std::vector<int8_t> quantized_;
-  std::vector<uint8_t> biased_;
+  WeightArena arena_;
+  std::vector<uint8_t> quantized_;
   std::vector<float> quantized_scales_;
   struct {
     int head_dim = 0;

@@ -9,7 +9,7 @@
 namespace linspec::cpu {
 
 inline constexpr int kLanes = 16;            // outputs per packed block, and lanes of a reduction
-inline constexpr int kMaxWindow = 256 + 32;  // largest group plus the longest convolution
+inline constexpr int kMaxWindow = 256 + 32;  // largest group plus the longest convolution: tokens of a row or a tile
 
 // Weights of 16 output rows, interleaved so that one pass over k feeds 16 outputs:
 //   f32, bf16: [block][k][16]          i8: [block][k / 4][16][4], k padded with zeros to a multiple of 4
@@ -20,30 +20,40 @@ struct PackedMatrix {
   int64_t rows, cols;
 };
 
-// x quantised per row for i8 weights: values in [-127, 127], cols padded with zeros to a multiple of 4.
+// x quantised per row for i8 weights to integers in [-127, 127], cols padded with zeros to a multiple of 4.
 struct QuantizedRows {
-  const int8_t* values;   // [num_rows, stride]
-  const uint8_t* biased;  // [num_rows, stride] value + 128: VNNI multiplies unsigned by signed
+  const uint8_t* values;  // [num_rows, stride] bytes as the table's own dots take them: signed, or plus 128
   const float* scales;    // [num_rows]
   int64_t stride;
 };
 
-// One query row of attention: window tokens in ascending position.
-struct AttentionRow {
-  const float* q;         // [d]
-  float* out;             // [d]
-  const float* const* k;  // [window] keys of the local group; entries before local_begin are unused
-  const float* const* v;  // [window]
-  int window;             // tokens seen, this one last
-  int local_begin;        // first token of the query's own group (window: no local branch)
-  const float* taps;      // [num_taps] tap l weighs the token l before this one; null: none
+// Up to kMaxQueryRows query rows of one head whose positions lie in one group. A row sees the shared tokens from `first`
+// on, then tokens of its own (ancestors in the call, itself last), in ascending position. Shared ones are loaded once.
+inline constexpr int kMaxQueryRows = 4;
+struct QueryRow {
+  const float* q;  // [d]
+  float* out;      // [d]
+  int first;       // first shared token seen; num_shared if own tokens skip some
+  int num_own;
+  int own_local_begin;        // first own token of the row's group (num_own: no local branch)
+  const float* const* own_k;  // [num_own]
+  const float* const* own_v;  // [num_own]
+};
+struct AttentionTile {
+  QueryRow rows[kMaxQueryRows];
+  int num_rows;
+  const float* const* k;  // [num_shared]; entries before local_begin are unused
+  const float* const* v;  // [num_shared]
+  int num_shared;
+  int local_begin;    // first shared token of the rows' group (num_shared: no local branch)
+  const float* taps;  // [num_taps] tap l weighs the token l before a row's last one; null: none
   int num_taps;
   const float* s;      // [d, d] folded state; null: no global branch
   float global_scale;  // factor (scaled) or gain (rms norm)
   bool rms_norm;
   float eps;
   int head_dim;
-  float* scratch;  // [d]
+  float* scratch;  // [kMaxQueryRows, kMaxWindow + d]: weights of the tokens, then q S
 };
 
 struct IsaTable {
@@ -54,12 +64,11 @@ struct IsaTable {
                       int64_t block_end, bool accumulate);
   void (*matmul_i8)(const PackedMatrix&, const QuantizedRows&, float* y, int64_t num_rows, int64_t block_begin,
                     int64_t block_end, bool accumulate);
-  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased,
-                       float* scale);
+  void (*quantize_row)(const float* x, int64_t cols, int64_t padded_cols, uint8_t* values, float* scale);
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t dim, float eps);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t dim);
   void (*rope_normalize)(float* x, const float* cosines, const float* sines, int head_dim, float eps);
-  void (*attention_row)(const AttentionRow&);
+  void (*attention_tile)(const AttentionTile&);
   // s <- decay * s + sum_j k_j^T v_j, j ascending.
   void (*fold)(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim);
 };

@@ -77,7 +77,8 @@ void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t n
       const int64_t block = n / kLanes, lane = n % kLanes;
       int32_t sum = 0;
       for (int64_t k = 0; k < x.stride; ++k) {
-        sum += x.values[m * x.stride + k] * data[((block * x.stride + k / 4 * 4) * kLanes) + lane * 4 + k % 4];
+        sum += static_cast<int8_t>(x.values[m * x.stride + k]) *
+               data[((block * x.stride + k / 4 * 4) * kLanes) + lane * 4 + k % 4];
       }
       const float value = static_cast<float>(sum) * x.scales[m] * w.scales[n];
       float& out = y[m * w.rows + n];
@@ -86,7 +87,7 @@ void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t n
   }
 }
 
-void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale) {
+void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, uint8_t* values, float* scale) {
   float max_abs = 0;
   for (int64_t i = 0; i < cols; ++i) max_abs = std::max(max_abs, std::fabs(x[i]));
   *scale = max_abs / 127.0f;
@@ -94,8 +95,7 @@ void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* valu
   for (int64_t i = 0; i < padded_cols; ++i) {
     // The clamp also turns NaN into a number; the scale or the sampler's check still tells of it.
     const float value = i < cols ? std::min(std::max(-127.0f, std::nearbyint(x[i] * inverse)), 127.0f) : 0.0f;
-    values[i] = static_cast<int8_t>(value);
-    biased[i] = static_cast<uint8_t>(values[i] + 128);
+    values[i] = static_cast<uint8_t>(static_cast<int8_t>(value));
   }
 }
 
@@ -120,27 +120,37 @@ void RopeNormalize(float* x, const float* cosines, const float* sines, int head_
 }
 
 // y = sum_j ([j in group] relu(q.k_j)^2 + tap_{p-j}) v_j, ascending j; then the grouped branch on top.
-void ComputeAttentionRow(const AttentionRow& row) {
-  const int d = row.head_dim;
+void ComputeAttentionRow(const AttentionTile& tile, const QueryRow& row) {
+  const int d = tile.head_dim;
   std::fill(row.out, row.out + d, 0.0f);
-  for (int j = 0; j < row.window; ++j) {
-    const int lag = row.window - 1 - j;
+  const auto add_token = [&](const float* k, const float* v, bool local, int lag) {
     float weight = 0;
-    if (j >= row.local_begin) {
-      const float score = std::max(Dot(row.q, row.k[j], d), 0.0f);
+    if (local) {
+      const float dot = Dot(row.q, k, d), score = dot > 0 ? dot : 0.0f;
       weight = score * score;
     }
-    if (lag < row.num_taps) weight += row.taps[lag];
-    for (int c = 0; c < d; ++c) row.out[c] = std::fma(weight, row.v[j][c], row.out[c]);
+    if (lag < tile.num_taps) weight += tile.taps[lag];
+    for (int c = 0; c < d; ++c) row.out[c] = std::fma(weight, v[c], row.out[c]);
+  };
+  for (int j = row.first; j < tile.num_shared; ++j) {
+    add_token(tile.k[j], tile.v[j], j >= tile.local_begin, tile.num_shared - 1 - j + row.num_own);
   }
-  if (row.s == nullptr) return;
-  std::fill(row.scratch, row.scratch + d, 0.0f);
+  for (int j = 0; j < row.num_own; ++j) {
+    add_token(row.own_k[j], row.own_v[j], j >= row.own_local_begin, row.num_own - 1 - j);
+  }
+  if (tile.s == nullptr) return;
+  float* global = tile.scratch;
+  std::fill(global, global + d, 0.0f);
   for (int i = 0; i < d; ++i) {
-    for (int c = 0; c < d; ++c) row.scratch[c] = std::fma(row.q[i], row.s[i * d + c], row.scratch[c]);
+    for (int c = 0; c < d; ++c) global[c] = std::fma(row.q[i], tile.s[i * d + c], global[c]);
   }
-  float scale = row.global_scale;
-  if (row.rms_norm) scale /= std::sqrt(Dot(row.scratch, row.scratch, d) / static_cast<float>(d) + row.eps);
-  for (int c = 0; c < d; ++c) row.out[c] = std::fma(scale, row.scratch[c], row.out[c]);
+  float scale = tile.global_scale;
+  if (tile.rms_norm) scale /= std::sqrt(Dot(global, global, d) / static_cast<float>(d) + tile.eps);
+  for (int c = 0; c < d; ++c) row.out[c] = std::fma(scale, global[c], row.out[c]);
+}
+
+void ComputeAttentionTile(const AttentionTile& tile) {
+  for (int r = 0; r < tile.num_rows; ++r) ComputeAttentionRow(tile, tile.rows[r]);
 }
 
 void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
@@ -158,7 +168,7 @@ void Fold(float* s, float decay, const float* const* k, const float* const* v, i
 const IsaTable& ScalarTable() {
   static constexpr IsaTable kTable = {
       MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8, QuantizeRow, RmsNorm, SiluMul,
-      RopeNormalize,      ComputeAttentionRow,   Fold};
+      RopeNormalize,      ComputeAttentionTile,  Fold};
   return kTable;
 }
 

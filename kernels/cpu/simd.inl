@@ -3,9 +3,10 @@
 // picked by the linker for another. For the same reason nothing here calls a standard library template.
 //
 // Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
-// ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, RoundToInt8, ScaleByExponent, LoadWeights<T>, and for
-// int8: InitAcc, DotStep, ToFloat. Shapes: kFloatRows x kFloatBlocks and kIntRows x kIntBlocks register tiles,
-// kFoldRows rows of S.
+// ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, LoadWeights<T>, and for
+// int8: StoreQuantized, InitAcc, DotStep, ToFloat. Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and
+// for few rows kWideIntRows x kWideIntBlocks, kDotTile dots (reduced by ReduceDots), kWindowTile vectors of several
+// rows of attention, kFoldRows rows of S.
 
 // body(0) .. body(kCount - 1), written out. A tile stays in registers only if its indices are constants before the
 // compiler splits arrays into scalars; loops that it unrolls later (-O3, #pragma unroll) leave the accumulators on the
@@ -96,7 +97,21 @@ void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_ro
   for (; block < block_end; ++block) FloatRows<T, 1>(w, x, y, num_rows, block, accumulate);
 }
 
-template <int kRows, int kBlocks>
+// Out of line like StoreTile: int32 dots to floats.
+[[gnu::noinline]] void StoreIntTile(const I* tile, int rows, int blocks, const float* row_scales, const float* scales,
+                                    float* y, int64_t stride, int64_t lanes, bool accumulate) {
+  for (int r = 0; r < rows; ++r) {
+    const V row_scale = Set1(row_scales[r]);
+    for (int b = 0; b < blocks; ++b, ++tile) {
+      const V value = Mul(Mul(ToFloat(*tile), row_scale), Load(scales + b * kLanes));
+      StoreOut(y + r * stride + b * kLanes, value, lanes - b * kLanes, accumulate);
+    }
+  }
+}
+
+// kFirst: the weights come from memory, so each step asks for the line of the next tile at the same place. Processors
+// follow the streams on their own, but stop at the end of each page and then wait.
+template <int kRows, int kBlocks, bool kFirst>
 [[gnu::flatten]] void IntTile(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block,
                               bool accumulate) {
   I acc[kRows][kBlocks];
@@ -107,38 +122,58 @@ template <int kRows, int kBlocks>
   const int64_t block_bytes = x.stride * kLanes;
   for (int64_t k = 0; k < x.stride; k += 4) {
     IntWeights weights[kBlocks];
-    Unroll<kBlocks>([&](int b) { weights[b] = LoadIntWeights(data + b * block_bytes + k * kLanes); });
+    Unroll<kBlocks>([&](int b) {
+      const int8_t* line = data + b * block_bytes + k * kLanes;
+      weights[b] = LoadIntWeights(line);
+      if constexpr (kFirst) __builtin_prefetch(line + kBlocks * block_bytes, 0, 2);
+    });
     Unroll<kRows>([&](int r) {
       const IntInput value = BroadcastInput(x, (m + r) * x.stride + k);
       Unroll<kBlocks>([&](int b) { acc[r][b] = DotStep(acc[r][b], value, weights[b]); });
     });
   }
   const int64_t n = block * kLanes;
-  alignas(64) float tile[kRows][kBlocks][kLanes];
-  Unroll<kRows>([&](int r) {
-    Unroll<kBlocks>([&](int b) {
-      Store(tile[r][b], Mul(Mul(ToFloat(acc[r][b]), Set1(x.scales[m + r])), Load(w.scales + n + b * kLanes)));
-    });
-  });
-  StoreTile(tile[0][0], kRows, kBlocks, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
+  StoreIntTile(acc[0], kRows, kBlocks, x.scales + m, w.scales + n, y + m * w.rows + n, w.rows, w.rows - n, accumulate);
 }
 
-template <int kBlocks>
-void IntRows(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block, bool accumulate) {
-  int64_t m = 0;
-  for (; m + kIntRows <= num_rows; m += kIntRows) IntTile<kIntRows, kBlocks>(w, x, y, m, block, accumulate);
-  for (; m + 2 <= num_rows; m += 2) IntTile<2, kBlocks>(w, x, y, m, block, accumulate);
-  for (; m < num_rows; ++m) IntTile<1, kBlocks>(w, x, y, m, block, accumulate);
+// The tile of `rows` <= kRows rows.
+template <int kRows, int kBlocks>
+void IntTileOf(int64_t rows, const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block,
+               bool accumulate) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return IntTileOf<kRows - 1, kBlocks>(rows, w, x, y, m, block, accumulate);
+  }
+  const auto tile = m == 0 ? IntTile<kRows, kBlocks, true> : IntTile<kRows, kBlocks, false>;
+  tile(w, x, y, m, block, accumulate);
+}
+
+// All rows over blocks [block, block_end), kBlocks at a time; returns the first block not done. Rows are cut into tiles
+// of nearly equal height: a tile of one or two rows leaves most of the multipliers idle.
+template <int kRows, int kBlocks>
+int64_t IntBlocks(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block,
+                  int64_t block_end, bool accumulate) {
+  const int64_t tiles = (num_rows + kRows - 1) / kRows;
+  for (; block + kBlocks <= block_end; block += kBlocks) {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t m = num_rows * t / tiles, end = num_rows * (t + 1) / tiles;
+      IntTileOf<kRows, kBlocks>(end - m, w, x, y, m, block, accumulate);
+    }
+  }
+  return block;
 }
 
 void MatmulI8(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t num_rows, int64_t block_begin,
               int64_t block_end, bool accumulate) {
   int64_t block = block_begin;
-  for (; block + kIntBlocks <= block_end; block += kIntBlocks) IntRows<kIntBlocks>(w, x, y, num_rows, block, accumulate);
-  for (; block < block_end; ++block) IntRows<1>(w, x, y, num_rows, block, accumulate);
+  if (num_rows <= kWideIntRows) {
+    block = IntBlocks<kWideIntRows, kWideIntBlocks>(w, x, y, num_rows, block, block_end, accumulate);
+  } else {
+    block = IntBlocks<kIntRows, kIntBlocks>(w, x, y, num_rows, block, block_end, accumulate);
+  }
+  IntBlocks<kIntRows, 1>(w, x, y, num_rows, block, block_end, accumulate);
 }
 
-void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* values, uint8_t* biased, float* scale) {
+void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, uint8_t* out, float* scale) {
   V largest = Zero();
   int64_t i = 0;
   for (; i + kLanes <= cols; i += kLanes) largest = Max(Abs(Load(x + i)), largest);
@@ -146,19 +181,11 @@ void QuantizeRow(const float* x, int64_t cols, int64_t padded_cols, int8_t* valu
   const float max_abs = ReduceMax(largest);
   *scale = max_abs / 127.0f;
   const V inverse = Set1(max_abs > 0 ? 127.0f / max_abs : 0.0f);
-  for (i = 0; i < cols; i += kLanes) {
-    const int64_t lanes = cols - i < kLanes ? cols - i : kLanes;
-    int8_t rounded[kLanes];
-    RoundToInt8(Mul(lanes == kLanes ? Load(x + i) : LoadPartial(x + i, lanes), inverse), rounded);
-    for (int64_t j = 0; j < lanes; ++j) {
-      values[i + j] = rounded[j];
-      biased[i + j] = static_cast<uint8_t>(rounded[j] + 128);
-    }
-  }
-  for (i = cols; i < padded_cols; ++i) {
-    values[i] = 0;
-    biased[i] = 128;
-  }
+  for (i = 0; i + kLanes <= cols; i += kLanes) StoreQuantized(Mul(Load(x + i), inverse), out + i);
+  if (i == padded_cols) return;
+  uint8_t rest[kLanes];
+  StoreQuantized(Mul(LoadPartial(x + i, cols - i), inverse), rest);  // zeros behind the last column
+  for (int64_t j = i; j < padded_cols; ++j) out[j] = rest[j - i];
 }
 
 template <typename Body>
@@ -198,91 +225,7 @@ void RopeNormalize(float* x, const float* cosines, const float* sines, int head_
   ForLanes(head_dim, [&](int64_t i, int64_t lanes) { StoreLanes(x + i, Mul(LoadLanes(x + i, lanes), scale), lanes); });
 }
 
-float WindowWeight(const AttentionRow& row, int j) {
-  const int lag = row.window - 1 - j;
-  float weight = 0;
-  if (j >= row.local_begin) {
-    const float dot = DotProduct(row.q, row.k[j], row.head_dim);
-    const float score = dot > 0.0f ? dot : 0.0f;
-    weight = score * score;
-  }
-  if (lag < row.num_taps) weight += row.taps[lag];
-  return weight;
-}
-
-// Channels in tiles of kTile vectors that stay in registers over the whole window and all of S.
-template <int kTile>
-[[gnu::flatten]] void WindowTile(const AttentionRow& row, const float* weights, int64_t channel) {
-  V acc[kTile];
-  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
-  for (int j = 0; j < row.window; ++j) {
-    const V weight = Set1(weights[j]);
-    const float* v = row.v[j] + channel;
-    Unroll<kTile>([&](int t) { acc[t] = Fma(weight, Load(v + t * kLanes), acc[t]); });
-  }
-  Unroll<kTile>([&](int t) { Store(row.out + channel + t * kLanes, acc[t]); });
-  if (row.s == nullptr) return;
-  Unroll<kTile>([&](int t) { acc[t] = Zero(); });
-  for (int i = 0; i < row.head_dim; ++i) {
-    const V q = Set1(row.q[i]);
-    const float* s = row.s + int64_t{i} * row.head_dim + channel;
-    Unroll<kTile>([&](int t) { acc[t] = Fma(q, Load(s + t * kLanes), acc[t]); });
-  }
-  Unroll<kTile>([&](int t) { Store(row.scratch + channel + t * kLanes, acc[t]); });
-}
-
-void WindowRest(const AttentionRow& row, const float* weights, int64_t channel) {  // fewer than 16 channels
-  const int64_t lanes = row.head_dim - channel;
-  V acc = Zero();
-  for (int j = 0; j < row.window; ++j) acc = Fma(Set1(weights[j]), LoadPartial(row.v[j] + channel, lanes), acc);
-  StorePartial(row.out + channel, acc, lanes);
-  if (row.s == nullptr) return;
-  acc = Zero();
-  for (int i = 0; i < row.head_dim; ++i) {
-    acc = Fma(Set1(row.q[i]), LoadPartial(row.s + int64_t{i} * row.head_dim + channel, lanes), acc);
-  }
-  StorePartial(row.scratch + channel, acc, lanes);
-}
-
-void ComputeAttentionRow(const AttentionRow& row) {
-  const int d = row.head_dim;
-  float weights[kMaxWindow];
-  for (int j = 0; j < row.window; ++j) weights[j] = WindowWeight(row, j);
-  int64_t channel = 0;
-  for (; channel + 4 * kLanes <= d; channel += 4 * kLanes) WindowTile<4>(row, weights, channel);
-  for (; channel + kLanes <= d; channel += kLanes) WindowTile<1>(row, weights, channel);
-  if (channel < d) WindowRest(row, weights, channel);
-  if (row.s == nullptr) return;
-  float scale = row.global_scale;
-  if (row.rms_norm) {
-    scale /= __builtin_sqrtf(DotProduct(row.scratch, row.scratch, d) / static_cast<float>(d) + row.eps);
-  }
-  ForLanes(d, [&](int64_t i, int64_t lanes) {
-    StoreLanes(row.out + i, Fma(Set1(scale), LoadLanes(row.scratch + i, lanes), LoadLanes(row.out + i, lanes)), lanes);
-  });
-}
-
-// s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
-template <int kRows>
-[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
-                               int head_dim, int i) {
-  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
-    float* target = s + int64_t{i} * head_dim + c;
-    V sums[kRows];
-    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
-    for (int j = 0; j < num_tokens; ++j) {
-      const V value = LoadLanes(v[j] + c, lanes);
-      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
-    }
-    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
-  });
-}
-
-void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
-  int i = 0;
-  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
-  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
-}
+#include "kernels/cpu/simd_attention.inl"
 
 constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,
-                             SiluMul,            RopeNormalize,         ComputeAttentionRow, Fold};
+                             SiluMul,            RopeNormalize,         ComputeAttentionTile, Fold};

@@ -19,6 +19,8 @@ struct IntWeights {
 using IntInput = __m256i;
 constexpr int kFloatRows = 2, kFloatBlocks = 2;
 constexpr int kIntRows = 2, kIntBlocks = 2;
+constexpr int kWideIntRows = 1, kWideIntBlocks = 2;
+constexpr int kDotTile = 4, kWindowTile = 4;
 constexpr int kFoldRows = 4;
 
 V Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
@@ -54,6 +56,9 @@ float ReduceAdd(V v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+void ReduceDots(const V (&a)[kDotTile], float* dots) {
+  _mm_storeu_ps(dots, _mm_setr_ps(ReduceAdd(a[0]), ReduceAdd(a[1]), ReduceAdd(a[2]), ReduceAdd(a[3])));
+}
 float ReduceMax(V v) {
   float lanes[kLanes];
   Store(lanes, v);
@@ -69,12 +74,12 @@ V ScaleByExponent(V y, V shifted) {
   return {scale(y.lo, shifted.lo), scale(y.hi, shifted.hi)};
 }
 
-void RoundToInt8(V v, int8_t* out) {
+void StoreQuantized(V v, uint8_t* out) {
   v = Min(Max(v, Set1(-127.0f)), Set1(127.0f));
-  int32_t whole[kLanes];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_cvtps_epi32(v.lo));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole + 8), _mm256_cvtps_epi32(v.hi));
-  for (int i = 0; i < kLanes; ++i) out[i] = static_cast<int8_t>(whole[i]);
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi));  // 0-3 8-11 4-7 12-15
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xD8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
 }
 
 V LoadWeights(const float* p) { return Load(p); }

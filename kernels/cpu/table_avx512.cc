@@ -11,7 +11,9 @@ using I = __m512i;
 using IntWeights = __m512i;
 using IntInput = __m512i;
 constexpr int kFloatRows = 4, kFloatBlocks = 4;
-constexpr int kIntRows = 6, kIntBlocks = 4;
+constexpr int kIntRows = 8, kIntBlocks = 2;
+constexpr int kWideIntRows = 6, kWideIntBlocks = 4;
+constexpr int kDotTile = 16, kWindowTile = 16;
 constexpr int kFoldRows = 8;
 
 V Zero() { return _mm512_setzero_ps(); }
@@ -36,6 +38,23 @@ float ReduceAdd(V v) {
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+
+// dots[i] = ReduceAdd(a[i]): the same additions, for all sixteen at once. Written out, because a loop over `a` would keep
+// it, and with it the accumulators of the caller's loop, in memory.
+V AddHalves(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); }
+V AddQuarters(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)); }
+V AddPairs(V a, V b) { return Add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE)); }
+V AddSingles(V a, V b) { return Add(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD)); }
+void ReduceDots(const V (&a)[kDotTile], float* dots) {
+  const V four0 = AddQuarters(AddHalves(a[0], a[1]), AddHalves(a[2], a[3]));
+  const V four1 = AddQuarters(AddHalves(a[4], a[5]), AddHalves(a[6], a[7]));
+  const V four2 = AddQuarters(AddHalves(a[8], a[9]), AddHalves(a[10], a[11]));
+  const V four3 = AddQuarters(AddHalves(a[12], a[13]), AddHalves(a[14], a[15]));
+  const V sums = AddSingles(AddPairs(four0, four1), AddPairs(four2, four3));
+  // Lane 4 l + q holds dot 4 q + l.
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  Store(dots, _mm512_permutexvar_ps(order, sums));
+}
 float ReduceMax(V v) { return _mm512_reduce_max_ps(v); }
 
 V ScaleByExponent(V y, V shifted) {
@@ -43,9 +62,10 @@ V ScaleByExponent(V y, V shifted) {
       _mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
 }
 
-void RoundToInt8(V v, int8_t* out) {
+void StoreQuantized(V v, uint8_t* out) {  // plus 128, which flips the sign bit
   v = Min(Max(v, Set1(-127.0f)), Set1(127.0f));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 
 V LoadWeights(const float* p) { return Load(p); }
@@ -61,7 +81,7 @@ I InitAcc(const int32_t* row_sums) {
 IntWeights LoadIntWeights(const int8_t* p) { return _mm512_loadu_si512(p); }
 IntInput BroadcastInput(const QuantizedRows& x, int64_t offset) {
   int32_t four;
-  __builtin_memcpy(&four, x.biased + offset, 4);
+  __builtin_memcpy(&four, x.values + offset, 4);
   return _mm512_set1_epi32(four);
 }
 // As assembly because g++ 12 copies the accumulator around the intrinsic and then spills the tile: 2.5 times slower.

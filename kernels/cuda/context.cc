@@ -26,11 +26,14 @@ int32_t Context::Create(int device, Context** context, std::string* error) {
     *error = made->last_error();
     return code;
   }
+  made->cublas_ = CublasGemm::Open("", &made->cublas_note_);
+  if (made->cublas_ != nullptr) made->cublas_note_ = made->cublas_->path();
   *context = made.release();
   return kLinspecCudaOk;
 }
 
 Context::~Context() {
+  cublas_.reset();
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 

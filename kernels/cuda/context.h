@@ -8,8 +8,10 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 
+#include "kernels/cuda/cublas_gemm.h"
 #include "kernels/cuda/plugin_api.h"
 
 namespace linspec::cuda {
@@ -23,6 +25,9 @@ class Context {
   Context& operator=(const Context&) = delete;
 
   cudaStream_t stream() const { return stream_; }
+  // Null where cuBLASLt is not installed: cublas_note() says what was tried, else which one it is.
+  CublasGemm* cublas() const { return cublas_.get(); }
+  const std::string& cublas_note() const { return cublas_note_; }
   const cudaDeviceProp& properties() const { return properties_; }
   const std::string& last_error() const { return last_error_; }
 
@@ -42,8 +47,9 @@ class Context {
   int device_ = 0;
   cudaStream_t stream_ = nullptr;
   cudaDeviceProp properties_ = {};
-  std::string last_error_;
+  std::string last_error_, cublas_note_;
   bool poisoned_ = false;
+  std::unique_ptr<CublasGemm> cublas_;
 };
 
 // Device (or pinned host) memory that grows to the largest size asked for. Growing frees the old block: call when

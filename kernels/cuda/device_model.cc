@@ -7,6 +7,8 @@
 namespace linspec::cuda {
 namespace {
 
+constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
+constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
 constexpr int kMaxGraphRows = 1024;  // larger steps are launched kernel by kernel: the gaps no longer matter
 
 // Few sizes, so that few graphs serve all steps; steps of 8 where products cost the same for each 8 rows.
@@ -289,9 +291,33 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
   return context_->CheckLaunch("prefill");
 }
 
+// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
+// the number of rows.
+bool DeviceModel::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
+  if (deterministic_ || context_->cublas() == nullptr) return false;
+  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
+}
+
 void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
-  LaunchStreamingGemm({.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()}, rows,
-                      context_->stream());
+  const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()};
+  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+}
+
+void DeviceModel::GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows) {
+  if (UsesCublas(layer.gate_up, rows)) {
+    Matmul(layer.gate_up, x, gate_up_.as<float>(), false, rows);
+    LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, context_->stream());
+    return;
+  }
+  const GemmParams product{.w = layer.gate_up,
+                           .x = x,
+                           .y = nullptr,
+                           .accumulate = false,
+                           .y_bf16 = activated_.as<uint16_t>(),
+                           .silu_mul = true,
+                           .workspace = gemm_workspace_.as<void>()};
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
 }
 
 LayerParams DeviceModel::ShapeOf(int index) const {
@@ -363,8 +389,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
     Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
     norm(layer.mlp_norm);
-    Matmul(layer.gate_up, normed, gate_up_.as<float>(), false, rows);
-    LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, stream);
+    GateUp(layer, normed, rows);
     Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
   }
 }

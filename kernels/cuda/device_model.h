@@ -74,6 +74,8 @@ class DeviceModel {
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
   void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
+  void GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows);  // silu(gate) * up into activated_
+  bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
   LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
   void DropGraphs();

@@ -39,8 +39,8 @@ struct EmbedParams {
 };
 void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream);
 
-struct RmsNormRows {
-  const float* x;  // [rows, dim]
+struct RmsNormRows {  // dim % 4 == 0, everything aligned to 16 bytes
+  const float* x;     // [rows, dim]
   const float* weight;
   float* out;  // either may be null
   uint16_t* out_bf16;
@@ -49,7 +49,7 @@ struct RmsNormRows {
 };
 void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream);
 
-// out = silu(gate) * up in bf16, gate_up [rows, 2 dim].
+// out = silu(gate) * up in bf16, gate_up [rows, 2 dim] in the order of PackedGateUpRow.
 void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
 
 struct RopeRows {

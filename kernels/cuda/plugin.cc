@@ -52,6 +52,8 @@ int32_t DeviceInfo(LinspecCudaContext* context, LinspecCudaDeviceInfo* info) {
   info->major = properties.major;
   info->minor = properties.minor;
   info->num_sms = properties.multiProcessorCount;
+  info->has_cublas = c.cublas() != nullptr;
+  std::snprintf(info->cublas, sizeof(info->cublas), "%s", c.cublas_note().c_str());
   std::snprintf(info->name, sizeof(info->name), "%.120s", properties.name);
   return kLinspecCudaOk;
 }
@@ -92,6 +94,25 @@ int32_t Measure(LinspecCudaContext* context, LinspecCudaCeilings* ceilings) {
   LINSPEC_CUDA_TRY(
       Time(c, [&] { LaunchReadSum(data.as<float>(), floats, sums.as<float>(), blocks, c.stream()); }, &seconds));
   *ceilings = {.read_bytes_per_s = static_cast<double>(floats) * 4 / seconds, .bf16_flops_per_s = 0};
+  if (c.cublas() == nullptr) return kLinspecCudaOk;
+  constexpr int64_t kSide = 8192;
+  const int64_t bytes = kSide * kSide * 2;
+  auto* operands = data.as<std::byte>();  // two of random bf16 values between -1 and 1, and the product behind them
+  for (int i = 0; i < 2; ++i) {
+    LinspecCudaSource source = {};
+    source.rows = source.cols = kSide;
+    source.stream = i;
+    source.spread = 1.0f;
+    const LinspecCudaMatrix matrix{operands + i * bytes, nullptr, kSide, kSide, kLinspecCudaBf16, 0};
+    LINSPEC_CUDA_TRY(LaunchPack(source, nullptr, nullptr, 0, kSide, matrix, c.stream()));
+  }
+  const GemmParams product{.w = {operands, nullptr, kSide, kSide, kLinspecCudaBf16, 0},
+                           .x = reinterpret_cast<const uint16_t*>(operands + bytes),
+                           .y = reinterpret_cast<float*>(operands + 2 * bytes),
+                           .accumulate = false};
+  int32_t code = kLinspecCudaOk;
+  LINSPEC_CUDA_TRY(Time(c, [&] { code = c.cublas()->Launch(product, kSide, c.stream()); }, &seconds));
+  if (code == kLinspecCudaOk) ceilings->bf16_flops_per_s = 2.0 * kSide * kSide * kSide / seconds;
   return kLinspecCudaOk;
 }
 
@@ -131,7 +152,9 @@ int32_t Download(LinspecCudaContext* context, void* host, const void* device, in
 int32_t Pack(LinspecCudaContext* context, const LinspecCudaSource* source, const LinspecCudaMatrix* matrix) {
   Context& c = *context->impl;
   LINSPEC_CUDA_TRY(c.Enter());
-  if (source->row_begin < 0 || source->row_begin + source->rows > matrix->rows || source->cols != matrix->cols) {
+  const int64_t last = source->rows - 1;
+  const int64_t last_row = source->row_begin + (source->interleave != 0 ? last / 8 * 16 + last % 8 : last);
+  if (source->row_begin < 0 || last < 0 || last_row >= matrix->rows || source->cols != matrix->cols) {
     return c.Fail(kLinspecCudaInvalid, "pack: the rows do not fit the matrix");
   }
   const int64_t row_bytes = source->cols * TypeBytes(source->type);

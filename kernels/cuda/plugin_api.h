@@ -45,8 +45,9 @@ typedef struct LinspecCudaMatrix {  // row-major, device memory
 
 typedef struct LinspecCudaDeviceInfo {
   char name[128];
+  char cublas[512];  // the library for large products, or why there is none: own kernels then
   int64_t total_bytes, free_bytes;
-  int32_t major, minor, num_sms, reserved;
+  int32_t major, minor, num_sms, has_cublas;
 } LinspecCudaDeviceInfo;
 
 typedef struct LinspecCudaCeilings {  // measured when asked, about 0.2 s
@@ -54,13 +55,14 @@ typedef struct LinspecCudaCeilings {  // measured when asked, about 0.2 s
   double bf16_flops_per_s;            // 8192^3 product through cuBLASLt; 0 where it is not there
 } LinspecCudaCeilings;
 
-// Rows [row_begin, row_begin + source.rows) of a matrix that is being filled.
+// Rows of a matrix that is being filled: row i of the source is row_begin + i, or with interleave
+// row_begin + i / 8 * 16 + i % 8 (gate and up rows in turn, as launch.h wants them).
 typedef struct LinspecCudaSource {
   const void* data;     // host, row-major in `type`; null: random, see below
   const float* scales;  // host [rows] for kLinspecCudaI8
   int64_t rows, cols, row_begin;
   int32_t type;
-  int32_t reserved;
+  int32_t interleave;
   // data == null: element i is center + spread * u(i), u uniform in [-1, 1): Philox4x32-10 with the counter
   // (i / 4, stream) and the key seed, word i % 4 (kernels/philox.h, models/random_weights.cc).
   uint64_t seed, stream;

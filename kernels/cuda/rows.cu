@@ -1,6 +1,6 @@
 // Row operations: embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32 arithmetic,
 // fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
-// that row.
+// that row. Launched overlapped (pdl.h): the product after a row operation fetches its weights while that still runs.
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 8 F + 2 F; RoPE 8 (H + Hkv) d;
 // argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
@@ -10,6 +10,7 @@
 #include <climits>
 
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/pdl.h"
 
 namespace linspec::cuda {
 namespace {
@@ -35,6 +36,8 @@ __device__ float BlockSum(float value) {
 __device__ float Bf16ToFloat(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
 
 __global__ void EmbedKernel(const EmbedParams p) {
+  GridLaunchDependents();
+  GridWait();
   const int64_t dim = p.table.cols, token = p.tokens[blockIdx.x];
   for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
     const int64_t at = token * dim + i;
@@ -56,27 +59,44 @@ __global__ void EmbedKernel(const EmbedParams p) {
   }
 }
 
-__global__ void RmsNormKernel(const RmsNormRows p) {
-  const int64_t row = blockIdx.x * p.dim;
+__global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormRows p) {
+  GridLaunchDependents();
+  const int quads = static_cast<int>(p.dim / 4);
+  const auto* x = reinterpret_cast<const float4*>(p.x + blockIdx.x * p.dim);
+  const auto* weight = reinterpret_cast<const float4*>(p.weight);
+  GridWait();
   float squares = 0.0f;
-  for (int64_t i = threadIdx.x; i < p.dim; i += kThreads) squares = fmaf(p.x[row + i], p.x[row + i], squares);
+  for (int i = threadIdx.x; i < quads; i += kThreads) {
+    const float4 v = x[i];
+    squares = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares))));
+  }
   const float scale = 1.0f / sqrtf(BlockSum(squares) / static_cast<float>(p.dim) + p.eps);
-  for (int64_t i = threadIdx.x; i < p.dim; i += kThreads) {
-    const float value = p.x[row + i] * scale * p.weight[i];
-    if (p.out != nullptr) p.out[row + i] = value;
-    if (p.out_bf16 != nullptr) p.out_bf16[row + i] = RoundToBf16(value);
+  for (int i = threadIdx.x; i < quads; i += kThreads) {
+    const float4 v = x[i], w = weight[i];
+    const float4 y = make_float4(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+    if (p.out != nullptr) reinterpret_cast<float4*>(p.out + blockIdx.x * p.dim)[i] = y;
+    if (p.out_bf16 == nullptr) continue;
+    reinterpret_cast<uint2*>(p.out_bf16 + blockIdx.x * p.dim)[i] =
+        make_uint2(RoundToBf16(y.x) | static_cast<uint32_t>(RoundToBf16(y.y)) << 16,
+                   RoundToBf16(y.z) | static_cast<uint32_t>(RoundToBf16(y.w)) << 16);
   }
 }
 
-__global__ void SiluMulKernel(const float* gate_up, uint16_t* out, int64_t dim) {
+// gate_up holds 8 of gate, the same 8 of up, and so on (PackedGateUpRow).
+__global__ void __launch_bounds__(kThreads) SiluMulKernel(const float* gate_up, uint16_t* out, int64_t dim) {
+  GridLaunchDependents();
+  GridWait();
   const int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x, row = blockIdx.x;
   if (i >= dim) return;
-  const float gate = gate_up[row * 2 * dim + i], up = gate_up[row * 2 * dim + dim + i];
+  const int64_t at = row * 2 * dim + i / 8 * 16 + i % 8;
+  const float gate = gate_up[at], up = gate_up[at + 8];
   out[row * dim + i] = RoundToBf16(gate / (1.0f + expf(-gate)) * up);
 }
 
 // In double, once per step: position * frequency has to stay exact over millions of tokens.
 __global__ void RopeTableKernel(const int64_t* positions, double theta, int head_dim, float2* angles) {
+  GridLaunchDependents();
+  GridWait();
   const int half = head_dim / 2;
   for (int i = threadIdx.x; i < half; i += blockDim.x) {
     const double angle = static_cast<double>(positions[blockIdx.x]) * pow(theta, -2.0 * i / head_dim);
@@ -85,9 +105,14 @@ __global__ void RopeTableKernel(const int64_t* positions, double theta, int head
   }
 }
 
+constexpr int kRopeHeads = 8;  // of a block
+
 // One warp per (row, head of q or k); head_dim <= 128: a lane holds at most two pairs.
 __global__ void RopeNormalizeKernel(const RopeRows p) {
-  const int head = blockIdx.y, lane = threadIdx.x, half = p.head_dim / 2;
+  GridLaunchDependents();
+  GridWait();
+  const int head = blockIdx.y * kRopeHeads + threadIdx.x / kWarp, lane = threadIdx.x % kWarp, half = p.head_dim / 2;
+  if (head >= p.num_heads + p.num_kv_heads) return;
   float* x = p.qkv + (static_cast<int64_t>(blockIdx.x) * (p.num_heads + 2 * p.num_kv_heads) + head) * p.head_dim;
   const float2* angles = p.angles + static_cast<int64_t>(blockIdx.x) * half;
   float low[2] = {}, high[2] = {};
@@ -146,25 +171,26 @@ __global__ void ArgmaxKernel(const float* logits, int64_t vocab, int32_t* out) {
 }  // namespace
 
 void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream) {
-  EmbedKernel<<<rows, kThreads, 0, stream>>>(params);
+  LaunchOverlapped(EmbedKernel, rows, kThreads, 0, stream, 1, params);
 }
 
 void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream) {
-  RmsNormKernel<<<rows, kThreads, 0, stream>>>(params);
+  LaunchOverlapped(RmsNormKernel, rows, kThreads, 0, stream, 1, params);
 }
 
 void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((dim + kThreads - 1) / kThreads);
-  SiluMulKernel<<<dim3(rows, blocks), kThreads, 0, stream>>>(gate_up, out, dim);
+  LaunchOverlapped(SiluMulKernel, dim3(rows, blocks), kThreads, 0, stream, 1, gate_up, out, dim);
 }
 
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream) {
-  RopeTableKernel<<<rows, kWarp, 0, stream>>>(positions, theta, head_dim, angles);
+  LaunchOverlapped(RopeTableKernel, rows, kWarp, 0, stream, 1, positions, theta, head_dim, angles);
 }
 
 void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream) {
-  RopeNormalizeKernel<<<dim3(rows, params.num_heads + params.num_kv_heads), kWarp, 0, stream>>>(params);
+  const auto blocks = static_cast<unsigned>((params.num_heads + params.num_kv_heads + kRopeHeads - 1) / kRopeHeads);
+  LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params);
 }
 
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream) {

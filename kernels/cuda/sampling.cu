@@ -9,6 +9,7 @@
 #include <cfloat>
 #include <climits>
 
+#include "kernels/cuda/pdl.h"
 #include "kernels/cuda/sampling.h"
 
 namespace linspec::cuda {
@@ -199,6 +200,8 @@ __device__ void ApplyEdits(float* logits, const LinspecCudaSampling& s, const Li
 
 __global__ void __launch_bounds__(kSampleThreads) SampleKernel(const SampleParams p) {
   __shared__ RowShared shared;
+  GridLaunchDependents();
+  GridWait();
   const LinspecCudaSampling s = p.sampling[blockIdx.x];
   float* logits = p.logits + blockIdx.x * p.vocab;
   if (s.edits_count > 0) {
@@ -226,7 +229,7 @@ __global__ void __launch_bounds__(kSampleThreads) SampleKernel(const SampleParam
 }  // namespace
 
 void LaunchSample(const SampleParams& params, int rows, cudaStream_t stream) {
-  SampleKernel<<<rows, kSampleThreads, 0, stream>>>(params);
+  LaunchOverlapped(SampleKernel, rows, kSampleThreads, 0, stream, 1, params);
 }
 
 }  // namespace linspec::cuda

@@ -57,7 +57,8 @@ __device__ float BlockMax(float value) {
 // Grid: rows. `first` is the first row of this piece, in source rows.
 __global__ void __launch_bounds__(kPackThreads)
     PackKernel(LinspecCudaSource s, const void* staged, const float* scales, int64_t first, LinspecCudaMatrix m) {
-  const int64_t local = blockIdx.x, row = first + local, out_row = s.row_begin + row;
+  const int64_t local = blockIdx.x, row = first + local;
+  const int64_t out_row = s.row_begin + (s.interleave != 0 ? row / 8 * 16 + row % 8 : row);
   const bool keep_bits = staged != nullptr && s.type == kLinspecCudaI8 && m.type == kLinspecCudaI8;
   float scale = 1.0f;
   if (keep_bits) {

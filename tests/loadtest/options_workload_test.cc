@@ -57,12 +57,26 @@ TEST(Options, ErrorsNameFlagAndValue) {
       {{"--goodput", "x:1"}, "--goodput x:1"},
       {{"--dataset-name", "trace"}, "--dataset-path"},
       {{"--metric-percentiles", "101"}, "101"},
+      {{"--base-url", "https://x"}, "--base-url https://x"},
+      {{"--base-url", "http://x:y"}, "--base-url http://x:y"},
+      {{"--length-distribution", "normal"}, "--length-distribution normal"},
+      {{"--ramp-up-strategy", "linear"}, "--ramp-up-start-rps"},
+      {{"--percentile-metrics", "ttft,x"}, "--percentile-metrics x"},
   };
   for (const auto& test : cases) {
     const auto options = Parse(test.args);
     ASSERT_FALSE(options.ok()) << test.message;
     EXPECT_THAT(std::string(options.status().message()), HasSubstr(test.message));
   }
+}
+
+TEST(Options, BaseUrlNamesHostPortAndPrefix) {
+  const auto options = Parse({"--base-url", "http://example:81/api/"});
+  ASSERT_TRUE(options.ok()) << options.status();
+  EXPECT_EQ(options->host, "example");
+  EXPECT_EQ(options->port, 81);
+  EXPECT_EQ(options->path_prefix, "/api");
+  EXPECT_EQ(Parse({"--base-url", "http://example"})->port, 80);
 }
 
 TEST(Options, HelpNamesEveryFlag) { EXPECT_THAT(OptionsHelp(), HasSubstr("--burstiness")); }
@@ -151,6 +165,72 @@ TEST(Workload, ErrorsNameFileAndLine) {
   const TemporaryFile file("{\"prompt\":\"one\"}\n[1]\n");
   options.dataset_path = file.path;
   EXPECT_THAT(std::string(MakeWorkload(options).status().message()), HasSubstr(":2:"));
+}
+
+double MeanLength(const Options& options) {
+  const auto workload = MakeWorkload(options);
+  EXPECT_TRUE(workload.ok());
+  double sum = 0;
+  for (const PlannedRequest& request : *workload) sum += request.max_tokens;
+  return sum / static_cast<double>(workload->size());
+}
+
+TEST(Workload, LengthDistributionsKeepTheirMean) {
+  Options options;
+  options.num_prompts = 20000;
+  options.random_output_len = 100;
+  options.random_input_len = 1;
+  for (const auto& [name, ratio] :
+       {std::pair("uniform", 0.5), std::pair("lognormal", 0.7), std::pair("exponential", 0.0)}) {
+    options.length_distribution = name;
+    options.random_range_ratio = ratio;
+    EXPECT_NEAR(MeanLength(options), 100, 3) << name;
+  }
+}
+
+TEST(Workload, RampUpMovesTheRate) {
+  Options options;
+  options.num_prompts = 4000;
+  options.random_input_len = options.random_output_len = 1;
+  options.ramp_up_start_rps = 10;
+  options.ramp_up_end_rps = 100;
+  for (const char* strategy : {"linear", "exponential"}) {
+    options.ramp_up_strategy = strategy;
+    const auto workload = MakeWorkload(options);
+    ASSERT_TRUE(workload.ok());
+    const double first = (*workload)[100].arrival, last = workload->back().arrival - (*workload)[3899].arrival;
+    EXPECT_NEAR(100 / first, 10.5, 4) << strategy;
+    EXPECT_NEAR(100 / last, 98, 30) << strategy;
+  }
+}
+
+TEST(Workload, TraceCanLendItsLengthsOnly) {
+  const std::string path = testing::TempDir() + "/trace.csv";
+  std::ofstream(path) << "TIMESTAMP,ContextTokens,GeneratedTokens\n0,3,5\n1000,4,6\n";
+  Options options;
+  options.dataset_name = "trace";
+  options.dataset_path = path;
+  options.trace_arrivals = false;
+  options.request_rate = 100;
+  const auto workload = MakeWorkload(options);
+  ASSERT_TRUE(workload.ok());
+  ASSERT_EQ(workload->size(), 2u);
+  EXPECT_EQ((*workload)[1].max_tokens, 6);
+  EXPECT_LT((*workload)[1].arrival, 5);
+}
+
+TEST(Workload, ReadsShareGpt) {
+  const std::string path = testing::TempDir() + "/sharegpt.json";
+  std::ofstream(path) << R"([{"id":"a","conversations":[{"from":"human","value":"hello"},{"from":"gpt","value":"hi"}]},
+                             {"id":"b","conversations":[]}])";
+  Options options;
+  options.dataset_name = "sharegpt";
+  options.dataset_path = path;
+  options.num_prompts = 2;
+  const auto workload = MakeWorkload(options);
+  ASSERT_TRUE(workload.ok()) << workload.status();
+  EXPECT_EQ((*workload)[0].prompt, "hello");
+  EXPECT_EQ((*workload)[1].prompt, "hello");
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ TEST(ReportJson, FailuresAndCancellationsStayOutOfTheLatencies) {
   EXPECT_EQ(report["cancelled"], 1);
   EXPECT_EQ(report["mean_ttft_ms"], 0);
   EXPECT_EQ(report["request_goodput"], nullptr);
-  EXPECT_THAT(ReportTable(report), HasSubstr("HTTP 503: full"));
+  EXPECT_THAT(ReportTable(report, "ttft"), HasSubstr("HTTP 503: full"));
 }
 
 TEST(ReportJson, SlowReadersCountButTheirTimesDoNot) {
@@ -101,10 +101,10 @@ TEST(ReportJson, Detailed) {
 
 TEST(Report, SaysWhenTheClientWasTheBottleneck) {
   RunResult result = TwoRequests();
-  EXPECT_THAT(ReportTable(ReportJson(result, Options(), "m", {})), Not(HasSubstr("WARNING")));
+  EXPECT_THAT(ReportTable(ReportJson(result, Options(), "m", {}), "ttft"), Not(HasSubstr("WARNING")));
   result.loop_lag_p99 = 0.5;
   const auto report = ReportJson(result, Options(), "m", {});
-  EXPECT_THAT(ReportTable(report), HasSubstr("WARNING"));
+  EXPECT_THAT(ReportTable(report, "ttft"), HasSubstr("WARNING"));
   EXPECT_THAT(ReportHtml(report, result), HasSubstr("class='warn'"));
 }
 

@@ -63,5 +63,19 @@ TEST(LogTest, CountsLinesThatADiskDidNotTake) {
   close(full);
 }
 
+// The process must be able to end although nobody reads its log.
+TEST(LogTest, APipeThatNobodyReadsLosesLinesButDoesNotHangTheEnd) {
+  std::array<int, 2> ends{};
+  ASSERT_EQ(pipe(ends.data()), 0);
+  const std::string long_text(1000, 'x');
+  {
+    Log log(LogFormat::kText, LogLevel::kInfo, ends[1]);
+    for (int i = 0; i < 1000; ++i) log.Write(LogLevel::kInfo, "unread", {{"text", long_text}});
+    while (log.lines_lost() == 0) usleep(1000);
+  }
+  close(ends[0]);
+  close(ends[1]);
+}
+
 }  // namespace
 }  // namespace linspec

@@ -1,0 +1,186 @@
+// The attention and fold of simd.inl, which includes this file and whose vector and loop helpers it uses.
+
+float* TileWeights(const AttentionTile& tile, int row) {
+  return tile.scratch + int64_t{row} * (kMaxWindow + tile.head_dim);
+}
+float* TileGlobal(const AttentionTile& tile, int row) { return TileWeights(tile, row) + kMaxWindow; }
+
+float SquaredRelu(float dot) {
+  const float score = dot > 0.0f ? dot : 0.0f;
+  return score * score;
+}
+
+// Local weights of rows [first_row, first_row + kRows) for the shared tokens from j on, as many as a tile of dots holds.
+template <int kRows, int kKeys>
+[[gnu::flatten]] void ScoreTile(const AttentionTile& tile, int first_row, int j) {
+  V acc[kRows * kKeys];
+  Unroll<kRows * kKeys>([&](int i) { acc[i] = Zero(); });
+  const int d = tile.head_dim;
+  int c = 0;
+  for (; c + kLanes <= d; c += kLanes) {
+    V q[kRows];
+    Unroll<kRows>([&](int r) { q[r] = Load(tile.rows[first_row + r].q + c); });
+    Unroll<kKeys>([&](int key) {
+      const V k = Load(tile.k[j + key] + c);
+      Unroll<kRows>([&](int r) { acc[r * kKeys + key] = Fma(q[r], k, acc[r * kKeys + key]); });
+    });
+  }
+  if (c < d) {
+    Unroll<kKeys>([&](int key) {
+      const V k = LoadPartial(tile.k[j + key] + c, d - c);
+      Unroll<kRows>([&](int r) {
+        acc[r * kKeys + key] = Fma(LoadPartial(tile.rows[first_row + r].q + c, d - c), k, acc[r * kKeys + key]);
+      });
+    });
+  }
+  alignas(64) float dots[kRows * kKeys];
+  ReduceDots(acc, dots);
+  Unroll<kRows>([&](int r) {
+    float* weights = TileWeights(tile, first_row + r) + j;
+    for (int key = 0; key < kKeys; ++key) weights[key] = SquaredRelu(dots[r * kKeys + key]);
+  });
+}
+
+// Weights of all tokens of rows [first_row, first_row + kRows): shared ones at their index, own ones behind them.
+template <int kRows>
+void WindowWeights(const AttentionTile& tile, int first_row) {
+  constexpr int kKeys = kDotTile / kRows;
+  int j = tile.local_begin;
+  for (; j + kKeys <= tile.num_shared; j += kKeys) ScoreTile<kRows, kKeys>(tile, first_row, j);
+  for (int r = first_row; r < first_row + kRows; ++r) {
+    const QueryRow& row = tile.rows[r];
+    float* weights = TileWeights(tile, r);
+    for (int i = row.first; i < tile.local_begin; ++i) weights[i] = 0;
+    for (int i = j; i < tile.num_shared; ++i) weights[i] = SquaredRelu(DotProduct(row.q, tile.k[i], tile.head_dim));
+    float* own = weights + tile.num_shared;
+    for (int i = 0; i < row.num_own; ++i) {
+      own[i] = i < row.own_local_begin ? 0.0f : SquaredRelu(DotProduct(row.q, row.own_k[i], tile.head_dim));
+    }
+    float* last = own + row.num_own - 1;
+    const int seen = tile.num_shared - row.first + row.num_own;
+    for (int lag = 0; lag < tile.num_taps && lag < seen; ++lag) last[-lag] += tile.taps[lag];
+  }
+}
+
+// Channels [channel, channel + 16 kChannels), which stay in registers over the whole window and all of S.
+template <int kRows, int kChannels>
+[[gnu::flatten]] void WindowTile(const AttentionTile& tile, int first_row, int64_t channel) {
+  V acc[kRows][kChannels];
+  Unroll<kRows>([&](int r) { Unroll<kChannels>([&](int t) { acc[r][t] = Zero(); }); });
+  const float* weights[kRows];
+  int all = 0;  // first token that every row sees
+  Unroll<kRows>([&](int r) {
+    weights[r] = TileWeights(tile, first_row + r);
+    all = tile.rows[first_row + r].first > all ? tile.rows[first_row + r].first : all;
+  });
+  Unroll<kRows>([&](int r) {
+    for (int j = tile.rows[first_row + r].first; j < all; ++j) {
+      const V weight = Set1(weights[r][j]);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, Load(tile.v[j] + channel + t * kLanes), acc[r][t]); });
+    }
+  });
+  for (int j = all; j < tile.num_shared; ++j) {
+    V values[kChannels];
+    Unroll<kChannels>([&](int t) { values[t] = Load(tile.v[j] + channel + t * kLanes); });
+    Unroll<kRows>([&](int r) {
+      const V weight = Set1(weights[r][j]);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, values[t], acc[r][t]); });
+    });
+  }
+  Unroll<kRows>([&](int r) {
+    const QueryRow& row = tile.rows[first_row + r];
+    for (int j = 0; j < row.num_own; ++j) {
+      const V weight = Set1(weights[r][tile.num_shared + j]);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, Load(row.own_v[j] + channel + t * kLanes), acc[r][t]); });
+    }
+    Unroll<kChannels>([&](int t) { Store(row.out + channel + t * kLanes, acc[r][t]); });
+  });
+  if (tile.s == nullptr) return;
+  Unroll<kRows>([&](int r) { Unroll<kChannels>([&](int t) { acc[r][t] = Zero(); }); });
+  for (int i = 0; i < tile.head_dim; ++i) {
+    V s[kChannels];
+    Unroll<kChannels>([&](int t) { s[t] = Load(tile.s + int64_t{i} * tile.head_dim + channel + t * kLanes); });
+    Unroll<kRows>([&](int r) {
+      const V q = Set1(tile.rows[first_row + r].q[i]);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(q, s[t], acc[r][t]); });
+    });
+  }
+  Unroll<kRows>([&](int r) {
+    Unroll<kChannels>([&](int t) { Store(TileGlobal(tile, first_row + r) + channel + t * kLanes, acc[r][t]); });
+  });
+}
+
+void WindowRest(const AttentionTile& tile, int r, int64_t channel) {  // fewer than 16 channels
+  const QueryRow& row = tile.rows[r];
+  const float* weights = TileWeights(tile, r);
+  const int64_t lanes = tile.head_dim - channel;
+  V acc = Zero();
+  for (int j = row.first; j < tile.num_shared; ++j) {
+    acc = Fma(Set1(weights[j]), LoadPartial(tile.v[j] + channel, lanes), acc);
+  }
+  for (int j = 0; j < row.num_own; ++j) {
+    acc = Fma(Set1(weights[tile.num_shared + j]), LoadPartial(row.own_v[j] + channel, lanes), acc);
+  }
+  StorePartial(row.out + channel, acc, lanes);
+  if (tile.s == nullptr) return;
+  acc = Zero();
+  for (int i = 0; i < tile.head_dim; ++i) {
+    acc = Fma(Set1(row.q[i]), LoadPartial(tile.s + int64_t{i} * tile.head_dim + channel, lanes), acc);
+  }
+  StorePartial(TileGlobal(tile, r) + channel, acc, lanes);
+}
+
+void AddGlobal(const AttentionTile& tile, int r) {
+  const int d = tile.head_dim;
+  const float* global = TileGlobal(tile, r);
+  float* out = tile.rows[r].out;
+  float scale = tile.global_scale;
+  if (tile.rms_norm) scale /= __builtin_sqrtf(DotProduct(global, global, d) / static_cast<float>(d) + tile.eps);
+  ForLanes(d, [&](int64_t i, int64_t lanes) {
+    StoreLanes(out + i, Fma(Set1(scale), LoadLanes(global + i, lanes), LoadLanes(out + i, lanes)), lanes);
+  });
+}
+
+template <int kRows>
+void AttendRows(const AttentionTile& tile, int first_row) {
+  constexpr int kChannels = kWindowTile / kRows < 4 ? kWindowTile / kRows : 4;
+  WindowWeights<kRows>(tile, first_row);
+  int64_t channel = 0;
+  for (; channel + kChannels * kLanes <= tile.head_dim; channel += kChannels * kLanes) {
+    WindowTile<kRows, kChannels>(tile, first_row, channel);
+  }
+  for (; channel + kLanes <= tile.head_dim; channel += kLanes) WindowTile<kRows, 1>(tile, first_row, channel);
+  for (int r = first_row; r < first_row + kRows; ++r) {
+    if (channel < tile.head_dim) WindowRest(tile, r, channel);
+    if (tile.s != nullptr) AddGlobal(tile, r);
+  }
+}
+
+void ComputeAttentionTile(const AttentionTile& tile) {
+  int r = 0;
+  for (; r + 4 <= tile.num_rows; r += 4) AttendRows<4>(tile, r);
+  for (; r + 2 <= tile.num_rows; r += 2) AttendRows<2>(tile, r);
+  for (; r < tile.num_rows; ++r) AttendRows<1>(tile, r);
+}
+
+// s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
+template <int kRows>
+[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
+                               int head_dim, int i) {
+  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
+    float* target = s + int64_t{i} * head_dim + c;
+    V sums[kRows];
+    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
+    for (int j = 0; j < num_tokens; ++j) {
+      const V value = LoadLanes(v[j] + c, lanes);
+      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
+    }
+    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
+  });
+}
+
+void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
+  int i = 0;
+  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
+  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
+}
