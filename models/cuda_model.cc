@@ -6,6 +6,7 @@
 #include <atomic>
 #include <utility>
 
+#include "models/cuda_memory.h"
 #include "models/cuda_weights.h"
 #include "models/verify_batch.h"
 
@@ -14,52 +15,6 @@ namespace {
 
 constexpr int64_t kPrefillRows = 2048;                // of one pass: bounds the scratch; the bits do not depend on it
 constexpr int64_t kReservedBytes = int64_t{3} << 30;  // of device memory, for scratch and graphs, when slots fill it
-
-class CudaStates final : public StateMemory {
- public:
-  CudaStates(std::shared_ptr<CudaDevice> device, CudaMemory memory)
-      : device_(std::move(device)), memory_(std::move(memory)) {}
-  float* data() override { return memory_.as<float>(); }
-  void Zero(int64_t offset, int64_t size) override {
-    Note(device_->api().zero(device_->context(), data() + offset, size * static_cast<int64_t>(sizeof(float))));
-  }
-  void Copy(int64_t from, int64_t to, int64_t size) override {
-    Note(device_->api().copy(device_->context(), data() + to, data() + from,
-                             size * static_cast<int64_t>(sizeof(float))));
-  }
-
- private:
-  // A device that fails here fails the next call too; the device remembers.
-  void Note(int32_t code) { device_->Check(code, "state memory").IgnoreError(); }
-  std::shared_ptr<CudaDevice> device_;
-  CudaMemory memory_;
-};
-
-// The weights' small vectors on the device, in one block.
-class DeviceVectors {
- public:
-  // Where `values` will be; null for none. Call Upload when all are added.
-  int64_t Add(const std::vector<float>& values) {
-    if (values.empty()) return -1;
-    const auto at = static_cast<int64_t>(host_.size());
-    host_.insert(host_.end(), values.begin(), values.end());
-    host_.resize((host_.size() + 3) / 4 * 4);
-    return at;
-  }
-  absl::Status Upload(const std::shared_ptr<CudaDevice>& device) {
-    const int64_t bytes = static_cast<int64_t>(host_.size() * sizeof(float));
-    auto memory = CudaMemory::Allocate(device, bytes);
-    if (!memory.ok()) return memory.status();
-    memory_ = *std::move(memory);
-    return device->Check(device->api().upload(device->context(), memory_.as<void>(), host_.data(), bytes),
-                         "load weights");
-  }
-  const float* At(int64_t offset) const { return offset < 0 ? nullptr : memory_.as<float>() + offset; }
-
- private:
-  std::vector<float> host_;
-  CudaMemory memory_;
-};
 
 const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
   return static_cast<const CudaMatrix&>(*weight).matrix();

@@ -7,8 +7,6 @@
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
-constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
 constexpr int kMaxGraphRows = 1024;  // larger steps are launched kernel by kernel: the gaps no longer matter
 
 // Few sizes, so that few graphs serve all steps; steps of 8 where products cost the same for each 8 rows.
@@ -289,129 +287,6 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
   Layers(input, step.states, Attention::kPrefill);
   LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(prefill_end_, context_->stream()), "event"));
   return context_->CheckLaunch("prefill");
-}
-
-// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
-// the number of rows.
-bool DeviceModel::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
-  if (deterministic_ || context_->cublas() == nullptr) return false;
-  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
-}
-
-void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
-  const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()};
-  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
-}
-
-void DeviceModel::GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows) {
-  if (UsesCublas(layer.gate_up, rows)) {
-    Matmul(layer.gate_up, x, gate_up_.as<float>(), false, rows);
-    LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, context_->stream());
-    return;
-  }
-  const GemmParams product{.w = layer.gate_up,
-                           .x = x,
-                           .y = nullptr,
-                           .accumulate = false,
-                           .y_bf16 = activated_.as<uint16_t>(),
-                           .silu_mul = true,
-                           .workspace = gemm_workspace_.as<void>()};
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
-}
-
-LayerParams DeviceModel::ShapeOf(int index) const {
-  const LinspecCudaLayer& layer = layers_[index];
-  return {.num_heads = shape_.num_heads,
-          .num_kv_heads = shape_.num_kv_heads,
-          .head_dim = shape_.head_dim,
-          .group_size = shape_.group_size,
-          .conv_kernel = shape_.conv_kernel,
-          .local = shape_.local,
-          .global = static_cast<Global>(shape_.global),
-          .global_factor = layer.global_factor,
-          .global_norm_eps = shape_.global_norm_eps,
-          .global_gain = layer.global_gain,
-          .decay = layer.decay,
-          .conv_taps = layer.conv_taps};
-}
-
-AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states, const float* qkv) const {
-  return {.layer = ShapeOf(index),
-          .states = {.base = states.base,
-                     .floats_per_slot = states.floats_per_slot,
-                     .layer_offset = index * states.floats_per_layer},
-          .tasks = nullptr,
-          .qkv = qkv,
-          .ancestors = nullptr,
-          .paths = nullptr,
-          .out = nullptr,
-          .out_bf16 = attention_.as<uint16_t>()};
-}
-
-// The residual stream of every row, in x_ at the end.
-void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention) {
-  const cudaStream_t stream = context_->stream();
-  const int rows = input.num_rows;
-  float* x = x_.as<float>();
-  uint16_t* normed = normed_.as<uint16_t>();
-  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream);
-  LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
-  for (int i = 0; i < shape_.num_layers; ++i) {
-    const LinspecCudaLayer& layer = layers_[i];
-    float* qkv = attention == Attention::kPrefill ? prefill_qkv_.as<float>()
-                                                  : kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
-    const auto norm = [&](const float* weight) {
-      LaunchRmsNorm({.x = x,
-                     .weight = weight,
-                     .out = nullptr,
-                     .out_bf16 = normed,
-                     .dim = shape_.hidden_size,
-                     .eps = shape_.rms_norm_eps},
-                    rows, stream);
-    };
-    norm(layer.attention_norm);
-    Matmul(layer.qkv, normed, qkv, false, rows);
-    LaunchRopeNormalize({.qkv = qkv,
-                         .angles = angles_.as<float2>(),
-                         .num_heads = shape_.num_heads,
-                         .num_kv_heads = shape_.num_kv_heads,
-                         .head_dim = shape_.head_dim,
-                         .eps = shape_.qk_norm_eps},
-                        rows, stream);
-    AttentionParams params = AttentionOf(i, states, qkv);
-    params.tasks = input.tasks;
-    params.ancestors = input.ancestors;
-    params.max_rows = input.max_rows;
-    params.scratch = prefill_states_.as<float>();
-    params.num_groups = input.num_groups;
-    params.exact_prefill = deterministic_;
-    (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
-    Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
-    norm(layer.mlp_norm);
-    GateUp(layer, normed, rows);
-    Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
-  }
-}
-
-// Final norm, logits, and the token after each row.
-void DeviceModel::Head(const StepInput& input) {
-  const cudaStream_t stream = context_->stream();
-  LaunchRmsNorm({.x = x_.as<float>(),
-                 .weight = weights_.final_norm,
-                 .out = hidden_.as<float>(),
-                 .out_bf16 = normed_.as<uint16_t>(),
-                 .dim = shape_.hidden_size,
-                 .eps = shape_.rms_norm_eps},
-                input.num_rows, stream);
-  Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
-  if (input.sampling == nullptr) return;
-  LaunchSample({.logits = logits_.as<float>(),
-                .sampling = input.sampling,
-                .edits = input.edits,
-                .sampled = sampled_.as<int32_t>(),
-                .vocab = shape_.vocab_size},
-               input.num_rows, stream);
 }
 
 int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks,
