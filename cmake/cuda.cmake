@@ -42,7 +42,9 @@ function(linspec_device_program name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
 endfunction()
 linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
-linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/read_bandwidth.cu)
+linspec_device_program(cuda_gemm_test tests/cuda/gemm_test.cc tests/cuda/gemm_reference.cu)
+linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/gemm_reference.cu
+  tests/cuda/read_bandwidth.cu)
 linspec_device_program(cuda_attention_test tests/cuda/attention_test.cc)
 linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/cuda/per_node.cu tests/cuda/read_bandwidth.cu)
 
@@ -61,8 +63,8 @@ target_link_libraries(cuda_model_test PRIVATE linspec_scheduler)
 set_target_properties(cuda_model_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device
   INSTALL_RPATH "$ORIGIN/../../lib")
 set(gpu_check libexec/linspec-gpu-check)
-install(TARGETS cuda_device_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test RUNTIME DESTINATION ${gpu_check})
+install(TARGETS cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test RUNTIME DESTINATION ${gpu_check})
 install(PROGRAMS tests/cuda/run_on_gpu.sh DESTINATION ${gpu_check})
 install(DIRECTORY tests/data/tiny DESTINATION ${gpu_check})
-add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_device_bench cuda_attention_test cuda_attention_bench
+add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench
   cuda_model_test)

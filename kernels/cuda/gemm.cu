@@ -13,6 +13,7 @@
 // Floor: N K bytes-per-weight over the read bandwidth, as long as 2 rows N K over the mma.sync rate is less.
 #include <algorithm>
 
+#include "kernels/cuda/gemm_ring.h"
 #include "kernels/cuda/gemm_tile.h"
 #include "kernels/cuda/pdl.h"
 
@@ -103,7 +104,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) WholeGemmKernel
       p.x + int64_t{min(g, rows - 1)} * p.w.cols + int64_t{range.begin} * Range<kType>::kStepDepth + s * 8 * kParts;
   const auto x = [&](int step, int part, int) {
     const uint16_t* from = x_lane + step * Range<kType>::kStepDepth + part * 8;
-    return step < range.valid ? *reinterpret_cast<const uint4*>(from) : uint4{};
+    return step < range.valid ? WeightTraits<kType>::Pair(*reinterpret_cast<const uint4*>(from)) : uint4{};
   };
   const OutputTile output{p, rows};
   int turn = 0;
@@ -147,7 +148,7 @@ __device__ void StoreTokens(const GemmParams& p, const Range<kType>& range, int 
     const int step = i / (kWarpSize * kParts * kTiles), m = t * kTileTokens + lane / 4;
     const int64_t k = int64_t{range.begin + step} * Range<kType>::kStepDepth + (lane % 4 * kParts + part) * 8;
     const bool inside = m < rows && k < p.w.cols;
-    tokens[i] = inside ? *reinterpret_cast<const uint4*>(p.x + m * p.w.cols + k) : uint4{};
+    tokens[i] = inside ? WeightTraits<kType>::Pair(*reinterpret_cast<const uint4*>(p.x + m * p.w.cols + k)) : uint4{};
   }
 }
 
@@ -249,8 +250,13 @@ void LaunchSplit(const GemmParams& p, int rows, const Device& device, cudaStream
 template <int kType>
 int LaunchPass(const GemmParams& p, int rows, const Device& device, cudaStream_t stream) {
   if (rows <= kTileTokens) {
-    const int blocks = std::min(NumTiles(p.w), device.processors * kBlocksPerProcessor);
-    LaunchOverlapped(&WholeGemmKernel<kType>, blocks, kThreads, 0, stream, 1, p, rows);
+    if (LaunchRingGemm(p, rows, stream)) return rows;
+    if (NumTiles(p.w) > device.processors * kBlocksPerProcessor || p.workspace == nullptr) {
+      const int blocks = std::min(NumTiles(p.w), device.processors * kBlocksPerProcessor);
+      LaunchOverlapped(&WholeGemmKernel<kType>, blocks, kThreads, 0, stream, 1, p, rows);
+    } else {
+      LaunchSplit<kType, 1>(p, rows, device, stream);
+    }
     return rows;
   }
   int tiles = rows <= 16 ? 2 : rows <= 32 ? 4 : 8;

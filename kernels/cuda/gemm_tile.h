@@ -28,7 +28,8 @@ __device__ __forceinline__ void Mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// 16 bytes of a weight row as bf16 pairs, exactly; pair 4 p + i holds k = 8 p + 2 i and the next.
+// 16 bytes of a weight row as bf16 pairs, exactly. bf16: pair i holds k = 2 i and 2 i + 1. int8 and fp8: pairs 2 i and
+// 2 i + 1 hold the even and the odd bytes of word i, which saves moving bytes; Pair gives tokens the same order.
 template <int kType>
 struct WeightTraits;
 
@@ -38,35 +39,52 @@ struct WeightTraits<kLinspecCudaBf16> {
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[4]) {
     out[0] = raw.x, out[1] = raw.y, out[2] = raw.z, out[3] = raw.w;
   }
+  __device__ static __forceinline__ uint4 Pair(const uint4& tokens) { return tokens; }
+};
+
+struct ByteWeights {
+  static constexpr int kParts = 2;
+  __device__ static __forceinline__ uint4 Pair(const uint4& tokens) {
+    return {__byte_perm(tokens.x, tokens.y, 0x5410), __byte_perm(tokens.x, tokens.y, 0x7632),
+            __byte_perm(tokens.z, tokens.w, 0x5410), __byte_perm(tokens.z, tokens.w, 0x7632)};
+  }
+  __device__ static __forceinline__ uint32_t Fma(uint32_t a, uint32_t b, uint32_t c) {  // a b + c on bf16 pairs
+    uint32_t out;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+    return out;
+  }
 };
 
 template <>
-struct WeightTraits<kLinspecCudaI8> {
-  static constexpr int kParts = 2;
+struct WeightTraits<kLinspecCudaI8> : ByteWeights {
   // 128 + low seven bits, minus 128 or 256 by the sign bit: both are bf16 numbers with a unit in the last place of 1 or
   // 2, and so is the difference.
+  __device__ static __forceinline__ uint32_t WidenPair(uint32_t v) {
+    const uint32_t low = (v & 0x007F007Fu) | 0x43004300u, bias = (v & 0x00800080u) | 0x43004300u;
+    return Fma(bias, 0xBF80BF80u, low);
+  }
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t v = __byte_perm(words[i / 2], 0, i % 2 != 0 ? 0x4342 : 0x4140);
-      const uint32_t low = (v & 0x007F007Fu) | 0x43004300u, bias = (v & 0x00800080u) | 0x43004300u;
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(bias), "r"(0xBF80BF80u), "r"(low));  // low - bias
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = WidenPair(words[i]);
+      out[2 * i + 1] = WidenPair(words[i] >> 8);
     }
   }
 };
 
 template <>
-struct WeightTraits<kLinspecCudaFp8> {
-  static constexpr int kParts = 2;
+struct WeightTraits<kLinspecCudaFp8> : ByteWeights {
   // The e4m3 fields moved to a bf16's places are the value times 2^-120 (subnormals too); the NaN pattern becomes 480.
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
+    constexpr uint32_t kSigns = 0x80008000u, kTwoTo120 = 0x7B807B80u, kMinusZero = 0x80008000u;
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t v = __byte_perm(words[i / 2], 0, i % 2 != 0 ? 0x3424 : 0x1404);
-      const uint32_t small = (v & 0x80008000u) | ((v >> 4) & 0x07F007F0u);
-      asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out[i]) : "r"(small), "r"(0x7B807B80u), "r"(0x80008000u));
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t even = ((words[i] << 8) & kSigns) | ((words[i] & 0x007F007Fu) << 4);
+      const uint32_t odd = (words[i] & kSigns) | ((words[i] & 0x7F007F00u) >> 4);
+      out[2 * i] = Fma(even, kTwoTo120, kMinusZero);
+      out[2 * i + 1] = Fma(odd, kTwoTo120, kMinusZero);
     }
   }
 };

@@ -25,8 +25,12 @@ __global__ void __launch_bounds__(kThreads)
     pair = *reinterpret_cast<const uint32_t*>(&scaled);
   }
   auto* to = reinterpret_cast<uint4*>(out) + 2 * i;
-  to[0] = {pairs[0], pairs[1], pairs[2], pairs[3]};
-  to[1] = {pairs[4], pairs[5], pairs[6], pairs[7]};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {  // even and odd bytes of a word back in order
+    const uint32_t* p = pairs + half * 4;
+    to[half] = {__byte_perm(p[0], p[1], 0x5410), __byte_perm(p[0], p[1], 0x7632), __byte_perm(p[2], p[3], 0x5410),
+                __byte_perm(p[2], p[3], 0x7632)};
+  }
 }
 
 }  // namespace

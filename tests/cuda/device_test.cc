@@ -1,5 +1,5 @@
-// Row operations and matrix products against the scalar CpuOps or a sum in double, over odd sizes (attention:
-// attention_test.cc). A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
+// Row operations against the scalar CpuOps, over odd sizes (attention: attention_test.cc, matrix products:
+// gemm_test.cc). A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -19,72 +19,6 @@ void Report(const std::string& name, double error, double tolerance) {
   const bool ok = error <= tolerance;
   failures += !ok;
   std::printf("%-4s %-58s error %.2e tolerance %.0e\n", ok ? "ok" : "FAIL", name.c_str(), error, tolerance);
-}
-
-void TestGemm(bool quick) {
-  const DeviceArray<uint8_t> workspace(std::vector<uint8_t>(static_cast<size_t>(StreamingGemmWorkspaceBytes()), 0));
-  std::mt19937 random(3);
-  for (const int type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {
-    for (const auto& [n, k] : {std::pair{16, 64}, {33, 48}, {1000, 272}, {4096, 4096}, {7, 11008}}) {
-      if (quick && n * k > 300'000) continue;
-      std::vector<uint8_t> bytes(int64_t{n} * k * (type == kLinspecCudaBf16 ? 2 : 1));
-      std::vector<float> w = Normal(random, int64_t{n} * k, 1.0f), scales(n, 0.013f);
-      for (size_t i = 0; i < w.size(); ++i) {
-        if (type == kLinspecCudaBf16) {
-          const uint16_t bits = FloatToBFloat16(w[i]);
-          std::memcpy(&bytes[2 * i], &bits, 2);
-          w[i] = BFloat16ToFloat(bits);
-        } else if (type == kLinspecCudaI8) {
-          const int value = std::clamp(static_cast<int>(w[i] * 40.0f), -127, 127);
-          bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(value));
-          w[i] = static_cast<float>(value) * scales[0];
-        } else {  // e4m3 with exponents 1..14, so no NaN pattern: sign, 4 bits of exponent (bias 7), 3 of mantissa
-          const unsigned code = random() % 112 + 8;
-          bytes[i] = static_cast<uint8_t>(code | (w[i] < 0 ? 128u : 0u));
-          w[i] = std::copysign(std::ldexp(1.0f + static_cast<float>(code % 8) / 8.0f, static_cast<int>(code / 8) - 7),
-                               w[i]) *
-                 scales[0];
-        }
-      }
-      const DeviceArray<uint8_t> device_w(bytes);
-      const DeviceArray<float> device_scales(scales);
-      std::vector<float> alone;
-      for (const int rows : {1, 5, 8, 9, 17, 32, 70}) {
-        std::mt19937 same(5);
-        std::vector<uint16_t> x(int64_t{rows} * k);
-        for (uint16_t& value : x) value = FloatToBFloat16(Normal(same, 1, 1.0f)[0]);
-        std::vector<float> y = Normal(random, int64_t{rows} * n, 1.0f), expected = y;
-        if (rows == 1) y.assign(n, 0.0f), expected = y;
-        for (int m = 0; m < std::min(rows, 9); ++m) {
-          for (int row = 0; row < n; ++row) {
-            double sum = 0;
-            for (int c = 0; c < k; ++c) sum += double{BFloat16ToFloat(x[int64_t{m} * k + c])} * w[int64_t{row} * k + c];
-            expected[int64_t{m} * n + row] += static_cast<float>(sum);
-          }
-        }
-        const DeviceArray<uint16_t> device_x(x);
-        const DeviceArray<float> device_y(y);
-        const LinspecCudaMatrix matrix{
-            device_w.get(), type == kLinspecCudaBf16 ? nullptr : device_scales.get(), n, k, type, 0};
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), true, nullptr, false, workspace.get()}, rows,
-                            nullptr);
-        Sync();
-        std::vector<float> out = device_y.Read();
-        out.resize(int64_t{std::min(rows, 9)} * n);
-        expected.resize(out.size());
-        const std::string name = "gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " +
-                                 std::to_string(k) + " rows " + std::to_string(rows);
-        Report(name, RelativeError(out, expected), 5e-5);
-        LaunchStreamingGemm({matrix, device_x.get(), device_y.get(), false, nullptr, false, workspace.get()}, rows,
-                            nullptr);
-        Sync();
-        out = device_y.Read();
-        out.resize(n);
-        if (rows == 1) alone = out;
-        Report(name + ": row 0 has its own bits", out == alone ? 0.0 : 1.0, 0.0);
-      }
-    }
-  }
 }
 
 void TestRows(CpuOps& ops) {
@@ -155,16 +89,14 @@ void TestEmbed() {
 }  // namespace
 }  // namespace linspec::cuda
 
-int main(int argc, char** argv) {
+int main() {
   using namespace linspec;
-  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
   cudaDeviceProp device;
   cuda::Check(cudaGetDeviceProperties(&device, 0), "no usable GPU");
   std::printf("device: %s, compute capability %d.%d\n", device.name, device.major, device.minor);
   auto ops = std::move(*CpuOps::Create({.isa = Isa::kScalar, .num_threads = 8}));
   cuda::TestEmbed();
   cuda::TestRows(*ops);
-  cuda::TestGemm(quick);
   std::printf("device_test: %d checks, %d failed\n", cuda::checks, cuda::failures);
   return cuda::failures == 0 ? 0 : 1;
 }

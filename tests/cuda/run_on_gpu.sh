@@ -25,6 +25,7 @@ bench() {  # NAME FLAGS...: `linspec bench` on the GPU
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv | tee "$logs/gpu.csv"
 run device_test 240 "$here/cuda_device_test"
+run gemm_test 120 "$here/cuda_gemm_test"
 run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
 run attention_test 120 "$here/cuda_attention_test"
 run attention_bench 120 "$here/cuda_attention_bench"
@@ -35,8 +36,10 @@ bench bench_7b_fp8 --shape 7b --weight-dtype fp8 --batch 1,8,32,64,128,256 --con
   --max-step-tokens 4096
 bench bench_bundled --batch 1,8,64,256 --context 1024 --prefill 2048 --max-step-tokens 4096
 if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
-  run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test" --quick
-  run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test" --quick
+  run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test"
+  run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test"
+  run gemm_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
+  run gemm_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
   run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi

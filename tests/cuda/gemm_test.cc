@@ -1,0 +1,189 @@
+// Every matrix product against a sum in double, over odd sizes and numbers of tokens: values, the promise that a row's
+// bits depend on that row alone whichever kernel runs, epilogues, and that nothing is written past the last row.
+// A plain program: one line per check, a summary last, exit code 0 only if all passed.
+#include <bit>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "kernels/cuda/cublas_gemm.h"
+#include "kernels/cuda/launch.h"
+#include "tests/cuda/device_buffers.h"
+#include "tests/cuda/gemm_reference.h"
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int kMaxRows = 130;
+constexpr float kWeightScale = 0.02f;
+int checks = 0, failures = 0;
+
+void Report(const std::string& name, double error, double tolerance) {
+  ++checks;
+  const bool ok = error <= tolerance;
+  failures += !ok;
+  if (!ok) std::printf("FAIL %-66s error %.2e tolerance %.0e\n", name.c_str(), error, tolerance);
+}
+
+std::vector<float> Widen(const std::vector<uint16_t>& bits) {
+  std::vector<float> values;
+  values.reserve(bits.size());
+  for (const uint16_t b : bits) values.push_back(std::bit_cast<float>(uint32_t{b} << 16));
+  return values;
+}
+
+// One matrix, its products in double for kMaxRows tokens, and the checks of every kernel on it.
+class GemmCase {
+ public:
+  GemmCase(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas)
+      : n_(n),
+        k_(k),
+        name_("gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " + std::to_string(k)),
+        w_(int64_t{n} * k * (type == kLinspecCudaBf16 ? 2 : 1)),
+        x_(int64_t{kMaxRows} * k),
+        y_(int64_t{kMaxRows + 1} * n),
+        scales_(Normal(random_, n, 0.01f)),
+        workspace_(workspace),
+        cublas_(cublas) {
+    LaunchFill(w_.get(), int64_t{n} * k, type, kWeightScale, 1, nullptr);
+    LaunchFill(x_.get(), int64_t{kMaxRows} * k, kLinspecCudaBf16, 1.0f, 2, nullptr);
+    matrix_ = {w_.get(), type == kLinspecCudaBf16 ? nullptr : scales_.get(), n, k, type, 0};
+    const DeviceArray<double> reference(int64_t{kMaxRows} * n);
+    LaunchReferenceGemm({matrix_, x_.get(), y_.get(), false}, kMaxRows, reference.get(), nullptr);
+    Sync();
+    for (const double value : reference.Read()) reference_.push_back(static_cast<float>(value));
+  }
+
+  void Run() {
+    const std::vector<float> all = Launch(&LaunchTiledGemm, Params(), kMaxRows);
+    Report(name_ + " tiled", RelativeError(all, reference_), 1e-5);
+    for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 29, 33, 64, 65, kMaxRows}) {
+      const std::vector<float> out = Launch(&LaunchStreamingGemm, Params(), rows);
+      const std::string name = name_ + " rows " + std::to_string(rows);
+      Report(name, RelativeError(out, Head(reference_, rows * n_)), 1e-5);
+      Report(name + ": bits of the tiled kernel", out == Head(all, rows * n_) ? 0.0 : 1.0, 0.0);
+    }
+    Accumulates();
+    RoundsToBf16();
+    if (n_ % 16 == 0) MultipliesSilu();
+    if (cublas_ != nullptr && k_ % 8 == 0 && n_ % 8 == 0) Cublas();
+  }
+
+ private:
+  using Launcher = void (*)(const GemmParams&, int, cudaStream_t);
+
+  GemmParams Params() const { return {matrix_, x_.get(), y_.get(), false, nullptr, false, workspace_}; }
+  static std::vector<float> Head(std::vector<float> values, int64_t size) {
+    values.resize(size);
+    return values;
+  }
+
+  // y of `rows` tokens; the row after them must stay as it was, a NaN pattern.
+  std::vector<float> Launch(Launcher launch, const GemmParams& params, int rows) {
+    Check(cudaMemset(y_.get(), 0xFF, y_.size() * sizeof(float)), "poison");
+    launch(params, rows, nullptr);
+    Sync();
+    std::vector<float> out = y_.Read();
+    bool clean = true;
+    for (int i = 0; i < n_; ++i) clean &= std::isnan(out[int64_t{rows} * n_ + i]);
+    Report(name_ + " rows " + std::to_string(rows) + ": writes past the end", clean ? 0.0 : 1.0, 0.0);
+    return Head(std::move(out), int64_t{rows} * n_);
+  }
+
+  void Accumulates() {
+    for (const int rows : {3, 21}) {
+      std::vector<float> expected = Normal(random_, int64_t{rows} * n_, 1.0f);
+      const DeviceArray<float> y(expected);
+      for (size_t i = 0; i < expected.size(); ++i) expected[i] += reference_[i];
+      GemmParams params = Params();
+      params.y = y.get();
+      params.accumulate = true;
+      LaunchStreamingGemm(params, rows, nullptr);
+      Sync();
+      Report(name_ + " accumulate rows " + std::to_string(rows), RelativeError(y.Read(), expected), 1e-5);
+    }
+  }
+
+  void RoundsToBf16() {
+    for (const int rows : {2, 40}) {
+      const DeviceArray<uint16_t> y(int64_t{rows} * n_);
+      GemmParams params = Params();
+      params.y_bf16 = y.get();
+      LaunchStreamingGemm(params, rows, nullptr);
+      Sync();
+      Report(name_ + " bf16 rows " + std::to_string(rows),
+             RelativeError(Widen(y.Read()), Head(reference_, int64_t{rows} * n_)), 4e-3);
+    }
+  }
+
+  // Rows r and r + 8 of each 16 are gate and up of one output.
+  void MultipliesSilu() {
+    const int half = n_ / 2;
+    for (const int rows : {1, 17, 100}) {
+      std::vector<float> expected(int64_t{rows} * half);
+      for (int64_t r = 0; r < n_; ++r) {
+        const int64_t source = PackedGateUpRow(r, half);
+        if (source >= half) continue;
+        for (int m = 0; m < rows; ++m) {
+          const double gate = reference_[int64_t{m} * n_ + r], up = reference_[int64_t{m} * n_ + r + 8];
+          expected[int64_t{m} * half + source] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
+        }
+      }
+      for (const Launcher launch : {&LaunchStreamingGemm, &LaunchTiledGemm}) {
+        const DeviceArray<uint16_t> y(expected.size());
+        GemmParams params = Params();
+        params.y_bf16 = y.get();
+        params.silu_mul = true;
+        launch(params, rows, nullptr);
+        Sync();
+        Report(name_ + " silu rows " + std::to_string(rows), RelativeError(Widen(y.Read()), expected), 4e-3);
+      }
+    }
+  }
+
+  void Cublas() {
+    for (const int rows : {9, 130}) {
+      Check(cudaMemset(y_.get(), 0xFF, y_.size() * sizeof(float)), "poison");
+      const LinspecCudaCode code = cublas_->Launch(Params(), rows, nullptr);
+      Sync();
+      const double error = RelativeError(Head(y_.Read(), int64_t{rows} * n_), Head(reference_, int64_t{rows} * n_));
+      // 8-bit weights times their scale are rounded to bf16 on the way.
+      Report(name_ + " cublas rows " + std::to_string(rows), code == kLinspecCudaOk ? error : INFINITY,
+             matrix_.type == kLinspecCudaBf16 ? 1e-5 : 3e-3);
+    }
+  }
+
+  std::mt19937 random_{7};
+  int n_, k_;
+  std::string name_;
+  DeviceArray<uint8_t> w_;
+  DeviceArray<uint16_t> x_;
+  DeviceArray<float> y_, scales_;
+  uint8_t* workspace_;
+  CublasGemm* cublas_;
+  LinspecCudaMatrix matrix_{};
+  std::vector<float> reference_;
+};
+
+}  // namespace
+}  // namespace linspec::cuda
+
+int main(int argc, char** argv) {
+  using namespace linspec::cuda;
+  const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
+  Check(cudaSetDevice(0), "no usable GPU");
+  std::string why;
+  const std::unique_ptr<CublasGemm> cublas = CublasGemm::Open("", &why);
+  std::printf("cuBLASLt: %s\n", cublas != nullptr ? cublas->path().c_str() : why.c_str());
+  const DeviceArray<uint8_t> workspace(static_cast<size_t>(StreamingGemmWorkspaceBytes()));
+  Check(cudaMemset(workspace.get(), 0, workspace.size()), "zero the workspace");
+  for (const int32_t type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {
+    for (const auto& [n, k] :
+         {std::pair{16, 16}, {33, 48}, {1000, 272}, {264, 1040}, {7, 11008}, {4096, 4096}, {4096, 11008}}) {
+      if (quick && int64_t{n} * k > 300'000) continue;
+      GemmCase(n, k, type, workspace.get(), cublas.get()).Run();
+    }
+  }
+  std::printf("gemm_test: %d checks, %d failed\n", checks, failures);
+  return failures == 0 ? 0 : 1;
+}
