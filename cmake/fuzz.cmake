@@ -1,14 +1,20 @@
-# libFuzzer targets, one per tests/fuzz/*_fuzz.cc: cmake --preset fuzz, then build/fuzz/NAME_fuzz -max_total_time=60
-# A seed corpus, where there is one, is tests/fuzz/NAME_corpus.
-if(LINSPEC_FUZZ)
-  # Coverage feedback needs the libraries instrumented too, not only the targets.
-  target_compile_options(linspec_kernels PRIVATE -fsanitize=fuzzer-no-link)
-  target_compile_options(linspec_models PRIVATE -fsanitize=fuzzer-no-link)
-  file(GLOB fuzz_sources CONFIGURE_DEPENDS tests/fuzz/*_fuzz.cc)
-  foreach(source ${fuzz_sources})
-    get_filename_component(name ${source} NAME_WE)
+# Fuzz targets, one per tests/fuzz/*_fuzz.cc. Everywhere: NAME_fuzz_replay runs tests/fuzz/corpus/NAME_fuzz as a test. With
+# the preset fuzz also libFuzzer programs: ./dev fuzz NAME SECONDS.
+file(GLOB fuzz_sources CONFIGURE_DEPENDS tests/fuzz/*_fuzz.cc)
+foreach(source ${fuzz_sources})
+  get_filename_component(name ${source} NAME_WE)
+  add_executable(${name}_replay ${source} tests/fuzz/replay_main.cc)
+  target_link_libraries(${name}_replay PRIVATE linspec_server)
+  add_test(NAME FuzzCorpus.${name} COMMAND ${name}_replay ${CMAKE_SOURCE_DIR}/tests/fuzz/corpus/${name})
+  if(LINSPEC_FUZZ)
     add_executable(${name} ${source})
     target_compile_options(${name} PRIVATE -fsanitize=fuzzer)
-    target_link_libraries(${name} PRIVATE linspec_models -fsanitize=fuzzer)
+    target_link_libraries(${name} PRIVATE linspec_server -fsanitize=fuzzer)
+  endif()
+endforeach()
+if(LINSPEC_FUZZ)
+  # Coverage feedback needs the libraries instrumented too, not only the targets.
+  foreach(library linspec_kernels linspec_models linspec_server)
+    target_compile_options(${library} PRIVATE -fsanitize=fuzzer-no-link)
   endforeach()
 endif()

@@ -33,8 +33,9 @@ bool SameTime(const std::timespec& a, const std::timespec& b) { return a.tv_sec 
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Create(const std::string& path, bool public_metrics) {
-  std::unique_ptr<Authenticator> auth(new Authenticator(path, public_metrics));
+absl::StatusOr<std::unique_ptr<Authenticator>> Authenticator::Create(const std::string& path, bool public_metrics,
+                                                                     Log* log) {
+  std::unique_ptr<Authenticator> auth(new Authenticator(path, public_metrics, log));
   if (!path.empty()) {
     if (absl::Status status = auth->Load(); !status.ok()) return status;
   }
@@ -74,7 +75,14 @@ void Authenticator::ReloadIfChanged() {
   if (now - checked_ < std::chrono::seconds(1)) return;
   checked_ = now;
   struct stat info{};
-  if (stat(path_.c_str(), &info) == 0 && !SameTime(info.st_mtim, modified_)) (void)Load();  // on error: the old keys
+  if (stat(path_.c_str(), &info) != 0 || SameTime(info.st_mtim, modified_)) return;
+  modified_ = info.st_mtim;  // a bad file is complained about once
+  const absl::Status status = Load();
+  const std::string why(status.message());
+  if (log_ == nullptr) return;
+  if (status.ok()) log_->Write(LogLevel::kInfo, "keys reread", {{"keys", static_cast<int64_t>(keys_.size())}});
+  if (!status.ok())
+    log_->Write(LogLevel::kError, "keys not reread, the old ones stay", {{"why", std::string_view(why)}});
 }
 
 bool Authenticator::IsPublicRoute(std::string_view path) const {

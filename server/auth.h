@@ -17,29 +17,33 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "server/log.h"
 
 namespace linspec {
 
 class Authenticator {
  public:
   // path "": no keys. INVALID_ARGUMENT for a line that is no key, NOT_FOUND for a file that cannot be read.
-  static absl::StatusOr<std::unique_ptr<Authenticator>> Create(const std::string& path, bool public_metrics);
+  // Rereading is told to the log, which must outlive this; null: to nobody.
+  static absl::StatusOr<std::unique_ptr<Authenticator>> Create(const std::string& path, bool public_metrics,
+                                                               Log* log = nullptr);
 
   bool enabled() const { return !path_.empty(); }
   bool IsPublicRoute(std::string_view path) const;
-  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never
-  // the
+  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never the
   // key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
   absl::StatusOr<std::string> Check(std::string_view authorization);
 
  private:
   using Digest = std::array<uint8_t, 32>;
-  Authenticator(std::string path, bool public_metrics) : path_(std::move(path)), public_metrics_(public_metrics) {}
+  Authenticator(std::string path, bool public_metrics, Log* log)
+      : path_(std::move(path)), public_metrics_(public_metrics), log_(log) {}
   absl::Status Load();
   void ReloadIfChanged();
 
   const std::string path_;
   const bool public_metrics_;
+  Log* const log_;
   std::mutex mutex_;  // guards what follows
   std::vector<Digest> keys_;
   std::timespec modified_{};

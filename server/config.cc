@@ -59,8 +59,12 @@ void VisitFlags(Config& c, Visit&& visit) {
       FlagInfo{g, "idle-timeout", "seconds a keep-alive connection may stay silent, or a write may stall", 0.1, 86400},
       c.network.idle_timeout_s);
   visit(FlagInfo{g, "stream-buffer-bytes",
-                 "output kept per stream for a slow reader; beyond it the stream is cancelled", 4096, 1 << 30},
+                 "output kept per stream for a slow reader, and the size of its socket buffer; beyond it the stream is "
+                 "cancelled",
+                 4096, 1 << 30},
         c.network.stream_buffer_bytes);
+  visit(FlagInfo{g, "max-grpc-streams", "gRPC calls open at once on one connection", 1, 1e6},
+        c.network.max_grpc_streams);
   visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, c.network.cors_origin);
   g = "Limits";
   visit(FlagInfo{g, "max-requests",
@@ -74,6 +78,13 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, c.engine.max_prompt_tokens);
   visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, c.engine.max_output_tokens);
   visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, c.engine.max_n);
+  visit(FlagInfo{g, "default-chat-tokens", "max_tokens of a chat that gives none", 1, 1 << 30},
+        c.engine.default_chat_tokens);
+  visit(FlagInfo{g, "max-stop-strings", "stop strings of a request, and as many stop token ids", 0, 4096},
+        c.engine.max_stop_strings);
+  visit(FlagInfo{g, "max-stop-bytes", "longest stop string", 1, 65536}, c.engine.max_stop_bytes);
+  visit(FlagInfo{g, "max-logit-bias", "entries of logit_bias", 0, 1e6}, c.engine.max_logit_bias);
+  visit(FlagInfo{g, "max-messages", "messages of a chat", 1, 1e6}, c.engine.max_messages);
   visit(FlagInfo{g, "max-requests-per-key", "open requests of one API key; beyond: 429; 0: no limit", 0, 1e6},
         c.engine.max_requests_per_key);
   g = "Speculation";
@@ -100,6 +111,9 @@ void VisitFlags(Config& c, Visit&& visit) {
   g = "Operations";
   visit(FlagInfo{g, "drain-timeout", "seconds that running requests get after SIGTERM", 0, 86400},
         c.operations.drain_timeout_s);
+  visit(FlagInfo{g, "probe-interval", "seconds between looks whether tokens come out (/health_generate); 0: off", 0,
+                 3600},
+        c.operations.probe_interval_s);
   visit(FlagInfo{g, "log-level", "", 0, 0, {"debug", "info", "warn", "error", "off"}}, c.operations.log_level);
   visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
   visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},

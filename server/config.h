@@ -37,6 +37,7 @@ struct ServerConfig {
     double header_timeout_s = 10;
     double idle_timeout_s = 60;
     int64_t stream_buffer_bytes = 256 << 10;
+    int max_grpc_streams = 4096;
     std::string cors_origin;
   } network;
   struct EngineLimits {
@@ -47,6 +48,11 @@ struct ServerConfig {
     int max_prompt_tokens = 131072;
     int max_output_tokens = 131072;
     int max_n = 16;
+    int default_chat_tokens = 1024;
+    int max_stop_strings = 16;
+    int max_stop_bytes = 1024;
+    int max_logit_bias = 1024;
+    int max_messages = 4096;
     int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
@@ -59,6 +65,7 @@ struct ServerConfig {
   } security;
   struct OperationsOptions {
     double drain_timeout_s = 30;
+    double probe_interval_s = 10;
     std::string log_level = "info";
     std::string log_format = "text";
     bool log_prompts = false;

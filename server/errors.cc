@@ -20,6 +20,12 @@ std::string Payload(const absl::Status& status, const char* key) {
   return payload.has_value() ? std::string(*payload) : std::string();
 }
 
+// Debian's absl::string_view is not std's, and Cord's constructor from std::string is a template that clang and g++ mangle
+// differently.
+void SetPayload(const char* key, const std::string& value, absl::Status* status) {
+  status->SetPayload(key, absl::Cord(absl::string_view(value.data(), value.size())));
+}
+
 struct HttpMapping {
   int status;
   const char* type;
@@ -48,6 +54,7 @@ HttpMapping Map(absl::StatusCode code) {
       return {503, "overloaded_error", "unavailable"};
     case absl::StatusCode::kDeadlineExceeded:
       return {504, "timeout_error", "deadline_exceeded"};
+    case absl::StatusCode::kAborted:
     case absl::StatusCode::kCancelled:
       return {503, "server_error", "aborted"};
     case absl::StatusCode::kUnimplemented:
@@ -61,24 +68,24 @@ HttpMapping Map(absl::StatusCode code) {
 
 absl::Status FieldError(const std::string& field, const std::string& message) {
   absl::Status status = absl::InvalidArgumentError(field.empty() ? message : fmt::format("{}: {}", field, message));
-  if (!field.empty()) status.SetPayload(kField, absl::Cord(field));
+  if (!field.empty()) SetPayload(kField, field, &status);
   return status;
 }
 
 absl::Status WithRetryAfter(absl::Status status, int seconds) {
-  status.SetPayload(kRetryAfter, absl::Cord(std::to_string(seconds)));
+  SetPayload(kRetryAfter, std::to_string(seconds), &status);
   return status;
 }
 
-absl::Status TenantLimit(const std::string& message, int retry_after_s) {
+absl::Status TenantLimit(const std::string& message) {
   absl::Status status = absl::ResourceExhaustedError(message);
-  status.SetPayload(kHttpStatus, absl::Cord("429"));
-  return WithRetryAfter(std::move(status), retry_after_s);
+  SetPayload(kHttpStatus, "429", &status);
+  return status;
 }
 
 absl::Status HttpError(int http_status, const std::string& message) {
   absl::Status status = absl::InvalidArgumentError(message);
-  status.SetPayload(kHttpStatus, absl::Cord(std::to_string(http_status)));
+  SetPayload(kHttpStatus, std::to_string(http_status), &status);
   return status;
 }
 

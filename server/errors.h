@@ -1,6 +1,5 @@
 // The one place where absl::Status becomes an HTTP answer or a gRPC status, and where details (which field, when to
-// come
-// back) are attached to a Status.
+// come back) are attached to a Status.
 #pragma once
 
 #include <string>
@@ -14,7 +13,7 @@ absl::Status FieldError(const std::string& field, const std::string& message);
 // Overload: RESOURCE_EXHAUSTED or UNAVAILABLE that says after how many seconds to try again.
 absl::Status WithRetryAfter(absl::Status status, int seconds);
 // A limit of one API key rather than of the server: 429 instead of 503.
-absl::Status TenantLimit(const std::string& message, int retry_after_s);
+absl::Status TenantLimit(const std::string& message);
 // An HTTP status code that absl has no word for: 404, 405, 413, 415, 417, 431.
 absl::Status HttpError(int http_status, const std::string& message);
 

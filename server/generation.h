@@ -1,5 +1,5 @@
-// The operation behind /v1/completions and /v1/chat/completions: prompts x candidates become engine requests, their
-// outputs become one answer, whole or as server-sent events.
+// The operation behind /v1/completions and /v1/chat/completions: the choices of a call (candidates.h) become one answer,
+// whole or as server-sent events.
 //
 // Threads: one connection's strand; the notify function travels to the engine.
 #pragma once
@@ -13,9 +13,8 @@
 
 namespace linspec {
 
-// Errors (nothing is left running then): what Service::CheckAdmission, ToTokens and Start return.
+// Errors (nothing is left running then): those of Candidates::Start.
 absl::StatusOr<std::unique_ptr<HttpOperation>> StartGeneration(Service* service, OpenAiCall call,
-                                                               std::string request_id, std::string tenant,
-                                                               HttpNotify notify);
+                                                               std::string request_id, HttpNotify notify);
 
 }  // namespace linspec

@@ -2,7 +2,8 @@
 
 #include <fmt/format.h>
 
-#include <random>
+#include <algorithm>
+#include <cmath>
 
 #include "linspec/v1/status_details.pb.h"
 #include "server/errors.h"
@@ -11,8 +12,9 @@
 namespace linspec {
 namespace {
 
-constexpr int kMaxStopStrings = 16;
-constexpr size_t kMaxStopBytes = 1024;
+constexpr int kMaxPriority = 100000;
+constexpr size_t kMaxRequestIdBytes = 128;
+constexpr size_t kMaxMessageBytes = 1024;  // of a status: it travels as metadata, whose size both sides limit
 
 void AddDetail(const char* type, const google::protobuf::Message& message, v1::details::Status* status) {
   auto* any = status->add_details();
@@ -43,7 +45,90 @@ void FillTokenLogprob(int32_t id, float logprob, const Tokenizer& tokenizer, v1:
   const std::string bytes = tokenizer.TokenBytes(id);
   out->set_token_id(id);
   out->set_token(IsUtf8(bytes) ? bytes : "\xEF\xBF\xBD");
-  out->set_logprob(logprob);
+  out->set_token_bytes(bytes);
+  if (!std::isnan(logprob)) out->set_logprob(logprob);
+}
+
+// The number of a field that this server's proto does not have, or 0. Protobuf would drop it in silence.
+int UnknownField(const google::protobuf::Message& message) {
+  const auto* reflection = message.GetReflection();
+  const auto& unknown = reflection->GetUnknownFields(message);
+  if (!unknown.empty()) return unknown.field(0).number();
+  std::vector<const google::protobuf::FieldDescriptor*> fields;
+  reflection->ListFields(message, &fields);
+  for (const auto* field : fields) {
+    if (field->cpp_type() != google::protobuf::FieldDescriptor::CPPTYPE_MESSAGE || field->is_map()) continue;
+    const int count = field->is_repeated() ? reflection->FieldSize(message, field) : 1;
+    for (int i = 0; i < count; ++i) {
+      const int number = UnknownField(field->is_repeated() ? reflection->GetRepeatedMessage(message, field, i)
+                                                           : reflection->GetMessage(message, field));
+      if (number != 0) return number;
+    }
+  }
+  return 0;
+}
+
+absl::StatusOr<PromptInput> OnePrompt(const v1::Prompt& prompt) {
+  switch (prompt.prompt_case()) {
+    case v1::Prompt::kText:
+      return PromptInput(prompt.text());
+    case v1::Prompt::kTokenIds:
+      return PromptInput(std::vector<int32_t>(prompt.token_ids().ids().begin(), prompt.token_ids().ids().end()));
+    default:
+      return FieldError("prompt", "is required: text or token_ids");
+  }
+}
+
+absl::Status ReadPrompts(const v1::GenerateRequest& request, const CallLimits& limits, GenerateCall* call) {
+  switch (request.prompt_case()) {
+    case v1::GenerateRequest::kText:
+      call->prompts.emplace_back(request.text());
+      return absl::OkStatus();
+    case v1::GenerateRequest::kTokenIds:
+      call->prompts.emplace_back(
+          std::vector<int32_t>(request.token_ids().ids().begin(), request.token_ids().ids().end()));
+      return absl::OkStatus();
+    case v1::GenerateRequest::kPrompts:
+      for (const v1::Prompt& item : request.prompts().prompts()) {
+        auto prompt = OnePrompt(item);
+        if (!prompt.ok()) return prompt.status();
+        call->prompts.push_back(*std::move(prompt));
+      }
+      return absl::OkStatus();
+    case v1::GenerateRequest::kChat: {
+      auto messages = MessagesFromProto(request.chat(), limits);
+      if (!messages.ok()) return messages.status();
+      call->prompts.emplace_back(*std::move(messages));
+      return absl::OkStatus();
+    }
+    default:
+      return FieldError("prompt", "is required: text, token_ids, prompts or chat");
+  }
+}
+
+void ReadSampling(const v1::GenerateRequest& request, const CallLimits& limits, GenerateCall* call) {
+  SamplingParams& s = call->sampling;
+  const auto& p = request.sampling();
+  if (p.has_temperature()) s.temperature = p.temperature();
+  if (p.has_top_p()) s.top_p = p.top_p();
+  if (p.has_top_k()) s.top_k = p.top_k() == -1 ? 0 : p.top_k();  // -1: vLLM's spelling of "off"
+  if (p.has_min_p()) s.min_p = p.min_p();
+  if (p.has_typical_p()) s.typical_p = p.typical_p();
+  if (p.has_repetition_penalty()) s.repetition_penalty = p.repetition_penalty();
+  if (p.has_frequency_penalty()) s.frequency_penalty = p.frequency_penalty();
+  if (p.has_presence_penalty()) s.presence_penalty = p.presence_penalty();
+  for (const auto& [token, bias] : p.logit_bias()) s.logit_bias[token] = bias;
+  call->has_seed = p.has_seed();
+  s.seed = p.seed();
+  const auto& stop = request.stopping();
+  if (call->chat()) s.max_tokens = limits.default_chat_tokens;
+  if (stop.has_max_tokens()) s.max_tokens = stop.max_tokens();
+  if (stop.has_min_tokens()) s.min_tokens = stop.min_tokens();
+  s.ignore_eos = stop.ignore_eos();
+  s.include_stop_in_output = stop.include_stop_in_output();
+  s.stop_token_ids.assign(stop.stop_token_ids().begin(), stop.stop_token_ids().end());
+  s.stop.assign(stop.stop().begin(), stop.stop().end());
+  if (request.response().has_logprobs()) s.logprobs = request.response().logprobs();
 }
 
 }  // namespace
@@ -51,7 +136,7 @@ void FillTokenLogprob(int32_t id, float logprob, const Tokenizer& tokenizer, v1:
 grpc::Status ToGrpcStatus(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
   const auto code = static_cast<grpc::StatusCode>(status.code());  // the numbers are the same by design
-  const std::string message(status.message());
+  const std::string message = ToUtf8(std::string(status.message()).substr(0, kMaxMessageBytes));
   v1::details::Status details;
   details.set_code(static_cast<int>(status.code()));
   details.set_message(message);
@@ -70,94 +155,74 @@ grpc::Status ToGrpcStatus(const absl::Status& status) {
   return {code, message, details.details().empty() ? "" : details.SerializeAsString()};
 }
 
-std::vector<ChatMessage> MessagesFromProto(const v1::ChatMessages& chat) {
+absl::StatusOr<std::vector<ChatMessage>> MessagesFromProto(const v1::ChatMessages& chat, const CallLimits& limits) {
   std::vector<ChatMessage> messages;
-  for (const auto& message : chat.messages()) messages.push_back({message.role(), message.content()});
+  for (const auto& message : chat.messages()) {
+    messages.push_back({message.role() == "developer" ? "system" : message.role(), message.content()});
+  }
+  if (absl::Status status = CheckMessages(messages, limits); !status.ok()) return status;
   return messages;
 }
 
-absl::StatusOr<PromptInput> PromptFromProto(const v1::GenerateRequest& request) {
-  switch (request.prompt_case()) {
-    case v1::GenerateRequest::kText:
-      return PromptInput(request.text());
-    case v1::GenerateRequest::kTokenIds:
-      return PromptInput(std::vector<int32_t>(request.token_ids().ids().begin(), request.token_ids().ids().end()));
-    case v1::GenerateRequest::kChat: {
-      auto messages = MessagesFromProto(request.chat());
-      if (messages.empty()) return FieldError("chat.messages", "is empty");
-      for (size_t i = 0; i < messages.size(); ++i) {
-        const std::string& role = messages[i].role;
-        if (role != "system" && role != "user" && role != "assistant") {
-          return FieldError(fmt::format("chat.messages[{}].role", i),
-                            fmt::format("'{}' is not one of system, user, assistant", role.substr(0, 100)));
-        }
-      }
-      return PromptInput(std::move(messages));
-    }
-    default:
-      return FieldError("prompt", "is required: text, token_ids or chat");
+absl::StatusOr<GenerateCall> CallFromProto(const v1::GenerateRequest& request, const CallLimits& limits) {
+  if (const int number = UnknownField(request); number != 0) {
+    return FieldError("request", fmt::format("unknown field {}: this server does not know what it asks for", number));
   }
-}
-
-absl::StatusOr<GenerateSpec> SpecFromProto(const v1::GenerateRequest& request) {
-  GenerateSpec spec;
-  SamplingParams& s = spec.sampling;
-  const auto& p = request.sampling();
-  if (p.has_temperature()) s.temperature = p.temperature();
-  if (p.has_top_p()) s.top_p = p.top_p();
-  if (p.has_top_k()) s.top_k = p.top_k();
-  if (p.has_min_p()) s.min_p = p.min_p();
-  if (p.has_typical_p()) s.typical_p = p.typical_p();
-  if (p.has_repetition_penalty()) s.repetition_penalty = p.repetition_penalty();
-  if (p.has_frequency_penalty()) s.frequency_penalty = p.frequency_penalty();
-  if (p.has_presence_penalty()) s.presence_penalty = p.presence_penalty();
-  for (const auto& [token, bias] : p.logit_bias()) s.logit_bias[token] = bias;
-  thread_local std::mt19937_64 generator{std::random_device{}()};
-  s.seed = p.has_seed() ? p.seed() : generator();
-  const auto& stop = request.stopping();
-  if (stop.has_max_tokens()) s.max_tokens = stop.max_tokens();
-  if (stop.has_min_tokens()) s.min_tokens = stop.min_tokens();
-  s.ignore_eos = stop.ignore_eos();
-  s.include_stop_in_output = stop.include_stop_in_output();
-  s.stop_token_ids.assign(stop.stop_token_ids().begin(), stop.stop_token_ids().end());
-  if (stop.stop_size() > kMaxStopStrings) {
-    return FieldError("stopping.stop", fmt::format("{} strings; at most {}", stop.stop_size(), kMaxStopStrings));
+  GenerateCall call;
+  if (absl::Status status = ReadPrompts(request, limits, &call); !status.ok()) return status;
+  ReadSampling(request, limits, &call);
+  const auto& response = request.response();
+  if (response.has_logprobs() && response.logprobs() < 0) {
+    return FieldError("logprobs", fmt::format("{} is negative; leave it out for none", response.logprobs()));
   }
-  for (const std::string& text : stop.stop()) {
-    if (text.empty() || text.size() > kMaxStopBytes) {
-      return FieldError("stopping.stop",
-                        fmt::format("a stop string has {} bytes; 1 to {} are allowed", text.size(), kMaxStopBytes));
-    }
-    s.stop.push_back(text);
-  }
-  if (request.response().has_logprobs()) s.logprobs = request.response().logprobs();
-  spec.detokenize = !request.response().skip_text();
-  if (!spec.detokenize && !s.stop.empty())
-    return FieldError("stopping.stop", "needs text, and response.skip_text asks for none");
+  call.stream = true;
+  call.echo = response.echo();
+  call.n = response.has_n() ? response.n() : 1;
+  call.best_of = response.has_best_of() ? response.best_of() : call.n;
+  call.detokenize = !response.skip_text();
+  call.token_ids = response.token_ids() || response.skip_text();
   auto mode = ModeFromProto(request.speculation());
   if (!mode.ok()) return mode.status();
-  spec.speculation = *mode;
-  spec.priority = request.priority();
-  if (request.request_id().size() > 128) return FieldError("request_id", "is longer than 128 bytes");
-  spec.name = request.request_id();
-  return spec;
+  call.speculation = *mode;
+  call.priority = request.priority();
+  if (call.priority < -kMaxPriority || call.priority > kMaxPriority) {
+    return FieldError("priority", fmt::format("{} is not in [{}, {}]", call.priority, -kMaxPriority, kMaxPriority));
+  }
+  if (request.request_id().size() > kMaxRequestIdBytes) {
+    return FieldError("request_id", fmt::format("is longer than {} bytes", kMaxRequestIdBytes));
+  }
+  call.name = request.request_id();
+  call.model = request.model();
+  if (absl::Status status = CheckCall(call, limits); !status.ok()) return status;
+  return call;
 }
 
-void FillResponse(const StreamDelta& delta, const ResponseShape& shape, const Tokenizer& tokenizer,
+void FillResponse(const Choice& choice, const GenerateCall& call, const Tokenizer& tokenizer,
                   v1::GenerateResponse* response) {
-  response->set_text(delta.text);
-  for (const OutputToken& token : delta.tokens) {
-    if (shape.token_ids) response->add_token_ids(token.sampled.token);
-    if (!shape.logprobs) continue;
+  response->set_index(choice.index);
+  response->set_text(choice.text);
+  int num_echoed = 0;
+  for (const OutputToken& token : choice.tokens) {
+    num_echoed += token.from_prompt;
+    if (call.token_ids) response->add_token_ids(token.sampled.token);
+    if (call.sampling.logprobs < 0) continue;
     v1::LogprobEntry* entry = response->add_logprobs();
     FillTokenLogprob(token.sampled.token, token.sampled.logprob, tokenizer, entry->mutable_chosen());
     for (const auto& top : token.sampled.top_logprobs)
       FillTokenLogprob(top.token, top.logprob, tokenizer, entry->add_top());
   }
-  if (delta.finish_reason == FinishReason::kLength) response->set_finish_reason(v1::FINISH_REASON_LENGTH);
-  if (delta.finish_reason == FinishReason::kStop) response->set_finish_reason(v1::FINISH_REASON_STOP);
-  if (delta.finish_reason == FinishReason::kCancelled) response->set_finish_reason(v1::FINISH_REASON_ABORT);
-  response->set_stop_string(delta.stop_string);
+  response->set_num_echoed_tokens(num_echoed);
+  if (choice.finish == FinishReason::kLength) response->set_finish_reason(v1::FINISH_REASON_LENGTH);
+  if (choice.finish == FinishReason::kStop) response->set_finish_reason(v1::FINISH_REASON_STOP);
+  response->set_stop_string(choice.stop_string);
+}
+
+void FillUsage(const StreamUsage& usage, v1::Usage* out) {
+  out->set_prompt_tokens(usage.prompt_tokens);
+  out->set_completion_tokens(usage.completion_tokens);
+  out->set_draft_tokens(usage.draft_tokens);
+  out->set_accepted_draft_tokens(usage.accepted_tokens);
+  out->set_verify_steps(usage.verify_steps);
 }
 
 }  // namespace linspec

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <random>
 
 #include "server/errors.h"
 #include "server/generation.h"
@@ -13,22 +12,17 @@
 namespace linspec {
 namespace {
 
-struct RouteInfo {
-  const char* path;
-  const char* method;
-};
-
 // Order: none. GET routes also answer HEAD.
-constexpr RouteInfo kRoutes[] = {{"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"},
-                                 {"/v1/models", "GET"},       {"/tokenize", "POST"},
-                                 {"/detokenize", "POST"},     {"/health", "GET"},
-                                 {"/ready", "GET"},           {"/version", "GET"},
-                                 {"/metrics", "GET"},         {"/openapi.json", "GET"}};
+constexpr HttpApi::RouteInfo kRoutes[] = {
+    {"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"}, {"/v1/models", "GET"},
+    {"/tokenize", "POST"},       {"/detokenize", "POST"},          {"/health", "GET"},
+    {"/ready", "GET"},           {"/health_generate", "GET"},      {"/version", "GET"},
+    {"/metrics", "GET"},         {"/openapi.json", "GET"}};
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
-const RouteInfo* FindRoute(const std::string& path) {
+const HttpApi::RouteInfo* FindRoute(const std::string& path) {
   if (path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size()) return FindRoute("/v1/models");
-  const auto found = std::ranges::find_if(kRoutes, [&](const RouteInfo& route) { return path == route.path; });
+  const auto found = std::ranges::find_if(kRoutes, [&](const HttpApi::RouteInfo& route) { return path == route.path; });
   return found == std::end(kRoutes) ? nullptr : found;
 }
 
@@ -47,8 +41,7 @@ std::string RequestId(const std::string& given) {
     return std::isalnum(static_cast<uint8_t>(c)) || c == '-' || c == '_' || c == '.';
   });
   if (usable) return given;
-  thread_local std::mt19937_64 generator{std::random_device{}()};
-  return fmt::format("{:016x}{:016x}", generator(), generator());
+  return NewRequestId();
 }
 
 absl::Status CheckContentType(const HttpRequest& request) {
@@ -81,46 +74,46 @@ HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
 std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify notify) {
   request.request_id = RequestId(request.request_id);
   const RouteInfo* route = FindRoute(request.path);
-  const bool known_method =
-      route != nullptr &&
-      (request.method == route->method || (request.method == "HEAD" && std::string_view(route->method) == "GET"));
-  HttpReply reply;
-  const std::string& cors = service_->config().network.cors_origin;
-  if (route != nullptr && request.method == "OPTIONS" && !cors.empty()) {
-    reply.status = 204;
-    reply.headers = {{"Access-Control-Allow-Origin", cors},
-                     {"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route->method)},
-                     {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
-                     {"Access-Control-Max-Age", "600"}};
-    return std::make_unique<ReadyOperation>(std::move(reply));
-  }
-  if (route == nullptr) {
-    reply = ErrorReply(HttpError(404, fmt::format("no such path: {}", request.path.substr(0, 200))));
-  } else if (!known_method) {
-    reply = ErrorReply(HttpError(405, fmt::format("{} does not answer {}", route->path, request.method.substr(0, 50))));
+  const bool cors = !service_->config().network.cors_origin.empty();
+  if (route != nullptr && request.method == "OPTIONS" && cors)
+    return Preflight(*route);  // browsers send it without key
+  auto operation = Route(&request, route, std::move(notify));
+  if (operation.ok()) return *std::move(operation);
+  HttpReply reply = ErrorReply(operation.status());
+  // Field and code only: messages may quote what the client sent.
+  service_->log().Write(LogLevel::kInfo, "request refused",
+                        {{"request_id", request.request_id},
+                         {"handler", route == nullptr ? "other" : route->path},
+                         {"status", static_cast<int64_t>(reply.status)},
+                         {"param", ErrorField(operation.status())}});
+  if (reply.status == 405) {
     reply.headers.emplace_back("Allow", std::string_view(route->method) == "GET" ? "GET, HEAD" : route->method);
-  } else {
-    auto operation = Route(&request, std::move(notify));
-    if (operation.ok()) return *std::move(operation);
-    reply = ErrorReply(operation.status());
-    // Field and code only: messages may quote what the client sent.
-    service_->log().Write(LogLevel::kInfo, "request refused",
-                          {{"request_id", request.request_id},
-                           {"handler", route->path},
-                           {"status", static_cast<int64_t>(reply.status)},
-                           {"param", ErrorField(operation.status())}});
   }
   reply.headers.emplace_back("X-Request-Id", request.request_id);
-  if (!cors.empty()) reply.headers.emplace_back("Access-Control-Allow-Origin", cors);
   return std::make_unique<ReadyOperation>(std::move(reply));
 }
 
-absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* request, HttpNotify notify) {
+std::unique_ptr<HttpOperation> HttpApi::Preflight(const RouteInfo& route) {
+  HttpReply reply{.status = 204,
+                  .headers = {{"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route.method)},
+                              {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
+                              {"Access-Control-Max-Age", "600"}}};
+  return std::make_unique<ReadyOperation>(std::move(reply));
+}
+
+// The key comes first: without one, not even which paths exist is told.
+absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* request, const RouteInfo* route,
+                                                              HttpNotify notify) {
   std::string tenant;
   if (!auth_->IsPublicRoute(request->path)) {
     auto checked = auth_->Check(request->authorization);
     if (!checked.ok()) return checked.status();
     tenant = *std::move(checked);
+  }
+  if (route == nullptr) return HttpError(404, fmt::format("no such path: {}", request->path.substr(0, 200)));
+  const bool head = request->method == "HEAD" && std::string_view(route->method) == "GET";
+  if (request->method != route->method && !head) {
+    return HttpError(405, fmt::format("{} does not answer {}", route->path, request->method.substr(0, 50)));
   }
   const std::string& path = request->path;
   if (request->method == "POST") {
@@ -141,6 +134,8 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
     reply->body = "{\"status\":\"ok\"}";
   else if (path == "/ready")
     reply = Ready();
+  else if (path == "/health_generate")
+    reply = CanGenerate();
   else if (path == "/version")
     reply->body = fmt::format("{{\"version\":\"{}\"}}", kVersion);
   else if (path == "/metrics")
@@ -149,25 +144,23 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
     reply->body = OpenApiJson();
   if (!reply.ok()) return reply.status();
   reply->headers.emplace_back("X-Request-Id", request->request_id);
-  if (const auto& cors = service_->config().network.cors_origin; !cors.empty()) {
-    reply->headers.emplace_back("Access-Control-Allow-Origin", cors);
-  }
   return std::unique_ptr<HttpOperation>(std::make_unique<ReadyOperation>(*std::move(reply)));
 }
 
 absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, bool chat,
                                                                  const std::string& tenant, HttpNotify notify) {
-  if (absl::Status status = service_->CheckAdmission(request.body.size(), tenant); !status.ok()) return status;
-  const OpenAiLimits limits{.max_n = service_->config().engine.max_n,
-                            .max_output_tokens = service_->config().engine.max_output_tokens};
+  if (absl::Status status = service_->CheckAdmission(tenant); !status.ok()) return status;
+  const CallLimits limits = service_->call_limits();
   auto call = chat ? ParseChat(request.body, limits) : ParseCompletion(request.body, limits);
   if (!call.ok()) return call.status();
-  if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
-  return StartGeneration(service_, *std::move(call), request.request_id, tenant, std::move(notify));
+  if (absl::Status status = service_->CheckModelName(call->generate.model); !status.ok()) return status;
+  call->generate.tenant = tenant;
+  call->generate.log_id = request.request_id;
+  return StartGeneration(service_, *std::move(call), request.request_id, std::move(notify));
 }
 
 absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
-  auto call = ParseTokenize(request.body);
+  auto call = ParseTokenize(request.body, service_->call_limits());
   if (!call.ok()) return call.status();
   if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
   absl::StatusOr<std::vector<int32_t>> tokens;
@@ -215,6 +208,11 @@ HttpReply HttpApi::Ready() const {
   if (service_->draining()) return {.status = 503, .body = "{\"status\":\"draining\"}"};
   if (!service_->engine().health().ok()) return {.status = 503, .body = "{\"status\":\"failed\"}"};
   return {.body = "{\"status\":\"ready\"}"};
+}
+
+HttpReply HttpApi::CanGenerate() const {
+  if (!service_->can_generate()) return {.status = 503, .body = "{\"status\":\"no tokens come out\"}"};
+  return {.body = "{\"status\":\"ok\"}"};
 }
 
 void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {

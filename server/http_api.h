@@ -13,6 +13,11 @@ namespace linspec {
 
 class HttpApi {
  public:
+  struct RouteInfo {
+    const char* path;
+    const char* method;
+  };
+
   HttpApi(Service* service, Authenticator* auth);
 
   std::unique_ptr<HttpOperation> Handle(HttpRequest request, HttpNotify notify);
@@ -20,7 +25,8 @@ class HttpApi {
   void Observe(const HttpRequest& request, int status, double seconds);  // for the metrics
 
  private:
-  absl::StatusOr<std::unique_ptr<HttpOperation>> Route(HttpRequest* request, HttpNotify notify);
+  absl::StatusOr<std::unique_ptr<HttpOperation>> Route(HttpRequest* request, const RouteInfo* route, HttpNotify notify);
+  static std::unique_ptr<HttpOperation> Preflight(const RouteInfo& route);
   absl::StatusOr<std::unique_ptr<HttpOperation>> Generate(const HttpRequest& request, bool chat,
                                                           const std::string& tenant, HttpNotify notify);
   absl::StatusOr<HttpReply> Tokenize(const HttpRequest& request) const;
@@ -28,6 +34,7 @@ class HttpApi {
   absl::StatusOr<HttpReply> Model(const std::string& name) const;
   HttpReply Models() const;
   HttpReply Ready() const;
+  HttpReply CanGenerate() const;
   std::string ModelJson() const;
 
   Service* const service_;

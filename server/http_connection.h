@@ -243,7 +243,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     if (streaming_ && http_1_0_) keep_alive_ = false;
     std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\n", reply.status, HttpReason(reply.status));
     if (reply.status != 204) head += fmt::format("Content-Type: {}\r\n", reply.content_type);
-    for (const auto& [name, value] : reply.headers) head += fmt::format("{}: {}\r\n", name, value);
+    const auto add = [&](const auto& headers) {
+      for (const auto& [name, value] : headers) head += fmt::format("{}: {}\r\n", name, value);
+    };
+    add(shared_->options.extra_headers);
+    add(reply.headers);
     if (!streaming_)
       head += fmt::format("Content-Length: {}\r\n", reply.body.size());
     else if (!http_1_0_)

@@ -56,6 +56,7 @@ struct HttpServer::Impl {
   void Welcome(Socket socket) {
     Error ignored;
     socket.set_option(tcp::no_delay(true), ignored);
+    socket.set_option(net::socket_base::send_buffer_size(static_cast<int>(shared.options.send_buffer_bytes)), ignored);
     const bool over_limit = shared.open >= shared.options.max_connections;
     const auto run = [&](auto connection) {
       {

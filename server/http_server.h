@@ -52,9 +52,11 @@ struct HttpServerOptions {
   int max_connections = 16384;
   int64_t max_body_bytes = 4 << 20;
   int64_t max_header_bytes = 16 << 10;
+  int64_t send_buffer_bytes = 256 << 10;         // the kernel's, per connection: what a slow reader can pile up there
   double header_timeout_s = 10;                  // headers and body
   double idle_timeout_s = 60;                    // silence between requests; a stalled write
   std::string tls_cert, tls_key, tls_client_ca;  // files; empty: plain
+  std::vector<std::pair<std::string, std::string>> extra_headers;  // on every answer
   // Answers a request that never reached the handler: parse errors, limits.
   std::function<HttpReply(const absl::Status&)> error_reply;
   std::function<void(const HttpRequest&, int status, double seconds)> observer;  // after the last byte

@@ -10,6 +10,8 @@
 namespace linspec {
 namespace {
 
+const char* OpenAiFinishReason(FinishReason reason) { return reason == FinishReason::kStop ? "stop" : "length"; }
+
 // A token as text; one that is not UTF-8 by itself as OpenAI spells it, "bytes:\xe2\x80".
 std::string TokenText(int32_t id, const TokenBytesFn& token_bytes) {
   const std::string bytes = token_bytes(id);
@@ -36,7 +38,7 @@ void AppendChatToken(int32_t id, float logprob, const TokenBytesFn& token_bytes,
   *out += fmt::format(",\"bytes\":[{}]", list);
 }
 
-void AppendChatLogprobs(const ChoiceText& choice, const TokenBytesFn& token_bytes, std::string* out) {
+void AppendChatLogprobs(const Choice& choice, const TokenBytesFn& token_bytes, std::string* out) {
   *out += "{\"content\":[";
   for (size_t i = 0; i < choice.tokens.size(); ++i) {
     const SampledToken& token = choice.tokens[i].sampled;
@@ -64,12 +66,12 @@ void AppendTopMap(const SampledToken& token, const TokenBytesFn& token_bytes, st
   *out += '}';
 }
 
-void AppendCompletionLogprobs(const ChoiceText& choice, const TokenBytesFn& token_bytes, std::string* out) {
+void AppendCompletionLogprobs(const Choice& choice, int num_top, const TokenBytesFn& token_bytes, std::string* out) {
   std::string tokens, logprobs, tops, offsets;
   for (size_t i = 0; i < choice.tokens.size(); ++i) {
     const OutputToken& token = choice.tokens[i];
     const char* comma = i > 0 ? "," : "";
-    const bool has = i > 0 || choice.first_token_has_logprob;
+    const bool has = !std::isnan(token.sampled.logprob);  // nothing predicts the first token of a prompt
     tokens += comma;
     AppendJsonString(TokenText(token.sampled.token, token_bytes), &tokens);
     logprobs += comma;
@@ -85,7 +87,7 @@ void AppendCompletionLogprobs(const ChoiceText& choice, const TokenBytesFn& toke
     offsets += fmt::format("{}{}", comma, token.text_start);
   }
   *out += fmt::format("{{\"tokens\":[{}],\"token_logprobs\":[{}],\"top_logprobs\":", tokens, logprobs);
-  *out += choice.num_top > 0 ? fmt::format("[{}]", tops) : "null";
+  *out += num_top > 0 ? fmt::format("[{}]", tops) : "null";
   *out += fmt::format(",\"text_offset\":[{}]}}", offsets);
 }
 
@@ -95,7 +97,7 @@ void AppendHead(const ResponseHead& head, bool chunk, std::string* out) {
   AppendJsonString(head.model, out);
 }
 
-void AppendChoice(const ResponseHead& head, const ChoiceText& choice, bool chunk, const TokenBytesFn& token_bytes,
+void AppendChoice(const ResponseHead& head, const Choice& choice, bool chunk, const TokenBytesFn& token_bytes,
                   std::string* out) {
   *out += fmt::format("{{\"index\":{},", choice.index);
   if (!head.chat) {
@@ -103,27 +105,25 @@ void AppendChoice(const ResponseHead& head, const ChoiceText& choice, bool chunk
     AppendJsonString(choice.text, out);
   } else {
     *out += chunk ? "\"delta\":{" : "\"message\":{";
-    if (choice.role || !chunk) *out += "\"role\":\"assistant\",";
+    if (!chunk) *out += "\"role\":\"assistant\",";
     *out += "\"content\":";
     AppendJsonString(choice.text, out);
     *out += chunk ? "}" : ",\"refusal\":null}";
   }
   *out += ",\"logprobs\":";
-  if (!choice.with_logprobs)
+  if (head.logprobs < 0)
     *out += "null";
   else if (head.chat)
     AppendChatLogprobs(choice, token_bytes, out);
   else
-    AppendCompletionLogprobs(choice, token_bytes, out);
-  if (choice.finish_reason == nullptr)
+    AppendCompletionLogprobs(choice, head.logprobs, token_bytes, out);
+  if (choice.finish == FinishReason::kNone)
     *out += ",\"finish_reason\":null}";
   else
-    *out += fmt::format(",\"finish_reason\":\"{}\"}}", choice.finish_reason);
+    *out += fmt::format(",\"finish_reason\":\"{}\"}}", OpenAiFinishReason(choice.finish));
 }
 
 }  // namespace
-
-const char* OpenAiFinishReason(FinishReason reason) { return reason == FinishReason::kStop ? "stop" : "length"; }
 
 std::string UsageJson(const StreamUsage& usage) {
   return fmt::format(
@@ -133,7 +133,7 @@ std::string UsageJson(const StreamUsage& usage) {
       usage.accepted_tokens, usage.draft_tokens - usage.accepted_tokens);
 }
 
-std::string FullResponseJson(const ResponseHead& head, const std::vector<ChoiceText>& choices, const StreamUsage& usage,
+std::string FullResponseJson(const ResponseHead& head, const std::vector<Choice>& choices, const StreamUsage& usage,
                              const TokenBytesFn& token_bytes) {
   std::string out;
   AppendHead(head, false, &out);
@@ -146,12 +146,21 @@ std::string FullResponseJson(const ResponseHead& head, const std::vector<ChoiceT
   return out;
 }
 
-void AppendChunk(const ResponseHead& head, const ChoiceText& piece, const TokenBytesFn& token_bytes, std::string* out) {
+void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out) {
   *out += "data: ";
   AppendHead(head, true, out);
   *out += ",\"choices\":[";
   AppendChoice(head, piece, true, token_bytes, out);
   *out += "]}\n\n";
+}
+
+void AppendRoleChunk(const ResponseHead& head, int index, std::string* out) {
+  *out += "data: ";
+  AppendHead(head, true, out);
+  *out += fmt::format(
+      ",\"choices\":[{{\"index\":{},\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}},\"logprobs\":null,"
+      "\"finish_reason\":null}}]}}\n\n",
+      index);
 }
 
 void AppendUsageChunk(const ResponseHead& head, const StreamUsage& usage, std::string* out) {

@@ -14,26 +14,15 @@ using Json = nlohmann::json;
 
 constexpr int64_t kMaxInt32 = 2147483647;
 constexpr size_t kMaxName = 256;
-constexpr size_t kMaxBiases = 1024;
-constexpr size_t kMaxMessages = 4096;
 constexpr int kMaxLogprobs = 20;
 
-void ReadStop(FieldReader* fields, const OpenAiLimits& limits, SamplingParams* sampling) {
+void ReadStop(FieldReader* fields, SamplingParams* sampling) {
   const Json* stop = fields->Find("stop");
   if (stop == nullptr) return;
   const Json list = stop->is_array() ? *stop : Json::array({*stop});
-  if (list.size() > static_cast<size_t>(limits.max_stop_strings)) {
-    return fields->Fail("stop", fmt::format("{} strings; at most {}", list.size(), limits.max_stop_strings));
-  }
   for (const Json& item : list) {
     if (!item.is_string()) return fields->Fail("stop", fmt::format("{} is not a string", Shorten(item)));
-    const auto& text = item.get_ref<const std::string&>();
-    if (text.empty()) return fields->Fail("stop", "a stop string is empty");
-    if (text.size() > limits.max_stop_bytes) {
-      return fields->Fail("stop",
-                          fmt::format("a stop string has {} bytes; at most {}", text.size(), limits.max_stop_bytes));
-    }
-    sampling->stop.push_back(text);
+    sampling->stop.push_back(item.get<std::string>());
   }
 }
 
@@ -41,8 +30,6 @@ void ReadLogitBias(FieldReader* fields, SamplingParams* sampling) {
   const Json* bias = fields->Find("logit_bias");
   if (bias == nullptr) return;
   if (!bias->is_object()) return fields->Fail("logit_bias", "is not an object of token id to bias");
-  if (bias->size() > kMaxBiases)
-    return fields->Fail("logit_bias", fmt::format("{} entries; at most {}", bias->size(), kMaxBiases));
   for (const auto& [key, value] : bias->items()) {
     int32_t token = -1;
     const auto [end, error] = std::from_chars(key.data(), key.data() + key.size(), token);
@@ -76,7 +63,7 @@ void ReadSpeculation(FieldReader* fields, SpeculationMode* mode) {
     fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
 }
 
-void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* call) {
+void ReadSampling(FieldReader* fields, const CallLimits& limits, GenerateCall* call) {
   SamplingParams& s = call->sampling;
   fields->Float("temperature", 0, 2, &s.temperature);
   fields->Float("top_p", 0, 1, &s.top_p, true);
@@ -95,18 +82,16 @@ void ReadSampling(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* c
   fields->Int32("min_tokens", 0, limits.max_output_tokens, &s.min_tokens);
   fields->Bool("ignore_eos", &s.ignore_eos);
   fields->TokenIds("stop_token_ids", &s.stop_token_ids);
-  if (s.stop_token_ids.size() > 128)
-    fields->Fail("stop_token_ids", fmt::format("{} ids; at most 128", s.stop_token_ids.size()));
   fields->Bool("include_stop_str_in_output", &s.include_stop_in_output);
-  ReadStop(fields, limits, &s);
+  ReadStop(fields, &s);
 }
 
 void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
-  fields->Bool("stream", &call->stream);
+  fields->Bool("stream", &call->generate.stream);
   const Json* options = fields->Find("stream_options");
   if (options == nullptr) return;
   if (!options->is_object()) return fields->Fail("stream_options", "is not an object");
-  if (!call->stream) return fields->Fail("stream_options", "is only allowed with stream: true");
+  if (!call->generate.stream) return fields->Fail("stream_options", "is only allowed with stream: true");
   FieldReader inner(*options, "stream_options.");
   inner.Bool("include_usage", &call->include_usage);
   inner.Ignore({"include_obfuscation"});
@@ -115,12 +100,14 @@ void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
   }
 }
 
-// What both kinds of call share. n x prompts is bounded where the prompts are known.
-void ReadCommon(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* call) {
+// What both kinds of call share.
+void ReadCommon(FieldReader* fields, const CallLimits& limits, OpenAiCall* out) {
+  GenerateCall* call = &out->generate;
   fields->String("model", kMaxName, &call->model);
   fields->Int32("n", 1, limits.max_n, &call->n);
+  call->best_of = call->n;
   ReadSampling(fields, limits, call);
-  ReadStreamOptions(fields, call);
+  ReadStreamOptions(fields, out);
   ReadSpeculation(fields, &call->speculation);
   fields->Int32("priority", -100000, 100000, &call->priority);
   bool store = false;
@@ -132,13 +119,9 @@ void ReadCommon(FieldReader* fields, const OpenAiLimits& limits, OpenAiCall* cal
   }
   fields->Ignore(
       {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"});
-  const SamplingParams& s = call->sampling;
-  if (s.min_tokens > s.max_tokens) {
-    fields->Fail("min_tokens", fmt::format("{} is more than max_tokens {}", s.min_tokens, s.max_tokens));
-  }
 }
 
-void ReadPrompts(FieldReader* fields, OpenAiCall* call) {
+void ReadPrompts(FieldReader* fields, GenerateCall* call) {
   const Json* prompt = fields->Find("prompt");
   if (prompt == nullptr) return fields->Fail("prompt", "is required");
   if (prompt->is_string()) return call->prompts.emplace_back(prompt->get<std::string>()), void();
@@ -182,8 +165,6 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
   const Json* list = fields->Find("messages");
   if (list == nullptr) return fields->Fail("messages", "is required");
   if (!list->is_array() || list->empty()) return fields->Fail("messages", "must be a list of at least one message");
-  if (list->size() > kMaxMessages)
-    return fields->Fail("messages", fmt::format("{} messages; at most {}", list->size(), kMaxMessages));
   for (size_t i = 0; i < list->size(); ++i) {
     const std::string where = fmt::format("messages[{}]", i);
     const Json& item = (*list)[i];
@@ -192,9 +173,6 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
     ChatMessage& out = messages->emplace_back();
     message.String("role", kMaxName, &out.role);
     if (out.role == "developer") out.role = "system";
-    if (message.ok() && out.role != "system" && out.role != "user" && out.role != "assistant") {
-      message.Fail("role", fmt::format("'{}' is not one of system, developer, user, assistant", out.role));
-    }
     std::string error;
     const Json* content = message.Find("content");
     if (content == nullptr)
@@ -209,60 +187,51 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
   }
 }
 
-void CheckTotal(FieldReader* fields, const OpenAiLimits& limits, const OpenAiCall& call) {
-  const int64_t total = static_cast<int64_t>(call.prompts.size()) * call.best_of;
-  if (total > limits.max_n) {
-    fields->Fail(call.prompts.size() > 1 ? "prompt" : "n",
-                 fmt::format("{} prompts times {} candidates are {} requests; at most {} (--max-n)",
-                             call.prompts.size(), call.best_of, total, limits.max_n));
-  }
+// The reader's errors first: they are about what was sent, the others about what it means.
+absl::StatusOr<OpenAiCall> Checked(FieldReader* fields, OpenAiCall call, const CallLimits& limits) {
+  if (absl::Status status = fields->Finish(); !status.ok()) return status;
+  if (absl::Status status = CheckCall(call.generate, limits); !status.ok()) return status;
+  return call;
 }
 
 }  // namespace
 
-absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const OpenAiLimits& limits) {
+absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const CallLimits& limits) {
   auto json = ParseJsonObject(body);
   if (!json.ok()) return json.status();
   FieldReader fields(*json);
-  OpenAiCall call;
+  OpenAiCall out;
+  GenerateCall& call = out.generate;
   ReadPrompts(&fields, &call);
   fields.Bool("echo", &call.echo);
   fields.Int32("max_tokens", call.echo ? 0 : 1, limits.max_output_tokens, &call.sampling.max_tokens);
-  call.no_new_tokens = call.sampling.max_tokens == 0;
-  if (call.no_new_tokens) call.sampling.max_tokens = 1;
-  ReadCommon(&fields, limits, &call);
+  ReadCommon(&fields, limits, &out);
   fields.Int32("logprobs", 0, kMaxLogprobs, &call.sampling.logprobs);
-  call.best_of = call.n;
   fields.Int32("best_of", 1, limits.max_n, &call.best_of);
-  if (call.best_of < call.n) fields.Fail("best_of", fmt::format("{} is less than n {}", call.best_of, call.n));
   if (call.best_of > call.n && call.stream) fields.Fail("best_of", "cannot be streamed when it is more than n");
-  CheckTotal(&fields, limits, call);
   fields.Unsupported({"suffix"});
-  if (absl::Status status = fields.Finish(); !status.ok()) return status;
-  return call;
+  return Checked(&fields, std::move(out), limits);
 }
 
-absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const OpenAiLimits& limits) {
+absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const CallLimits& limits) {
   auto json = ParseJsonObject(body);
   if (!json.ok()) return json.status();
   FieldReader fields(*json);
-  OpenAiCall call;
-  call.chat = true;
+  OpenAiCall out;
+  GenerateCall& call = out.generate;
   std::vector<ChatMessage> messages;
   ReadMessages(&fields, &messages);
   call.prompts.emplace_back(std::move(messages));
-  call.sampling.max_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens);
+  call.sampling.max_tokens = limits.default_chat_tokens;
   fields.Int32("max_tokens", 1, limits.max_output_tokens, &call.sampling.max_tokens);
   fields.Int32("max_completion_tokens", 1, limits.max_output_tokens, &call.sampling.max_tokens);
-  ReadCommon(&fields, limits, &call);
+  ReadCommon(&fields, limits, &out);
   bool logprobs = false;
   int top = 0;
   fields.Bool("logprobs", &logprobs);
   fields.Int32("top_logprobs", 0, kMaxLogprobs, &top);
   if (top > 0 && !logprobs) fields.Fail("top_logprobs", "needs logprobs: true");
   if (logprobs) call.sampling.logprobs = top;
-  call.best_of = call.n;
-  CheckTotal(&fields, limits, call);
   const Json* tools = fields.Find("tools");
   if (tools != nullptr && !(tools->is_array() && tools->empty()))
     fields.Fail("tools", "is not supported by this server");
@@ -271,15 +240,15 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const OpenAiLimits
   const Json* modalities = fields.Find("modalities");
   if (modalities != nullptr && *modalities != Json::array({"text"}))
     fields.Fail("modalities", "only [\"text\"] is supported");
-  fields.Ignore({"parallel_tool_calls"});
+  bool parallel = false;  // there are no tools to call
+  fields.Bool("parallel_tool_calls", &parallel);
   fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
                       "web_search_options", "chat_template", "chat_template_kwargs", "add_generation_prompt",
                       "continue_final_message"});
-  if (absl::Status status = fields.Finish(); !status.ok()) return status;
-  return call;
+  return Checked(&fields, std::move(out), limits);
 }
 
-absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body) {
+absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body, const CallLimits& limits) {
   auto json = ParseJsonObject(body);
   if (!json.ok()) return json.status();
   FieldReader fields(*json);
@@ -299,6 +268,9 @@ absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body) {
     fields.Fail("prompt", "is required (or messages)");
   }
   if (absl::Status status = fields.Finish(); !status.ok()) return status;
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&call.prompt)) {
+    if (absl::Status status = CheckMessages(*messages, limits); !status.ok()) return status;
+  }
   return call;
 }
 

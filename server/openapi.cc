@@ -9,23 +9,34 @@ constexpr char kPaths[] = R"json(
  "/v1/completions": {"post": {"summary": "Continue text", "requestBody": {"required": true, "content":
    {"application/json":
    {"schema": {"$ref": "#/components/schemas/CompletionRequest"}}}}, "responses": {
-   "200": {"description": "Completion, or server-sent events with stream: true"}, "default":
+   "200": {"description": "Whole, or with stream: true as server-sent events", "content": {"application/json":
+   {"schema": {"$ref": "#/components/schemas/Completion"}}, "text/event-stream":
+   {"schema": {"$ref": "#/components/schemas/CompletionChunk"}}}}, "default":
    {"$ref": "#/components/responses/Error"}}}},
  "/v1/chat/completions": {"post": {"summary": "Answer a conversation", "requestBody": {"required": true, "content":
    {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}}, "responses": {
-   "200": {"description": "Completion, or server-sent events with stream: true"}, "default":
+   "200": {"description": "Whole, or with stream: true as server-sent events", "content": {"application/json":
+   {"schema": {"$ref": "#/components/schemas/ChatCompletion"}}, "text/event-stream":
+   {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}}, "default":
    {"$ref": "#/components/responses/Error"}}}},
- "/v1/models": {"get": {"summary": "The served model", "responses": {"200": {"description": "List of one"}}}},
+ "/v1/models": {"get": {"summary": "The served model", "responses": {"200": {"description": "List of one",
+   "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ModelList"}}}}}}},
  "/v1/models/{id}": {"get": {"summary": "One model", "parameters": [{"name": "id", "in": "path", "required": true,
-   "schema": {"type": "string"}}], "responses": {"200": {"description": "Model"}, "404":
+   "schema": {"type": "string"}}], "responses": {"200": {"description": "Model",
+   "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Model"}}}}, "404":
    {"$ref": "#/components/responses/Error"}}}},
  "/tokenize": {"post": {"summary": "Text or messages to token ids", "responses": {"200":
-   {"description": "count, tokens"}}}},
- "/detokenize": {"post": {"summary": "Token ids to text", "responses": {"200": {"description": "prompt"}}}},
+   {"description": "The ids", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Tokens"}}}},
+   "default": {"$ref": "#/components/responses/Error"}}}},
+ "/detokenize": {"post": {"summary": "Token ids to text", "responses": {"200":
+   {"description": "The text", "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Text"}}}},
+   "default": {"$ref": "#/components/responses/Error"}}}},
  "/health": {"get": {"summary": "Liveness", "security": [], "responses": {"200":
    {"description": "The process lives"}}}},
  "/ready": {"get": {"summary": "Readiness", "security": [], "responses": {"200": {"description": "Takes requests"},
    "503": {"description": "Draining"}}}},
+ "/health_generate": {"get": {"summary": "Whether tokens come out", "responses": {"200":
+   {"description": "They did, at the last look (--probe-interval)"}, "503": {"description": "They did not"}}}},
  "/version": {"get": {"summary": "Version", "security": [], "responses": {"200": {"description": "version"}}}},
  "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": {"description": "Text format 0.0.4"}}}},
  "/openapi.json": {"get": {"summary": "This document", "responses": {"200": {"description": "OpenAPI 3.1"}}}}
@@ -38,17 +49,17 @@ constexpr char kCommonFields[] = R"json(
  "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
  "top_k": {"type": "integer", "minimum": -1, "default": 0}, "min_p": {"type": "number", "minimum": 0, "maximum": 1},
  "typical_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
- "repetition_penalty": {"type": "number", "exclusiveMinimum": 0},
+ "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
  "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
  "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
  "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
- "seed": {"type": "integer"}, "max_tokens": {"type": "integer"}, "min_tokens": {"type": "integer", "minimum": 0},
+ "seed": {"type": "integer"}, "max_tokens": {"type": "integer", "minimum": 0}, "min_tokens": {"type": "integer", "minimum": 0},
  "ignore_eos": {"type": "boolean"}, "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items":
    {"type": "string"}}]},
  "stop_token_ids": {"type": "array", "items": {"type": "integer"}}, "include_stop_str_in_output": {"type": "boolean"},
  "stream": {"type": "boolean", "default": false}, "stream_options": {"type": "object", "properties": {"include_usage":
    {"type": "boolean"}, "include_obfuscation": {}}, "additionalProperties": false}, "priority": {"type": "integer",
-   "default": 0},
+   "minimum": -100000, "maximum": 100000, "default": 0},
  "speculation": {"type": "string", "enum": ["off", "draft", "medusa", "ngram", "auto"]},
  "store": {"type": "boolean", "enum": [false]}, "response_format": {"type": "object"}, "user": {}, "metadata": {},
  "safety_identifier": {}, "prompt_cache_key": {}, "prompt_cache_retention": {}, "service_tier": {})json";
@@ -65,13 +76,70 @@ constexpr char kChatFields[] = R"json(
  "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20}, "tools": {"type": "array", "maxItems": 0},
  "tool_choice": {"const": "none"}, "modalities": {}, "parallel_tool_calls": {"type": "boolean"})json";
 
+// What the server says. Closed objects: a field that is not here is not sent.
+constexpr char kAnswers[] = R"json(
+ "Usage": {"type": "object", "additionalProperties": false, "required": ["prompt_tokens", "completion_tokens",
+   "total_tokens", "completion_tokens_details"], "properties": {"prompt_tokens": {"type": "integer", "minimum": 0},
+   "completion_tokens": {"type": "integer", "minimum": 0}, "total_tokens": {"type": "integer", "minimum": 0},
+   "completion_tokens_details": {"type": "object", "additionalProperties": false, "properties":
+   {"accepted_prediction_tokens": {"type": "integer"}, "rejected_prediction_tokens": {"type": "integer"}}}}},
+ "FinishReason": {"enum": ["stop", "length", null]},
+ "CompletionChoice": {"type": "object", "additionalProperties": false, "required": ["index", "text", "logprobs",
+   "finish_reason"], "properties": {"index": {"type": "integer"}, "text": {"type": "string"}, "finish_reason":
+   {"$ref": "#/components/schemas/FinishReason"}, "logprobs": {"type": ["object", "null"], "additionalProperties": false,
+   "properties": {"tokens": {"type": "array", "items": {"type": "string"}}, "token_logprobs": {"type": "array", "items":
+   {"type": ["number", "null"]}}, "top_logprobs": {"type": ["array", "null"]}, "text_offset": {"type": "array", "items":
+   {"type": "integer"}}}}}},
+ "TokenLogprob": {"type": "object", "additionalProperties": false, "required": ["token", "logprob", "bytes"],
+   "properties": {"token": {"type": "string"}, "logprob": {"type": "number"}, "bytes": {"type": "array", "items":
+   {"type": "integer", "minimum": 0, "maximum": 255}}, "top_logprobs": {"type": "array", "items":
+   {"$ref": "#/components/schemas/TokenLogprob"}}}},
+ "ChatLogprobs": {"type": ["object", "null"], "additionalProperties": false, "properties": {"refusal": {"type": "null"},
+   "content": {"type": "array", "items": {"$ref": "#/components/schemas/TokenLogprob"}}}},
+ "ChatMessage": {"type": "object", "additionalProperties": false, "properties": {"role": {"const": "assistant"},
+   "content": {"type": "string"}, "refusal": {"type": "null"}}},
+ "Model": {"type": "object", "additionalProperties": false, "required": ["id", "object", "created", "owned_by"],
+   "properties": {"id": {"type": "string"}, "object": {"const": "model"}, "created": {"type": "integer"}, "owned_by":
+   {"const": "linspec"}, "max_model_len": {"type": "integer"}}},
+ "ModelList": {"type": "object", "additionalProperties": false, "properties": {"object": {"const": "list"}, "data":
+   {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}}},
+ "Tokens": {"type": "object", "additionalProperties": false, "properties": {"count": {"type": "integer"},
+   "max_model_len": {"type": "integer"}, "tokens": {"type": "array", "items": {"type": "integer"}}}},
+ "Text": {"type": "object", "additionalProperties": false, "properties": {"prompt": {"type": "string"}}},
+ "Error": {"type": "object", "additionalProperties": false, "required": ["error"], "properties": {"error": {"type":
+   "object", "additionalProperties": false, "required": ["message", "type", "param", "code"], "properties": {"message":
+   {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]}, "code": {"type": ["string",
+   "null"]}}}}})json";
+
 constexpr char kShared[] =
     R"json("responses": {"Error": {"description": "What was wrong, and with which field", "content":
-   {"application/json":
- {"schema": {"type": "object", "required": ["error"], "properties": {"error": {"type": "object", "required":
- ["message", "type", "param", "code"], "properties": {"message": {"type": "string"}, "type": {"type": "string"},
- "param": {"type": ["string", "null"]}, "code": {"type": ["string", "null"]}}}}}}}}},
+   {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}},
  "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}})json";
+
+// An answer around choices of the given schema; a chunk's last one, with usage asked for, carries no choice.
+std::string Answer(const char* object, const std::string& choice, bool chunk) {
+  return std::string("{\"type\": \"object\", \"additionalProperties\": false, \"required\": [\"id\", \"object\", ") +
+         "\"created\", \"model\", \"choices\"" + (chunk ? "" : ", \"usage\"") +
+         "], \"properties\": {\"id\": {\"type\": \"string\"}, \"object\": {\"const\": \"" + object +
+         "\"}, \"created\": {\"type\": \"integer\"}, \"model\": {\"type\": \"string\"}, \"usage\": " +
+         "{\"$ref\": \"#/components/schemas/Usage\"}, \"choices\": {\"type\": \"array\", \"items\": " + choice + "}}}";
+}
+
+std::string ChatChoice(const char* part) {
+  return std::string("{\"type\": \"object\", \"additionalProperties\": false, \"required\": [\"index\", \"") + part +
+         "\", \"logprobs\", \"finish_reason\"], \"properties\": {\"index\": {\"type\": \"integer\"}, \"" + part +
+         "\": {\"$ref\": \"#/components/schemas/ChatMessage\"}, \"logprobs\": {\"$ref\": " +
+         "\"#/components/schemas/ChatLogprobs\"}, \"finish_reason\": {\"$ref\": "
+         "\"#/components/schemas/FinishReason\"}}}";
+}
+
+std::string Answers() {
+  const std::string text = "{\"$ref\": \"#/components/schemas/CompletionChoice\"}";
+  return "\"Completion\": " + Answer("text_completion", text, false) +
+         ", \"CompletionChunk\": " + Answer("text_completion", text, true) +
+         ", \"ChatCompletion\": " + Answer("chat.completion", ChatChoice("message"), false) +
+         ", \"ChatCompletionChunk\": " + Answer("chat.completion.chunk", ChatChoice("delta"), true) + "," + kAnswers;
+}
 
 std::string Schema(const char* required, const char* fields) {
   return std::string("{\"type\": \"object\", \"additionalProperties\": false, \"required\": [\"") + required +
@@ -84,7 +152,7 @@ std::string OpenApiJson() {
   return std::string("{\"openapi\": \"3.1.0\", \"info\": {\"title\": \"linspec\", \"version\": \"") + kVersion +
          "\"}, \"security\": [{\"key\": []}, {}], \"paths\": {" + kPaths + "}, \"components\": {\"schemas\": {" +
          "\"CompletionRequest\": " + Schema("prompt", kCompletionFields) +
-         ", \"ChatRequest\": " + Schema("messages", kChatFields) + "}, " + kShared + "}}";
+         ", \"ChatRequest\": " + Schema("messages", kChatFields) + ", " + Answers() + "}, " + kShared + "}}";
 }
 
 }  // namespace linspec

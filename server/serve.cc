@@ -1,19 +1,15 @@
 // `linspec serve`: load, listen, wait for a signal, drain.
 #include <fmt/format.h>
 
-#include <chrono>
+#include <condition_variable>
 #include <csignal>
 #include <cstdlib>
+#include <mutex>
 #include <thread>
 
-#include "server/auth.h"
 #include "server/commands.h"
-#include "server/errors.h"
-#include "server/grpc_service.h"
-#include "server/http_api.h"
-#include "server/http_server.h"
-#include "server/metrics.h"
 #include "server/model_files.h"
+#include "server/server.h"
 
 namespace linspec {
 namespace {
@@ -27,52 +23,52 @@ Log MakeLog(const ServerConfig::OperationsOptions& options) {
   return Log(format, LogLevel::kOff);
 }
 
-void AddCollectors(Metrics* metrics, const Log* log, Service* service, const HttpServer* http) {
-  metrics->AddCollector(ProcessSamples);
-  metrics->AddCollector([service] { return DeviceSamples(service->engine().device_stats()); });
-  metrics->AddCollector([log, http]() -> std::vector<MetricSample> {
-    const double connections = http == nullptr ? 0 : http->open_connections();
-    return {{"linspec_log_lines_lost_total",
-             "Log lines that could not be written",
-             true,
-             {},
-             static_cast<double>(log->lines_lost())},
-            {"linspec_http_connections_open", "Open HTTP connections", false, {}, connections}};
-  });
-}
+// SIGINT and SIGTERM are waited for, never handled: blocked before any thread exists, so that all threads inherit it.
+// While the model loads a signal ends the process; afterwards the first begins the drain and the second ends it.
+class SignalWatcher {
+ public:
+  SignalWatcher() {
+    sigemptyset(&signals_);
+    sigaddset(&signals_, SIGINT);
+    sigaddset(&signals_, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &signals_, nullptr);
+    std::signal(SIGPIPE, SIG_IGN);
+    std::thread([this] { Run(); }).detach();  // ends with the process
+  }
 
-// SIGINT and SIGTERM are waited for, never handled: blocked here, before any thread exists, so that all inherit it.
-sigset_t BlockSignals() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGINT);
-  sigaddset(&signals, SIGTERM);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  std::signal(SIGPIPE, SIG_IGN);
-  return signals;
-}
+  void Loaded() {
+    std::lock_guard lock(mutex_);
+    loaded_ = true;
+  }
 
-absl::StatusOr<std::unique_ptr<HttpServer>> StartHttp(const ServerConfig& config, HttpApi* api, Metrics* metrics) {
-  if (config.network.http_port < 0) return std::unique_ptr<HttpServer>();
-  HttpServerOptions options;
-  options.host = config.network.host;
-  options.port = config.network.http_port;
-  options.io_threads = config.network.io_threads;
-  options.max_connections = config.network.max_connections;
-  options.max_body_bytes = config.network.max_body_bytes;
-  options.max_header_bytes = config.network.max_header_bytes;
-  options.header_timeout_s = config.network.header_timeout_s;
-  options.idle_timeout_s = config.network.idle_timeout_s;
-  options.tls_cert = config.security.tls_cert;
-  options.tls_key = config.security.tls_key;
-  options.tls_client_ca = config.security.tls_client_ca;
-  options.error_reply = [api](const absl::Status& status) { return api->ErrorReply(status); };
-  options.observer = [api](const HttpRequest& request, int status, double s) { api->Observe(request, status, s); };
-  options.write_observer = [metrics](double seconds) { metrics->OnWrite(seconds); };
-  return HttpServer::Start(std::move(options), [api](HttpRequest request, HttpNotify notify) {
-    return api->Handle(std::move(request), std::move(notify));
-  });
-}
+  int WaitForFirst() {
+    std::unique_lock lock(mutex_);
+    came_.wait(lock, [this] { return first_ != 0; });
+    return first_;
+  }
+
+ private:
+  [[noreturn]] void Run() {
+    while (true) {
+      int signal = 0;
+      sigwait(&signals_, &signal);
+      std::lock_guard lock(mutex_);
+      if (!loaded_ || first_ != 0) {
+        // Not to the log, which would not be written any more.
+        fmt::print(stderr, "linspec: {}: ending at once\n", loaded_ ? "second signal" : "signal while loading");
+        std::_Exit(128 + signal);
+      }
+      first_ = signal;
+      came_.notify_one();
+    }
+  }
+
+  sigset_t signals_;
+  std::mutex mutex_;  // guards what follows
+  std::condition_variable came_;
+  bool loaded_ = false;
+  int first_ = 0;
+};
 
 void PrintReady(const ServerConfig& config, Service* service, int http_port, int grpc_port) {
   const EngineStats stats = service->engine().stats();
@@ -110,64 +106,31 @@ void LogReady(const ServerConfig& config, Service* service, int http_port, int g
               {"flags", ChangedFlags(config)}});
 }
 
-// A second signal ends the process at once, whatever is still running.
-void DrainUntilDoneOrSignal(const sigset_t& signals, const ServerConfig& config, Service* service, Log* log) {
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(config.operations.drain_timeout_s * 1000));
-  std::thread impatient([signals] {
-    int signal = 0;
-    sigwait(&signals, &signal);
-    fmt::print(stderr, "linspec: second signal: ending at once\n");  // the log would not be written any more
-    std::_Exit(130);
-  });
-  impatient.detach();  // ends with the process
-  if (!service->engine().Drain(timeout)) {
-    log->Write(LogLevel::kWarn, "drain timeout: the requests left were aborted");
-  }
-}
-
 }  // namespace
 
 absl::Status Serve(std::span<const std::string> args) {
   auto config = ParseServerConfig(args);
   if (!config.ok()) return config.status();
-  const sigset_t signals = BlockSignals();
+  static auto* const signals = new SignalWatcher;  // never destroyed: its thread runs to the end of the process
   Log log(MakeLog(config->operations));
-  auto auth = Authenticator::Create(config->security.api_key_file, config->security.public_metrics);
-  if (!auth.ok()) return auth.status();
-
   const bool json = log.format() == LogFormat::kJson;
   if (!json) fmt::print("linspec {}\n", kVersion);
-  // The metrics carry the model's name, which is known after loading; the engine reports only once it runs.
-  std::unique_ptr<Metrics> metrics;
-  auto parts = LoadParts(*config, [&metrics](const StepStats& step) { metrics->OnStep(step); });
-  if (!parts.ok()) return parts.status();
-  metrics = std::make_unique<Metrics>(MetricsOptions{.model_name = parts->model_name,
-                                                     .drafters = parts->drafters,
-                                                     .alias_vllm = config->operations.metrics_alias == "vllm"});
-  Service service(*config, *std::move(parts), metrics.get(), &log);
-  service.engine().Start();
-
-  HttpApi api(&service, auth->get());
-  auto http = StartHttp(*config, &api, metrics.get());
-  if (!http.ok()) return http.status();
-  auto grpc = GrpcFrontEnd::Start(&service, auth->get());
-  if (!grpc.ok()) return grpc.status();
-  AddCollectors(metrics.get(), &log, &service, http->get());
-  const int http_port = *http ? (*http)->port() : 0, grpc_port = *grpc ? (*grpc)->port() : 0;
+  std::fflush(stdout);
+  auto server = Server::Start(*config, LoadParts, &log);
+  if (!server.ok()) return server.status();
+  signals->Loaded();
+  Service* service = &(*server)->service();
+  const int http_port = (*server)->http_port(), grpc_port = (*server)->grpc_port();
   if (json)
-    LogReady(*config, &service, http_port, grpc_port, &log);
+    LogReady(*config, service, http_port, grpc_port, &log);
   else
-    PrintReady(*config, &service, http_port, grpc_port);
+    PrintReady(*config, service, http_port, grpc_port);
 
-  int signal = 0;
-  sigwait(&signals, &signal);
+  const int signal = signals->WaitForFirst();
   log.Write(LogLevel::kInfo, "draining",
             {{"signal", int64_t{signal}}, {"timeout_s", config->operations.drain_timeout_s}});
-  service.StopAdmitting();
-  if (*grpc) (*grpc)->SetServing(false);
-  DrainUntilDoneOrSignal(signals, *config, &service, &log);
-  if (*http) (*http)->Stop(2.0);
-  if (*grpc) (*grpc)->Stop(2.0);
+  (*server)->StopAdmitting();
+  (*server)->Drain();
   log.Write(LogLevel::kInfo, "drained");
   return absl::OkStatus();
 }

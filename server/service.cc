@@ -7,6 +7,7 @@
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <utility>
 
 #include "server/errors.h"
@@ -35,6 +36,11 @@ void ReplaceAll(const std::string& from, const std::string& to, std::string* tex
 }
 
 }  // namespace
+
+std::string NewRequestId() {
+  thread_local std::mt19937_64 generator{std::random_device{}()};
+  return fmt::format("{:016x}{:016x}", generator(), generator());
+}
 
 RunningRequest::RunningRequest(Service* service, uint64_t id, std::shared_ptr<ResponseStream> stream, GenerateSpec spec)
     : service_(service), id_(id), stream_(std::move(stream)), spec_(std::move(spec)) {}
@@ -103,6 +109,13 @@ Service::Service(ServerConfig config, Parts parts, Metrics* metrics, Log* log)
     special_spellings_.push_back(spelling);
     starts_special_[static_cast<uint8_t>(spelling[0])] = true;
   }
+  metrics_->AddCollector([this]() -> std::vector<MetricSample> {
+    return {{"linspec_can_generate",
+             "1 unless a token that the probe asked for did not come",
+             false,
+             {},
+             can_generate_ ? 1.0 : 0.0}};
+  });
   // Longest first: a token that contains another is quoted whole.
   std::ranges::sort(special_spellings_, [](const auto& a, const auto& b) { return a.size() > b.size(); });
 }
@@ -118,7 +131,7 @@ absl::Status Service::Overloaded(absl::Status status, const char* reason) {
   return WithRetryAfter(std::move(status), static_cast<int>(std::clamp(std::ceil(seconds), 1.0, 60.0)));
 }
 
-absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& tenant) {
+absl::Status Service::CheckAdmission(const std::string& tenant) {
   if (draining_) return Overloaded(absl::UnavailableError("the server is shutting down"), "draining");
   const EngineStats stats = parts_.engine->stats();
   const auto& limits = config_.engine;
@@ -135,24 +148,50 @@ absl::Status Service::CheckAdmission(size_t prompt_bytes, const std::string& ten
                                                  stats.waiting_tokens)),
         "queue_tokens");
   }
-  // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than 64 on average.
-  if (static_cast<int64_t>(prompt_bytes / 64) > limits.max_prompt_tokens) {
-    metrics_->OnRejected("prompt_too_long");
-    return FieldError("prompt", fmt::format("{} bytes is longer than {} tokens (--max-prompt-tokens) can be",
-                                            prompt_bytes, limits.max_prompt_tokens));
-  }
-  if (limits.max_requests_per_key > 0 && !tenant.empty()) {
+  int open = 0;
+  if (!tenant.empty()) {
     std::lock_guard lock(mutex_);
     const auto found = live_per_tenant_.find(tenant);
-    if (found != live_per_tenant_.end() && found->second >= limits.max_requests_per_key) {
-      metrics_->OnRejected("key_limit");
-      return TenantLimit(fmt::format("this API key has {} requests open, its limit", found->second), 1);
-    }
+    if (found != live_per_tenant_.end()) open = found->second;
   }
-  return absl::OkStatus();
+  return KeyLimit(open);
+}
+
+absl::Status Service::KeyLimit(int open) {
+  const int limit = config_.engine.max_requests_per_key;
+  if (limit == 0 || open < limit) return absl::OkStatus();
+  return Overloaded(
+      TenantLimit(fmt::format("this API key has {} requests open, its limit (--max-requests-per-key)", open)),
+      "key_limit");
+}
+
+CallLimits Service::call_limits() const {
+  const auto& limits = config_.engine;
+  return {.max_n = limits.max_n,
+          .max_output_tokens = limits.max_output_tokens,
+          .default_chat_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens),
+          .max_stop_strings = limits.max_stop_strings,
+          .max_stop_bytes = limits.max_stop_bytes,
+          .max_logit_bias = limits.max_logit_bias,
+          .max_messages = limits.max_messages};
+}
+
+absl::Status Service::CheckBytes(size_t bytes, const char* field) const {
+  // A token of a byte-level vocabulary can stand for many bytes, but hardly for more than this many on average.
+  constexpr size_t kMaxBytesPerToken = 64;
+  const int64_t limit = config_.engine.max_prompt_tokens;
+  if (static_cast<int64_t>(bytes / kMaxBytesPerToken) <= limit) return absl::OkStatus();
+  return FieldError(field, fmt::format("{} bytes are more than {} tokens (--max-prompt-tokens) can be", bytes, limit));
 }
 
 absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt) const {
+  size_t bytes = 0;
+  if (const auto* text = std::get_if<std::string>(&prompt)) bytes = text->size();
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) {
+    for (const ChatMessage& message : *messages) bytes += message.content.size();
+  }
+  const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
+  if (absl::Status status = CheckBytes(bytes, field); !status.ok()) return status;
   absl::StatusOr<std::vector<int32_t>> tokens;
   if (const auto* text = std::get_if<std::string>(&prompt)) {
     tokens = parts_.tokenizer->Encode(*text, {.add_special_tokens = true, .parse_special = true});
@@ -161,7 +200,6 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   } else {
     tokens = ChatTokens(std::get<std::vector<ChatMessage>>(prompt));
   }
-  const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
   if (!tokens.ok()) {
     return tokens.status().code() == absl::StatusCode::kInvalidArgument && ErrorField(tokens.status()).empty()
                ? FieldError(field, std::string(tokens.status().message()))
@@ -233,11 +271,7 @@ absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatM
 }
 
 absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32_t> prompt, GenerateSpec spec) {
-  if (spec.sampling.max_tokens > config_.engine.max_output_tokens) {
-    return FieldError("max_tokens", fmt::format("{} is over the limit of {} (--max-output-tokens)",
-                                                spec.sampling.max_tokens, config_.engine.max_output_tokens));
-  }
-  const uint64_t id = next_id_++;
+  const uint64_t id = NextId();
   auto stream = ResponseStream::Create(
       parts_.tokenizer.get(), {.stop = spec.sampling.stop,
                                .include_stop = spec.sampling.include_stop_in_output,
@@ -252,20 +286,21 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                   .deadline = spec.deadline,
                   .prompt_logprobs = spec.prompt_logprobs,
                   .sink = stream->MakeSink()};
+  int open = 0;  // of this key, before this one
   {
     std::lock_guard lock(mutex_);
-    if (!spec.name.empty() && !names_.try_emplace(spec.name, Named{id, spec.tenant}).second) {
-      return absl::AlreadyExistsError(fmt::format("request_id: '{}' is in use by a live request", spec.name));
-    }
-    // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
-    const int open = live_per_tenant_[spec.tenant]++;
-    request.priority =
-        std::clamp(spec.priority, -100000, 100000) * 1024 + (spec.tenant.empty() ? 0 : std::min(open, 1023));
+    open = live_per_tenant_[spec.tenant]++;
+    if (const auto name = names_.find(spec.name); name != names_.end()) name->second.ids.push_back(id);
   }
+  const bool has_key = !spec.tenant.empty();
+  // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
+  request.priority = std::clamp(spec.priority, -100000, 100000) * 1024 + (has_key ? std::min(open, 1023) : 0);
   metrics_->OnSubmitted(spec.sampling.max_tokens, spec.n);
   if (config_.operations.log_prompts) LogPrompt(spec, id, request.prompt_tokens);
-  // From here on the destructor gives back name and count.
+  // From here on the destructor gives the count back.
   auto running = std::make_unique<RunningRequest>(this, id, std::move(stream), std::move(spec));
+  // Counted first, then checked: a burst cannot slip in between.
+  if (absl::Status status = has_key ? KeyLimit(open) : absl::OkStatus(); !status.ok()) return status;
   absl::Status status = parts_.engine->Submit(std::move(request));
   if (status.code() == absl::StatusCode::kResourceExhausted) return Overloaded(std::move(status), "queue_full");
   if (status.code() == absl::StatusCode::kUnavailable) return Overloaded(std::move(status), "draining");
@@ -283,24 +318,42 @@ void Service::LogPrompt(const GenerateSpec& spec, uint64_t id, const std::vector
 
 void Service::Forget(uint64_t id, const GenerateSpec& spec) {
   std::lock_guard lock(mutex_);
-  if (const auto name = names_.find(spec.name); name != names_.end() && name->second.id == id) names_.erase(name);
+  if (const auto name = names_.find(spec.name); name != names_.end()) std::erase(name->second.ids, id);
   if (const auto live = live_per_tenant_.find(spec.tenant); live != live_per_tenant_.end() && --live->second <= 0) {
     live_per_tenant_.erase(live);
   }
 }
 
+absl::StatusOr<CallName> Service::Claim(const std::string& name, const std::string& tenant) {
+  if (name.empty()) return CallName();
+  std::lock_guard lock(mutex_);
+  if (!names_.try_emplace(name, Named{tenant, {}}).second) {
+    return absl::AlreadyExistsError(fmt::format("request_id: '{}' is in use by a live request", name));
+  }
+  return CallName(this, name);
+}
+
+CallName::~CallName() {
+  if (service_ != nullptr) service_->FreeName(name_);
+}
+
+void Service::FreeName(const std::string& name) {
+  std::lock_guard lock(mutex_);
+  names_.erase(name);
+}
+
 absl::Status Service::Abort(const std::string& name, const std::string& tenant) {
-  uint64_t id = 0;
+  std::vector<uint64_t> ids;
   {
     std::lock_guard lock(mutex_);
     const auto found = names_.find(name);
     // Somebody else's request is as unknown as one that does not exist.
     if (name.empty() || found == names_.end() || found->second.tenant != tenant) {
-      return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name));
+      return absl::NotFoundError(fmt::format("request_id: no live request '{}'", name.substr(0, 128)));
     }
-    id = found->second.id;
+    ids = found->second.ids;
   }
-  parts_.engine->Cancel(id);
+  for (const uint64_t id : ids) parts_.engine->Cancel(id);
   return absl::OkStatus();
 }
 

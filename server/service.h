@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
-#include <variant>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -18,6 +18,7 @@
 #include "models/tokenizer.h"
 #include "scheduler/engine.h"
 #include "server/config.h"
+#include "server/generate_call.h"
 #include "server/log.h"
 #include "server/metrics.h"
 #include "server/response_stream.h"
@@ -25,11 +26,6 @@
 namespace linspec {
 
 inline constexpr char kVersion[] = "0.1.0";
-
-struct ChatMessage {
-  std::string role, content;
-};
-using PromptInput = std::variant<std::string, std::vector<int32_t>, std::vector<ChatMessage>>;
 
 struct GenerateSpec {
   SamplingParams sampling = {};
@@ -39,12 +35,32 @@ struct GenerateSpec {
   bool detokenize = true;
   std::optional<Clock::time_point> deadline = {};
   std::string tenant = {};  // which API key asks; "" without keys
-  std::string name = {};    // the client's request id, for Abort; "" for none
+  std::string name = {};    // the claimed request id it belongs to, for Abort; "" for none
   std::string log_id = {};  // what the log calls the request; "": its number
   int n = 1;                // answers asked for in the same call, for the metrics
 };
 
+std::string NewRequestId();  // 32 random hex digits
+
 class Service;
+
+// A client's request id while its call lives. Destroying it frees the id.
+class CallName {
+ public:
+  CallName() = default;
+  CallName(Service* service, std::string name) : service_(service), name_(std::move(name)) {}
+  CallName(CallName&& other) noexcept : service_(std::exchange(other.service_, nullptr)), name_(other.name_) {}
+  CallName& operator=(CallName&& other) noexcept {
+    std::swap(service_, other.service_);
+    std::swap(name_, other.name_);
+    return *this;
+  }
+  ~CallName();
+
+ private:
+  Service* service_ = nullptr;
+  std::string name_;
+};
 
 // One request in the engine. Destroying it before its end cancels it and gives back what it held.
 class RunningRequest {
@@ -84,19 +100,27 @@ class Service {
   Service(ServerConfig config, Parts parts, Metrics* metrics, Log* log);
   ~Service();  // all RunningRequests must be gone
 
-  // Overload and drain, from counters alone: asked before a prompt is tokenized. prompt_bytes bounds its tokens.
-  absl::Status CheckAdmission(size_t prompt_bytes, const std::string& tenant);
+  // Overload and drain, from counters alone: asked before anything else is done for a request.
+  absl::Status CheckAdmission(const std::string& tenant);
+  // A text too long for --max-prompt-tokens whatever its tokens is refused before it is tokenized.
   absl::StatusOr<std::vector<int32_t>> ToTokens(const PromptInput& prompt) const;
-  // Submits. Errors as Engine::Submit, overload with a retry time; ALREADY_EXISTS for a name in use.
+  // "" claims nothing. ALREADY_EXISTS for an id that another live call, of anybody, goes by.
+  absl::StatusOr<CallName> Claim(const std::string& name, const std::string& tenant);
+  // Submits. Errors as Engine::Submit; overload and a key's limit with a retry time.
   absl::StatusOr<std::unique_ptr<RunningRequest>> Start(std::vector<int32_t> prompt, GenerateSpec spec);
   absl::Status Abort(const std::string& name, const std::string& tenant);
 
   absl::Status CheckModelName(const std::string& name) const;  // "" is fine
   void StopAdmitting();                                        // readiness off
   bool draining() const { return draining_; }
+  // The probe's latest finding (generation_probe.h): whether tokens come out, as far as is known.
+  bool can_generate() const { return can_generate_; }
+  void SetCanGenerate(bool can) { can_generate_ = can; }
+  uint64_t NextId() { return next_id_++; }  // for the engine; never used twice
   std::string MetricsText();
 
   const ServerConfig& config() const { return config_; }
+  CallLimits call_limits() const;
   const Tokenizer& tokenizer() const { return *parts_.tokenizer; }
   Engine& engine() { return *parts_.engine; }
   Metrics& metrics() { return *metrics_; }
@@ -107,11 +131,15 @@ class Service {
 
  private:
   friend class RunningRequest;
+  friend class CallName;
+  absl::Status CheckBytes(size_t bytes, const char* field) const;
   absl::StatusOr<std::vector<int32_t>> ChatTokens(const std::vector<ChatMessage>& messages) const;
   std::string QuoteSpecialTokens(std::string text) const;
   absl::Status Overloaded(absl::Status status, const char* reason);
+  absl::Status KeyLimit(int open);  // OK when a key with so many open requests may have one more
   void LogPrompt(const GenerateSpec& spec, uint64_t id, const std::vector<int32_t>& prompt);
   void Forget(uint64_t id, const GenerateSpec& spec);
+  void FreeName(const std::string& name);
 
   const ServerConfig config_;
   Parts parts_;
@@ -121,12 +149,12 @@ class Service {
   std::vector<std::string> special_spellings_;  // longest first
   std::array<bool, 256> starts_special_{};      // by first byte
   std::atomic<uint64_t> next_id_ = 1;
-  std::atomic<bool> draining_ = false;
+  std::atomic<bool> draining_ = false, can_generate_ = true;
 
   std::mutex mutex_;  // guards both maps
   struct Named {
-    uint64_t id;
     std::string tenant;
+    std::vector<uint64_t> ids;
   };
   std::unordered_map<std::string, Named> names_;
   std::unordered_map<std::string, int> live_per_tenant_;

@@ -40,10 +40,7 @@ class KvHead {
   // target <- decay * target + K^T V over the group that ends with the last row of path.
   void Fold(Path path, float* target) {
     const int64_t end = Position(path) + 1;
-    for (int j = 0; j < group_; ++j) {
-      k_[j] = K(end - group_ + j, path);
-      v_[j] = V(end - group_ + j, path);
-    }
+    Point(end - group_, end, path, 0);
     table_.fold(target, layer_.decay != nullptr ? layer_.decay[kv_head_] : 1.0f, k_, v_, group_, d_);
   }
 
@@ -62,11 +59,20 @@ class KvHead {
   const float* RowK(int64_t row) const { return rows_ + row * stride_ + int64_t{layer_.num_heads + kv_head_} * d_; }
   void CollectTokens(std::span<const Path> paths, AttentionTile* tile);
   int64_t v_offset() const { return int64_t{layer_.num_kv_heads} * d_; }
-  const float* K(int64_t position, Path path) const {
-    return position < length_ ? ring_k_ + position % group_ * d_ : RowK(path[position - length_]);
-  }
-  const float* V(int64_t position, Path path) const {
-    return position < length_ ? ring_v_ + position % group_ * d_ : RowK(path[position - length_]) + v_offset();
+  // Points k_ and v_ from index `at` on at the tokens of positions [first, end); returns the index behind them.
+  int Point(int64_t first, int64_t end, Path path, int at) {
+    int64_t slot = first % group_;  // divided once: the loop is short
+    for (int64_t p = first; p < end; ++p, ++at) {
+      if (p < length_) {
+        k_[at] = ring_k_ + slot * d_;
+        v_[at] = ring_v_ + slot * d_;
+        slot = slot + 1 == group_ ? 0 : slot + 1;
+      } else {
+        k_[at] = RowK(path[p - length_]);
+        v_[at] = k_[at] + v_offset();
+      }
+    }
+    return at;
   }
   // First position that a row sees.
   int64_t WindowBegin(int64_t position) const {
@@ -100,18 +106,11 @@ void KvHead::CollectTokens(std::span<const Path> paths, AttentionTile* tile) {
   const auto local_begin = [&](int64_t first, int64_t end) {  // of tokens [first, end)
     return static_cast<int>((layer_.local ? std::clamp(group_begin, first, end) : end) - first);
   };
-  int used = 0;
-  const auto take = [&](int64_t first, int64_t end, Path path) {
-    for (int64_t p = first; p < end; ++p, ++used) {
-      k_[used] = K(p, path);
-      v_[used] = V(p, path);
-    }
-  };
   tile->k = k_;
   tile->v = v_;
   tile->num_shared = static_cast<int>(shared_end - begin);
   tile->local_begin = local_begin(begin, shared_end);
-  take(begin, shared_end, paths[0]);
+  int used = Point(begin, shared_end, paths[0], 0);
   for (size_t r = 0; r < paths.size(); ++r) {
     const int64_t end = Position(paths[r]) + 1, window_begin = WindowBegin(end - 1);
     const int64_t own_begin = std::max(window_begin, shared_end);
@@ -121,7 +120,7 @@ void KvHead::CollectTokens(std::span<const Path> paths, AttentionTile* tile) {
     row.own_local_begin = local_begin(own_begin, end);
     row.own_k = k_ + used;
     row.own_v = v_ + used;
-    take(own_begin, end, paths[r]);
+    used = Point(own_begin, end, paths[r], used);
   }
 }
 
@@ -219,6 +218,21 @@ void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const Wind
     AttendAll(head, paths.rows(begin, end), states[begin], request_out);
     begin = end;
   }
+}
+
+void PrefetchKvHead(const AttentionLayer& layer, const WindowRequest& request, int kv_head) {
+  const int64_t d = layer.head_dim, group = layer.group_size, phase = request.length % group;
+  const auto prefetch = [](const float* begin, int64_t floats) {
+    for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(begin + i, 0, 2);
+  };
+  if (layer.global != GlobalBranch::kNone && request.length >= group)
+    prefetch(request.state.s + kv_head * d * d, d * d);
+  if (layer.local) prefetch(request.state.ring_k + kv_head * group * d, phase * d);
+  const int64_t reach = std::max<int64_t>(0, layer.conv_kernel - 1 - phase);  // values of the group before
+  const float* values = request.state.ring_v + kv_head * group * d;
+  prefetch(values, phase * d);
+  if (request.length > phase)
+    prefetch(values + (group - std::min(reach, group - phase)) * d, std::min(reach, group - phase) * d);
 }
 
 void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const CommitRequest& request, const float* qkv,

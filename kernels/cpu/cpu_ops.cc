@@ -229,6 +229,9 @@ void CpuOpsImpl::VerifyAttention(const VerifyAttentionParams& p) {
   const int num_kv_heads = p.layer->num_kv_heads;
   pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
+      if (i + 1 < end) {
+        PrefetchKvHead(*p.layer, p.requests[(i + 1) / num_kv_heads], static_cast<int>((i + 1) % num_kv_heads));
+      }
       VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
     }
   });

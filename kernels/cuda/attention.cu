@@ -1,8 +1,7 @@
 // Host entry points of attention: the tensor-core instances where the layer shape has them (verify.cu, commit.cu,
 // prefill.cu), else the programs of window_programs.h on the grid (kv head, request), for any shape.
-#include <mutex>
-
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/pdl.h"
 #include "kernels/cuda/window_programs.h"
 
 namespace linspec::cuda {
@@ -32,13 +31,6 @@ __global__ void __launch_bounds__(kThreads) PrefillKernel(const AttentionParams 
   PrefillBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
 }
 
-DeviceLimits ReadLimits(int device) {
-  DeviceLimits limits = {};
-  cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return limits;
-}
-
 using Kernel = void (*)(AttentionParams);
 
 void Launch(Kernel kernel, const AttentionParams& params, int num_tasks, cudaStream_t stream) {
@@ -47,21 +39,11 @@ void Launch(Kernel kernel, const AttentionParams& params, int num_tasks, cudaStr
 
 }  // namespace
 
-const DeviceLimits& CurrentDeviceLimits() {
-  constexpr int kMaxDevices = 64;
-  static DeviceLimits limits[kMaxDevices];
-  static std::once_flag read[kMaxDevices];
-  int device = 0;
-  cudaGetDevice(&device);
-  std::call_once(read[device], [device] { limits[device] = ReadLimits(device); });
-  return limits[device];
-}
-
 bool HasTiles(const LayerParams& layer) {
   constexpr int kSharedBytes = 228 * 1024;
   const int d = layer.head_dim, g = layer.group_size;
   return (d == 64 || d == 128) && g >= 8 && g <= 64 && (g & (g - 1)) == 0 && layer.conv_kernel <= 32 &&
-         layer.conv_kernel <= g && CurrentDeviceLimits().shared_bytes >= kSharedBytes;
+         layer.conv_kernel <= g && CurrentDevice().shared_per_processor >= kSharedBytes;
 }
 
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream) {

@@ -6,11 +6,6 @@
 
 namespace linspec::cuda {
 
-struct DeviceLimits {
-  int multiprocessors, shared_bytes;  // shared memory of a multiprocessor
-};
-const DeviceLimits& CurrentDeviceLimits();  // read once per device
-
 // Groups of a power of two, and the shared memory of a data-centre chip (sm_90, sm_100).
 bool HasTiles(const LayerParams& layer);
 

@@ -13,7 +13,8 @@ namespace linspec::cuda {
 // Attention: head_dim % 4 == 0 and <= 128; tasks with slot -1 do nothing, tasks without rows leave everything as it is.
 // Slots need not be cleared: nothing of a slot is read before it was written.
 //
-// Verify reads state and never writes it. Commit appends accepted rows and folds. Decode is both in one launch for
+// Verify and decode read `tasks` and S before the kernel in front of them in the stream has ended (pdl.h): what wrote those
+// must be older than that kernel. Verify reads state and never writes it. Commit appends accepted rows and folds. Decode is both in one launch for
 // calls whose tasks have exactly one row, always accepted: the same bits as verify, then commit. Prefill is verify and
 // commit of a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);

@@ -65,6 +65,8 @@ struct StateFragment {
 
   // One step of S <- decay S + K^T V, over `tokens` (a multiple of 8) rows of k and v in shared memory, ascending.
   // K^T V is summed on its own first, so that a fold is the same arithmetic wherever it runs.
+  // kUnrolled costs registers.
+  template <bool kUnrolled = true>
   __device__ __forceinline__ void Fold(int step, float decay, const float* k, int k_stride, const float* v,
                                        int v_stride, int tokens) {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
@@ -78,7 +80,7 @@ struct StateFragment {
 #pragma unroll
       for (int i = 0; i < 4; ++i) sum[i / 2][i % 2].Add(a[i / 2], b[i % 2]);
     };
-    if (tokens == 64) {  // known at compile time: no branches between the steps
+    if (kUnrolled && tokens == 64) {  // known at compile time: no branches between the steps
 #pragma unroll
       for (int token = 0; token < 64; token += 8) add(token + c);
     } else {

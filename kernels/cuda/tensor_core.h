@@ -91,6 +91,52 @@ __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
+// each round, announces the bytes; any thread of its warp may then copy.
+struct CopyBarrier {
+  uint64_t word;
+
+  __device__ __forceinline__ uint32_t Address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&word)); }
+  __device__ __forceinline__ void Make() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Address()) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void Expect(uint32_t bytes) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
+#endif
+  }
+  // 16-byte aligned ends, a multiple of 16 bytes; 0: nothing.
+  __device__ __forceinline__ void Copy(float* shared, const float* global, uint32_t bytes) {
+    if (bytes == 0) return;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
+        "l"(global), "r"(bytes), "r"(Address())
+        : "memory");
+#endif
+  }
+  // By every thread that stored where the next round copies to, before the block's barrier ahead of that round.
+  static __device__ __forceinline__ void OrderStores() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+  }
+  // Round 0, 1, ...: only its parity counts.
+  __device__ __forceinline__ void Wait(int round) const {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{.reg .pred done; RETRY%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @done bra DONE%=;"
+        "bra RETRY%=; DONE%=:}" ::"r"(Address()),
+        "r"(round & 1)
+        : "memory");
+#endif
+  }
+};
+
 // Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the data.
 __device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"

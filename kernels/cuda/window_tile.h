@@ -44,8 +44,8 @@ struct QueryRow {
 
 template <int kDim, int kRows>
 struct WindowTile {
-  // Rows of keys and values in floats: at most two of a warp's reads meet in a bank, in folds as well.
-  static constexpr int kStride = kDim + 8, kQueryStride = kDim + 4, kChannels = kDim / 64;
+  // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads meet in a bank.
+  static constexpr int kStride = kDim, kQueryStride = kDim + 4, kChannels = kDim / 64;
 
   const LayerParams& layer;
   const Item& item;
@@ -58,18 +58,17 @@ struct WindowTile {
 
   __device__ __forceinline__ int Position(int node) const { return item.phase + __popcll(masks[node]) - 1; }
 
-  // Row `row` of the tile whose first row is `tile`, of the item.
-  __device__ __forceinline__ QueryRow Row(int tile, int row) const {
-    QueryRow result{0, 0, 0, tile + row < item.rows};
+  __device__ __forceinline__ QueryRow Row(int row) const {
+    QueryRow result{0, 0, 0, row < item.rows};
     if (!result.valid) return result;
-    result.mask = masks[(item.first_row + tile + row) / item.heads];
+    result.mask = masks[(item.first_row + row) / item.heads];
     result.position = item.phase + __popcll(result.mask) - 1;
     result.group = result.position >> group_shift;
     return result;
   }
 
-  // Scores of every token for the rows of a tile, two halves of the channels apart: in `local` and `grouped`.
-  __device__ __forceinline__ void Score(int tile) const {
+  // Scores of every token for every row, two halves of the channels apart: in `local` and `grouped`.
+  __device__ __forceinline__ void Score() const {
     const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, c = lane % 4, last = item.tokens() - 1;
     const int begin = item.history & ~15;
 #pragma unroll 1
@@ -77,7 +76,7 @@ struct WindowTile {
       const int first = begin + unit / 2 * 16, channel = unit % 2 * (kDim / 2) + 4 * c;
       const float* k0 = keys + min(first + g, last) * kStride + channel;
       const float* k1 = keys + min(first + g + 8, last) * kStride + channel;
-      const float* q = queries + (tile + min(g, kRows - 1)) * kQueryStride + channel;
+      const float* q = queries + min(g, kRows - 1) * kQueryStride + channel;
       Accumulators sum;
 #pragma unroll 1
       for (int d = 0; d < kDim / 2; d += 16) AddProduct(Load4(k0 + d), Load4(k1 + d), Load4(q + d), sum);
@@ -91,11 +90,11 @@ struct WindowTile {
   }
 
   // Scores become weights in y (`local`) and in z (`grouped`).
-  __device__ __forceinline__ void Weigh(int tile) const {
+  __device__ __forceinline__ void Weigh() const {
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < item.tokens() * kRows; i += kThreads) {
       const int token = i / kRows, node = token - item.ring();
-      const QueryRow r = Row(tile, i % kRows);
+      const QueryRow r = Row(i % kRows);
       float a = 0.0f, b = 0.0f;
       if (r.valid && (node < 0 || (r.mask >> node & 1) != 0)) {
         const int key = node < 0 ? token - item.history : Position(node), lag = r.position - key;
@@ -108,7 +107,7 @@ struct WindowTile {
           b = folds > 0 && layer.decay != nullptr ? Power(layer.decay[item.kv_head], folds) * score : score;
         }
         if (lag < layer.conv_kernel) {
-          a += taps[(item.first_row + tile + i % kRows) % item.heads * layer.conv_kernel + lag];
+          a += taps[(item.first_row + i % kRows) % item.heads * layer.conv_kernel + lag];
         }
       }
       local[i] = a;

@@ -210,3 +210,99 @@ def test_cancel_storm_leaves_neighbours_alone(server, stub, stubs):
     assert result["text"] == expected
     server.wait_idle()
     assert httpx.get(server.url + "/health").status_code == 200
+
+
+def choices_of(responses, count):
+    """Text, token ids and logprob entries of each choice, and the messages' ends."""
+    choices = [{"text": "", "ids": [], "logprobs": [], "echoed": 0, "finish": 0} for _ in range(count)]
+    for r in responses:
+        choice = choices[r.index]
+        assert choice["finish"] == 0   # nothing after a choice's last message
+        choice["text"] += r.text
+        choice["ids"] += r.token_ids
+        choice["logprobs"] += r.logprobs
+        choice["echoed"] += r.num_echoed_tokens
+        choice["finish"] = r.finish_reason
+    assert responses[-1].HasField("usage") and not any(r.HasField("usage") for r in responses[:-1])
+    return choices
+
+
+@pytest.mark.parametrize("rest, fields", [
+    ({"n": 3}, {"n": 3}), ({"n": 2, "best_of": 4}, {"n": 2, "best_of": 4}), ({"best_of": 3}, {"best_of": 3}),
+    ({"echo": True}, {"echo": True}), ({"echo": True, "logprobs": 2, "n": 2}, {"echo": True, "logprobs": 2, "n": 2}),
+    ({"echo": True, "logprobs": 1, "best_of": 2}, {"echo": True, "logprobs": 1, "best_of": 2})])
+def test_choices_equal_those_of_rest(server, stub, stubs, rest, fields):
+    pb = stubs[0]
+    want = complete(server, temperature=0.9, seed=7, **rest).json()
+    request = request_of(pb, sampling=pb.SamplingParameters(temperature=0.9, seed=7), response=pb.ResponseParameters(**fields))
+    responses = list(stub.Generate(request))
+    got = choices_of(responses, len(want["choices"]))
+    for choice, expected in zip(got, want["choices"]):
+        assert choice["text"] == expected["text"] and choice["finish"] == pb.FINISH_REASON_LENGTH
+        if "logprobs" in rest:
+            entries = choice["logprobs"]
+            assert [e.chosen.token for e in entries] == expected["logprobs"]["tokens"]
+            numbers = [e.chosen.logprob if e.chosen.HasField("logprob") else None for e in entries]
+            assert numbers == pytest.approx(expected["logprobs"]["token_logprobs"])
+            assert [len(e.top) for e in entries[1:]] == [len(t) for t in expected["logprobs"]["top_logprobs"][1:]]
+            assert choice["echoed"] == want["usage"]["prompt_tokens"]
+    usage = responses[-1].usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (want["usage"]["prompt_tokens"], want["usage"]["completion_tokens"])
+
+
+def test_lists_of_prompts(server, stub, stubs):
+    pb = stubs[0]
+    ids = list(stub.Tokenize(pb.TokenizeRequest(text="The sea")).token_ids)
+    want = [complete(server, prompt=prompt).json()["choices"][0]["text"] for prompt in ("Once upon a time", "The sea")]
+    both = complete(server, prompt=["Once upon a time", "The sea"], n=2).json()["choices"]
+    assert [c["text"] for c in both] == [want[0], want[0], want[1], want[1]]   # greedy: candidates agree
+    request = request_of(pb, response=pb.ResponseParameters(n=2))
+    request.prompts.prompts.add(text="Once upon a time")
+    request.prompts.prompts.add().token_ids.ids.extend(ids)
+    got = choices_of(list(stub.Generate(request)), 4)
+    assert [c["text"] for c in got] == [want[0], want[0], want[1], want[1]]
+
+
+def test_only_the_prompt_is_wanted(stub, stubs):
+    pb = stubs[0]
+    prompt = list(stub.Tokenize(pb.TokenizeRequest(text="Once upon a time")).token_ids)
+    for logprobs in (None, 0):
+        request = request_of(pb, stopping=pb.StoppingParameters(max_tokens=0),
+                             response=pb.ResponseParameters(echo=True, token_ids=True, logprobs=logprobs))
+        responses = list(stub.Generate(request))
+        choice = choices_of(responses, 1)[0]
+        assert choice["text"] == "Once upon a time" and choice["ids"] == prompt and choice["echoed"] == len(prompt)
+        assert responses[-1].usage.completion_tokens == 0
+
+
+def test_chat_equals_rest(server, stub, stubs, has_chat):
+    if not has_chat:
+        pytest.skip("the model has no chat template")
+    pb = stubs[0]
+    body = {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}], "temperature": 0,
+            "max_tokens": 12}
+    want = httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).json()["choices"][0]["message"]["content"]
+    request = pb.GenerateRequest(sampling=pb.SamplingParameters(temperature=0), stopping=pb.StoppingParameters(max_tokens=12))
+    request.chat.messages.add(role="developer", content="Be brief.")
+    request.chat.messages.add(role="user", content="Hello")
+    assert "".join(r.text for r in stub.Generate(request)) == want
+
+
+def test_abort_by_the_id_that_the_server_gave(server, stub, stubs):
+    pb = stubs[0]
+    request = request_of(pb, stopping=pb.StoppingParameters(max_tokens=100000, ignore_eos=True), response=pb.ResponseParameters(n=3))
+    call = stub.Generate(request)
+    name = next(call).request_id
+    assert stub.GetStats(pb.GetStatsRequest()).slots_free == 5
+    stub.Abort(pb.AbortRequest(request_id=name))
+    with pytest.raises(grpc.RpcError) as error:
+        list(call)
+    assert error.value.code() == grpc.StatusCode.ABORTED
+    server.wait_idle()
+
+
+def test_bad_fields_are_typed(stub, stubs):
+    with pytest.raises(grpc.RpcError) as error:
+        list(stub.Generate(request_of(stubs[0], sampling=stubs[0].SamplingParameters(top_p=7))))
+    violation = details_of(error.value, error_details_pb2.BadRequest).field_violations[0]
+    assert violation.field == "top_p" and "7" in violation.description

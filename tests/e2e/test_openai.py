@@ -1,8 +1,12 @@
 """The OpenAI Python SDK, unmodified, against both routes."""
 import asyncio
 import json
+import subprocess
+import threading
+import time
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -165,17 +169,122 @@ def test_sdk_timeout_frees_the_slot(server, model):
     server.wait_idle()
 
 
-def test_openapi_matches_the_server(server):
-    document = httpx.get(server.url + "/openapi.json").json()
+def test_sdk_retries_after_an_overload(make_server):
+    server = make_server("--max-requests", "1", "--max-queue-requests", "1")
+    body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
+    busy = [threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=60)) for _ in range(2)]
+    for thread in busy:
+        thread.start()
+    while server.metric("linspec_num_requests_waiting") == 0:
+        time.sleep(0.02)
+    statuses = []
+    hooks = {"response": [lambda response: statuses.append((response.status_code, response.headers.get("Retry-After")))]}
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=20,
+                           http_client=httpx.Client(event_hooks=hooks))
+    assert client.completions.create(model="", prompt="x", max_tokens=4).choices[0].text
+    assert statuses[0][0] == 503 and int(statuses[0][1]) >= 1 and statuses[-1] == (200, None)
+    for thread in busy:
+        thread.join()
+
+
+def test_async_errors_and_cancellation(server, model):
+    async def run():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0) as client:
+            with pytest.raises(openai.BadRequestError) as error:
+                await client.completions.create(model=model, prompt="x", top_p=5)
+            assert error.value.param == "top_p"
+            stream = await client.completions.create(model=model, prompt="x", max_tokens=100000, stream=True,
+                                                     extra_body={"ignore_eos": True})
+            async for _ in stream:
+                break
+            await stream.close()   # the client has had enough
+
+    asyncio.run(run())
+    server.wait_idle()
+
+
+def test_curl(server, tmp_path):
+    """With a body so long that curl asks first (Expect: 100-continue), and streamed."""
+    (tmp_path / "body").write_text(json.dumps({"prompt": "a " * 3000, "max_tokens": 4, "stream": True, "user": "u" * 1100000}))
+    command = ["curl", "-sSN", "--fail-with-body", server.url + "/v1/completions", "-H", "Content-Type: application/json",
+               "--data-binary", f"@{tmp_path / 'body'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.startswith("data: {") and result.stdout.endswith("data: [DONE]\n\n")
+    head = subprocess.run(["curl", "-sSI", server.url + "/v1/models"], capture_output=True, text=True, timeout=60, check=True)
+    assert head.stdout.startswith("HTTP/1.1 200 OK")
+
+
+@pytest.fixture(scope="module")
+def document(server):
+    return httpx.get(server.url + "/openapi.json").json()
+
+
+def test_openapi_routes_answer(server, document):
     for path, methods in document["paths"].items():
-        for method in methods:
-            status = httpx.request(method.upper(), server.url + path, headers={"Content-Type": "application/json"},
-                                   content=b"{}" if method == "post" else None).status_code
-            assert status not in (405, 415, 500) and (status != 404 or "{id}" in path), (path, method, status)
-    for route, schema in (("/v1/completions", "CompletionRequest"), ("/v1/chat/completions", "ChatRequest")):
-        properties = document["components"]["schemas"][schema]["properties"]
-        for name in properties:   # a documented field is never "unknown"
-            error = httpx.post(server.url + route, json={name: {"wrong": [1]}}).json()["error"]
-            assert "unknown field" not in error["message"], (name, error)
-        error = httpx.post(server.url + route, json={"prompt": "x", "messages": [], "no_such_field": 1}).json()["error"]
-        assert error["param"] is not None
+        for method, operation in methods.items():
+            headers = {"Content-Type": "application/json"}
+            response = httpx.request(method.upper(), server.url + path, headers=headers, content=b"{}" if method == "post" else None)
+            assert response.status_code not in (405, 415, 500) and (response.status_code != 404 or "{id}" in path), (path, method)
+            assert str(response.status_code) in operation["responses"] or "default" in operation["responses"], (path, method)
+        wrong = "DELETE" if path != "/v1/completions" else "PUT"
+        assert httpx.request(wrong, server.url + path).status_code == 405
+
+
+def check(document, schema, instance):
+    """Against a schema of the document; what the schema does not name, the server must not say."""
+    jsonschema.validate(instance, {"$ref": f"#/components/schemas/{schema}", "components": document["components"]})
+
+
+def test_openapi_describes_the_answers(server, document, has_chat):
+    prompt = {"prompt": "x", "max_tokens": 3, "n": 2, "logprobs": 2, "echo": True}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    for path, schema, body in (("/v1/completions", "Completion", prompt), ("/v1/chat/completions", "ChatCompletion", chat)):
+        if path == "/v1/chat/completions" and not has_chat:
+            continue
+        check(document, schema, httpx.post(server.url + path, json=body, timeout=60).json())
+        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        lines = httpx.post(server.url + path, json=streamed, timeout=60).text.split("\n\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert len(chunks) >= 3
+        for chunk in chunks:
+            check(document, schema + "Chunk", chunk)
+    check(document, "ModelList", httpx.get(server.url + "/v1/models").json())
+    check(document, "Tokens", httpx.post(server.url + "/tokenize", json={"prompt": "x"}).json())
+    check(document, "Text", httpx.post(server.url + "/detokenize", json={"tokens": [5]}).json())
+    check(document, "Error", httpx.post(server.url + "/v1/completions", json={"prompt": "x", "n": 0}).json())
+
+
+@pytest.mark.parametrize("route, schema, base", [
+    ("/v1/completions", "CompletionRequest", {"prompt": "x"}),
+    ("/v1/chat/completions", "ChatRequest", {"messages": [{"role": "user", "content": "x"}]})])
+def test_openapi_describes_the_requests(server, document, has_chat, route, schema, base):
+    """Each documented field: its bounds are accepted, what lies beyond and every other type is not."""
+    if "messages" in base and not has_chat:
+        pytest.skip("the model has no chat template")
+
+    def status(**fields):
+        response = httpx.post(server.url + route, json={**base, "max_tokens": 1, **fields}, timeout=60)
+        if response.status_code == 400:
+            assert "unknown field" not in response.json()["error"]["message"], fields
+        return response.status_code
+
+    needs = {"top_logprobs": {"logprobs": True}, "best_of": {"n": 1}}
+    for name, field in document["components"]["schemas"][schema]["properties"].items():
+        extra, kind = needs.get(name, {}), field.get("type")
+        if kind in ("integer", "number", "boolean"):
+            assert status(**extra, **{name: "text"}) == 400 and status(**extra, **{name: [1]}) == 400, name
+        if kind == "string":
+            assert status(**{name: 5}) == 400, name
+        for bound, beyond in (("minimum", -1), ("maximum", 1)):
+            if bound in field:
+                assert status(**extra, **{name: field[bound] + beyond}) == 400, (name, bound)
+                if name not in ("min_tokens", "max_tokens", "max_completion_tokens", "n", "best_of"):
+                    assert status(**extra, **{name: field[bound]}) == 200, (name, bound)
+        if "exclusiveMinimum" in field:
+            assert status(**{name: field["exclusiveMinimum"]}) == 400, name
+        for value in field.get("enum", []):
+            assert status(**{name: value}) in (200, 400), name   # a drafter that is not loaded is a 400 too
+        if "enum" in field:
+            assert status(**{name: "none of them"}) == 400, name
+    response = httpx.post(server.url + route, json={**base, "no_such_field": 1})
+    assert response.status_code == 400 and response.json()["error"]["param"] == "no_such_field"

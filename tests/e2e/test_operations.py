@@ -249,7 +249,7 @@ def test_drain_timeout_sends_abort_frames(make_server):
     thread, out = start_stream(server, 100000)
     server.process.send_signal(signal.SIGTERM)
     thread.join(20)
-    assert json.loads(out["lines"][-2][6:])["error"]["code"] == "aborted" and out["lines"][-1] == "data: [DONE]"
+    assert json.loads(out["lines"][-2][6:])["error"]["code"] == "unavailable" and out["lines"][-1] == "data: [DONE]"
     assert server.process.wait(10) == 0
 
 

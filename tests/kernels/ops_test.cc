@@ -62,7 +62,7 @@ std::vector<float> RunMatmul(CpuOps& ops, const std::vector<float>& w, const std
 TEST_P(IsaTest, MatmulEqualsScalarToTheBitAndDoubleWithinTolerance) {
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
     for (const auto& [rows, cols] : {std::pair{1, 1}, {16, 4}, {17, 33}, {64, 64}, {130, 50}, {96, 257}}) {
-      for (const int m : {1, 2, 5, 6, 7, 13}) {
+      for (const int m : {1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 23}) {  // every height of a tile
         const auto w = Random(rows * cols, 1, 0.1f), x = Random(m * cols, 2);
         const auto y = RunMatmul(*ops_, w, x, rows, cols, m, dtype);
         ExpectSameBits(y, RunMatmul(*scalar_, w, x, rows, cols, m, dtype),
@@ -92,7 +92,7 @@ TEST_P(IsaTest, MatmulAccumulates) {
 }
 
 TEST_P(IsaTest, MatmulRowDoesNotDependOnItsNeighboursOrThreads) {
-  const int rows = 200, cols = 96, m = 11;
+  const int rows = 200, cols = 96, m = 23;
   const auto w = Random(rows * cols, 1), x = Random(m * cols, 2);
   const auto threaded = MakeOps(GetParam(), 3);
   for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {

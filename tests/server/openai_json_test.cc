@@ -99,19 +99,19 @@ TEST(OpenAiJson, CompletionFields) {
     "max_tokens":null,"logprobs":2})",
                       {});
   ASSERT_TRUE(call.ok()) << call.status();
-  EXPECT_EQ(call->prompts.size(), 2u);
-  EXPECT_THAT(std::get<std::vector<int32_t>>(call->prompts[0]), testing::ElementsAre(1, 2));
-  EXPECT_EQ(call->n, 2);
-  EXPECT_EQ(call->sampling.temperature, 0.5f);
-  EXPECT_EQ(call->sampling.top_k, 0);
-  EXPECT_EQ(call->sampling.seed, static_cast<uint64_t>(-3));
-  EXPECT_THAT(call->sampling.stop, testing::ElementsAre("a"));
-  EXPECT_TRUE(call->stream && call->include_usage && call->has_seed);
-  EXPECT_EQ(call->sampling.logit_bias.at(7), -5);
-  EXPECT_EQ(call->speculation, SpeculationMode::kNgram);
-  EXPECT_EQ(call->priority, 4);
-  EXPECT_EQ(call->sampling.max_tokens, 16);
-  EXPECT_EQ(call->sampling.logprobs, 2);
+  EXPECT_EQ(call->generate.prompts.size(), 2u);
+  EXPECT_THAT(std::get<std::vector<int32_t>>(call->generate.prompts[0]), testing::ElementsAre(1, 2));
+  EXPECT_EQ(call->generate.n, 2);
+  EXPECT_EQ(call->generate.sampling.temperature, 0.5f);
+  EXPECT_EQ(call->generate.sampling.top_k, 0);
+  EXPECT_EQ(call->generate.sampling.seed, static_cast<uint64_t>(-3));
+  EXPECT_THAT(call->generate.sampling.stop, testing::ElementsAre("a"));
+  EXPECT_TRUE(call->generate.stream && call->include_usage && call->generate.has_seed);
+  EXPECT_EQ(call->generate.sampling.logit_bias.at(7), -5);
+  EXPECT_EQ(call->generate.speculation, SpeculationMode::kNgram);
+  EXPECT_EQ(call->generate.priority, 4);
+  EXPECT_EQ(call->generate.sampling.max_tokens, 16);
+  EXPECT_EQ(call->generate.sampling.logprobs, 2);
 }
 
 TEST(OpenAiJson, ChatFields) {
@@ -120,15 +120,17 @@ TEST(OpenAiJson, ChatFields) {
     {"type":"text","text":"b"}]}],"max_completion_tokens":9,"logprobs":true,"top_logprobs":3,"tools":[],"tool_choice":"none"})",
                 {});
   ASSERT_TRUE(call.ok()) << call.status();
-  const auto& messages = std::get<std::vector<ChatMessage>>(call->prompts[0]);
+  const auto& messages = std::get<std::vector<ChatMessage>>(call->generate.prompts[0]);
   EXPECT_EQ(messages[0].role, "system");
   EXPECT_EQ(messages[1].content, "ab");
-  EXPECT_EQ(call->sampling.max_tokens, 9);
-  EXPECT_EQ(call->sampling.logprobs, 3);
+  EXPECT_EQ(call->generate.sampling.max_tokens, 9);
+  EXPECT_EQ(call->generate.sampling.logprobs, 3);
 }
 
 TEST(OpenAiJson, ChunksAreValidJson) {
-  ChoiceText piece{.index = 1, .text = "q\"\n\x01\xFF", .tokens = {}, .with_logprobs = true, .num_top = 1};
+  Choice piece;
+  piece.index = 1;
+  piece.text = "q\"\n\x01\xFF";
   OutputToken token;
   token.sampled.token = 5;
   token.sampled.logprob = -std::numeric_limits<float>::infinity();
@@ -137,13 +139,13 @@ TEST(OpenAiJson, ChunksAreValidJson) {
   const TokenBytesFn bytes = [](int32_t) { return std::string("\xE2\x80"); };
   for (const bool chat : {false, true}) {
     std::string out;
-    AppendChunk({.id = "i", .model = "m\"", .created = 1, .chat = chat}, piece, bytes, &out);
+    AppendChunk({.id = "i", .model = "m\"", .created = 1, .chat = chat, .logprobs = 1}, piece, bytes, &out);
     ASSERT_TRUE(out.starts_with("data: ") && out.ends_with("\n\n"));
     const json parsed = json::parse(out.substr(6));
     EXPECT_EQ(parsed["choices"][0]["index"], 1);
     EXPECT_TRUE(parsed["choices"][0]["finish_reason"].is_null());
     const std::string full =
-        FullResponseJson({.id = "i", .model = "m", .created = 1, .chat = chat}, {piece}, {}, bytes);
+        FullResponseJson({.id = "i", .model = "m", .created = 1, .chat = chat, .logprobs = 1}, {piece}, {}, bytes);
     EXPECT_EQ(json::parse(full)["usage"]["total_tokens"], 0);
   }
 }

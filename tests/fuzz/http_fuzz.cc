@@ -1,0 +1,95 @@
+// Bytes that a client sends to a real connection over loopback, on one thread without a clock: the connection may answer
+// and may close, but what it writes must be HTTP, and what reaches the handler must be a complete request.
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <string>
+
+#include "server/http_connection.h"
+
+namespace {
+
+using namespace linspec;                 // NOLINT
+using namespace linspec::http_internal;  // NOLINT
+
+void Require(bool condition) {
+  if (!condition) std::abort();
+}
+
+class Echo : public HttpOperation {
+ public:
+  explicit Echo(HttpRequest request) : request_(std::move(request)) {}
+  bool Poll(HttpReply* reply) override {
+    *reply = {.body = request_.body, .streaming = request_.path == "/stream"};
+    return true;
+  }
+  Progress Next(std::string* body) override {
+    *body += request_.body;
+    return Progress::kDone;
+  }
+
+ private:
+  const HttpRequest request_;
+};
+
+HttpReply ErrorReply(const absl::Status& status) {
+  return {.status = HttpStatusOf(status), .body = OpenAiErrorJson(status)};
+}
+
+struct Harness {
+  Harness() : acceptor(context, tcp::endpoint(net::ip::address_v4::loopback(), 0)) {
+    shared.options.max_body_bytes = 4096;
+    shared.options.max_header_bytes = 2048;
+    shared.options.error_reply = ErrorReply;
+    shared.options.observer = [](const HttpRequest&, int status, double) { Require(status >= 100 && status < 600); };
+    shared.options.write_observer = [](double) {};
+    shared.handler = [](HttpRequest request, HttpNotify) {
+      Require(!request.method.empty() && request.body.size() <= 4096);
+      return std::make_unique<Echo>(std::move(request));
+    };
+  }
+
+  net::io_context context;
+  tcp::acceptor acceptor;
+  Shared shared;
+};
+
+std::string Exchange(Harness* harness, const uint8_t* data, size_t size) {
+  tcp::socket client(harness->context);
+  client.connect(harness->acceptor.local_endpoint());
+  Socket socket(net::make_strand(harness->context));
+  harness->acceptor.accept(socket);
+  auto connection = std::make_shared<Connection<Socket>>(std::move(socket), &harness->shared);
+  harness->shared.live.insert(connection);
+  connection->Run(false);
+  client.non_blocking(true);
+  std::string answer;
+  Error error;
+  // In two pieces, so that a request that arrives in parts is a common case.
+  for (const auto& [begin, end] : {std::pair(size_t{0}, size / 2), std::pair(size / 2, size)}) {
+    client.write_some(net::buffer(data + begin, end - begin), error);
+    harness->context.restart();
+    harness->context.poll();
+    char buffer[16384];
+    for (size_t n = client.read_some(net::buffer(buffer), error); n > 0 && !error;
+         n = client.read_some(net::buffer(buffer), error)) {
+      answer.append(buffer, n);
+    }
+  }
+  connection->Shutdown(true);
+  connection.reset();
+  harness->context.restart();
+  harness->context.poll();
+  return answer;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static auto* const harness = new Harness;
+  const std::string answer = Exchange(harness, data, std::min<size_t>(size, 16384));
+  Require(answer.empty() || answer.starts_with("HTTP/1.1 "));
+  Require(harness->shared.live.empty() && harness->shared.open == 0);  // nothing is left of a closed connection
+  return 0;
+}
