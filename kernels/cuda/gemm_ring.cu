@@ -8,17 +8,19 @@
 //
 // Rows of a slot, and tokens, are padded so that 8 lanes reading 16 bytes each (two rows, four slices) meet 32 banks.
 //
-// Measured on an H200 (2026-11-27, read bandwidth 4.56 TB/s in the same run), bf16, a chain of products in a graph:
+// Measured on an H200 (2026-11-27, read bandwidth 4.65 TB/s in the same run), bf16, graphs of products:
 //   rows             1       4       8
-//   12288 x  4096   90 %    88 %    85 %   of the read bandwidth
-//    4096 x  4096   84 %    74 %    73 %
-//   32000 x  4096   94 %    93 %    91 %
-//    4096 x 11008   87 %    (does not fit: split form, 78 %)
-//   7B step         88 %
+//   12288 x  4096   88 %    85 %    84 %   of the read bandwidth
+//    4096 x  4096   83 %    75 %    74 %
+//   22016 x  4096   85 %    88 %    88 %
+//   32000 x  4096   81 %    85 %    88 %
+//    4096 x 11008   88 %    (x does not fit beside two slots: split form, 79 %)
+//   all of 7B       82 %    80 %    73 %   fp8: 70, 61, 55 %
 // Rejected: 256-byte pieces of a row (75 %); 128-byte TMA boxes (78 %) and 512-byte ones (91 % at best, 77 % at
 // 4096 x 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share scoreboards);
-// ranges spread over a cluster and added through distributed shared memory (69 %); own weights fetched into the L2 ahead
-// of the ring (5 points worse).
+// ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into the L2 ahead:
+// the launch's own (5 points worse), or 4 to 32 MB of the next product's (0.5 to 9 points worse, with other kernels
+// between the products too).
 #include <algorithm>
 
 #include "kernels/cuda/gemm_ring.h"

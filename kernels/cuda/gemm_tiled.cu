@@ -5,6 +5,7 @@
 // conflicts. int8 and fp8 stay narrow in shared memory and widen on the way to the registers. The sum over k is taken in
 // the same kSplit ranges as in the streaming kernel and the ranges added in the same order, so the bits are equal.
 //
+// Measured on an H200 (2026-11-27): 240 TFLOP/s at 4,096 rows of 22016 x 4096, where cuBLASLt reaches 680 to 750.
 // Floor: 2 rows N K over the bf16 rate of mma.sync, about 60 % of wgmma's on sm_90.
 #include "kernels/cuda/gemm_tile.h"
 #include "kernels/cuda/pdl.h"
