@@ -55,6 +55,11 @@ class GpuStandIn(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class StandInServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        """Prometheus is ended in mid-scrape; there is nobody to tell."""
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -91,7 +96,7 @@ def query(base, expression):
 def main():
     binary, flags = sys.argv[1], sys.argv[2:]
     http_port, grpc, prometheus_port = free_port(), free_port(), free_port()
-    gpu = http.server.ThreadingHTTPServer(("127.0.0.1", 0), GpuStandIn)
+    gpu = StandInServer(("127.0.0.1", 0), GpuStandIn)
     threading.Thread(target=gpu.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{prometheus_port}"
     with tempfile.TemporaryDirectory() as scratch:

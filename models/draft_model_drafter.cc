@@ -48,7 +48,7 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
   if (drafts->empty()) return proposals;
   if (absl::Status grown = Grow(*drafts); !grown.ok()) return grown;
 
-  for (const Draft& draft : *drafts) {
+  for (Draft& draft : *drafts) {
     // A path is never likelier than its beginning, so the best candidates contain their parents, and come after them.
     std::vector<int> order(draft.candidates.size());
     std::iota(order.begin(), order.end(), 0);
@@ -57,11 +57,14 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
     order.resize(std::min<size_t>(order.size(), draft.budget));
     DraftTree& proposal = proposals[draft.index];
     proposal.probabilities = {1.0f};
+    const bool independent = draft.context->draw == DraftDraw::kIndependent;
+    if (independent) proposal.distributions.resize(1);
     std::vector<int> node_of(draft.candidates.size(), 0);
     for (const int candidate : order) {
       const int parent = draft.candidates[candidate].parent;
       node_of[candidate] = proposal.Add(draft.candidates[candidate].token, parent < 0 ? 0 : node_of[parent]);
       proposal.probabilities.push_back(draft.candidates[candidate].probability);
+      if (independent) proposal.distributions.push_back(std::move(draft.candidates[candidate].distribution));
     }
   }
   return proposals;
@@ -167,9 +170,25 @@ void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const 
   const int depth = parent < 0 ? 0 : draft.candidates[parent].depth;
   const float path = parent < 0 ? 1.0f : draft.candidates[parent].probability;
   const int64_t position = static_cast<int64_t>(draft.context->tokens.size()) + depth;
-  const std::vector<DraftCandidate> choices = LikelyChoices(logits, *draft.context->sampling, position, options_.top_k);
+  const SamplingParams& sampling = *draft.context->sampling;
+  if (draft.context->draw == DraftDraw::kIndependent) {
+    std::optional<IndependentDraw> drawn = DrawIndependently(logits, sampling, position);
+    if (!drawn || drawn->candidate.probability < options_.min_confidence ||
+        path * drawn->candidate.probability < draft.context->min_probability) {
+      return;
+    }
+    draft.candidates.push_back({.token = drawn->candidate.token,
+                                .parent = parent,
+                                .depth = depth + 1,
+                                .probability = path * drawn->candidate.probability,
+                                .distribution = std::move(drawn->distribution)});
+    return;
+  }
+  const std::vector<DraftCandidate> choices =
+      LikelyChoices(logits, sampling, position, options_.top_k, draft.context->draw == DraftDraw::kCoupled);
   if (choices.empty() || choices[0].probability < options_.min_confidence) return;
   for (const DraftCandidate& choice : choices) {
+    if (path * choice.probability < draft.context->min_probability) break;
     draft.candidates.push_back(
         {.token = choice.token, .parent = parent, .depth = depth + 1, .probability = path * choice.probability});
   }

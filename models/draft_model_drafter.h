@@ -51,9 +51,10 @@ class DraftModelDrafter final : public Drafter {
   struct Candidate {
     int32_t token;
     int parent;
-    int depth;          // of the token in the proposal: 1 below the pending token
-    float probability;  // of the path to it, as the draft sees it
-    int node = -1;      // in Draft::tree once the draft model looks at it
+    int depth;                                        // of the token in the proposal: 1 below the pending token
+    float probability;                                // of the path to it, as the draft sees it
+    int node = -1;                                    // in Draft::tree once the draft model looks at it
+    std::vector<TokenProbability> distribution = {};  // it was drawn from, if independently
   };
   // One context being drafted for.
   struct Draft {

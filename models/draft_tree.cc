@@ -10,15 +10,23 @@ std::vector<int> DraftTree::Depths() const {
   return depths;
 }
 
+DraftTree DraftTree::Keep(const std::vector<bool>& keep) const {
+  DraftTree kept;
+  std::vector<int> places(num_nodes(), -1);
+  for (int node = 0; node < num_nodes(); ++node) {
+    if (!keep[node]) continue;
+    places[node] = kept.Add(tokens[node], parents[node] < 0 ? -1 : places[parents[node]]);
+    if (!probabilities.empty()) kept.probabilities.push_back(probabilities[node]);
+    if (!distributions.empty()) kept.distributions.push_back(distributions[node]);
+  }
+  return kept;
+}
+
 DraftTree DraftTree::CutBelow(int max_depth) const {
   const std::vector<int> depths = Depths();
-  DraftTree cut;
-  std::vector<int> kept(num_nodes(), -1);
-  for (int node = 0; node < num_nodes(); ++node) {
-    if (depths[node] > max_depth) continue;
-    kept[node] = cut.Add(tokens[node], parents[node] < 0 ? -1 : kept[parents[node]]);
-  }
-  return cut;
+  std::vector<bool> keep;
+  for (const int depth : depths) keep.push_back(depth <= max_depth);
+  return Keep(keep);
 }
 
 int DraftTree::FindChild(int node, int32_t token) const {
@@ -45,6 +53,10 @@ absl::Status DraftTree::Validate(int64_t vocab_size) const {
     if (tokens[node] < 0 || tokens[node] >= vocab_size) {
       return absl::InvalidArgumentError(
           fmt::format("draft tree node {} has token {} outside the vocabulary of {}", node, tokens[node], vocab_size));
+    }
+    if (!distributions.empty() && distributions.size() != tokens.size()) {
+      return absl::InvalidArgumentError(
+          fmt::format("draft tree has {} tokens but {} distributions", tokens.size(), distributions.size()));
     }
     if (probabilities.empty()) continue;
     if (probabilities.size() != tokens.size()) {

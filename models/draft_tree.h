@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "models/sampler.h"
 
 namespace linspec {
 
@@ -16,6 +17,9 @@ struct DraftTree {
   // [num_nodes] that the target will follow the path to the node, as the drafter sees it: 1 for the root, never rising
   // along a path. Empty: the drafter does not know.
   std::vector<float> probabilities = {};
+  // [num_nodes] what a node's token was drawn from, independently of the target, by ascending id; the root's is unused.
+  // For rejection sampling, which is exact only if it is true. An empty one: the token was certain.
+  std::vector<std::vector<TokenProbability>> distributions = {};
 
   static DraftTree Root(int32_t pending_token) { return {{pending_token}, {-1}}; }
   int num_nodes() const { return static_cast<int>(tokens.size()); }
@@ -24,9 +28,10 @@ struct DraftTree {
     parents.push_back(parent);
     return num_nodes() - 1;
   }
-  std::vector<int> Depths() const;               // root 0
-  DraftTree CutBelow(int max_depth) const;       // without the nodes deeper than max_depth >= 0
-  int FindChild(int node, int32_t token) const;  // -1: none
+  std::vector<int> Depths() const;                      // root 0
+  DraftTree Keep(const std::vector<bool>& keep) const;  // [num_nodes]; whoever is kept has its parent kept
+  DraftTree CutBelow(int max_depth) const;              // without the nodes deeper than max_depth >= 0
+  int FindChild(int node, int32_t token) const;         // -1: none
   // 1..64 nodes, parents topological, tokens inside the vocabulary, probabilities as above. Drafters are not trusted: the engine checks.
   absl::Status Validate(int64_t vocab_size) const;
 };

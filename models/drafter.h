@@ -15,14 +15,23 @@
 
 namespace linspec {
 
+// How a drafter picks the tokens of a sampled request.
+enum class DraftDraw : uint8_t {
+  kCoupled,      // with the target's noise, so that both tend to pick the same
+  kIndependent,  // for rejection sampling: drawn with NoiseStream::kDraft from DraftTree::distributions, or without noise
+  kLikeliest,    // the likeliest tokens, without noise
+};
+
 // View of one decoding sequence. tokens = prompt and output, the pending token last (it is not in the target's state).
 struct DraftContext {
   uint64_t sequence_id;  // stable for the sequence's life
   std::span<const int32_t> tokens;
   int64_t num_prompt_tokens;
-  const SamplingParams* sampling;  // drafts are drawn with the target's noise (position-keyed Gumbel)
-  std::span<const float> hidden;   // [D] target's hidden state at the last committed token; empty if unknown
-  int max_nodes;                   // root included; 1 means "do not draft"
+  const SamplingParams* sampling;
+  std::span<const float> hidden;  // [D] target's hidden state at the last committed token; empty if unknown
+  int max_nodes;                  // root included; 1 means "do not draft"
+  float min_probability = 0;      // paths that the drafter holds less likely are not worth proposing
+  DraftDraw draw = DraftDraw::kCoupled;
 };
 
 class Drafter {
@@ -33,6 +42,7 @@ class Drafter {
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
+  virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused
 };
 
 }  // namespace linspec

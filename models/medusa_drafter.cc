@@ -40,12 +40,9 @@ int FirstChild(int place) {
 
 absl::StatusOr<std::unique_ptr<MedusaDrafter>> MedusaDrafter::Create(std::unique_ptr<MedusaHeads> heads, Model* target,
                                                                      MedusaOptions options) {
-  if (options.top_k < 1 || options.top_k >= kMaxTreeNodes ||
-      !(options.min_probability >= 0 && options.min_probability <= 1)) {
+  if (options.top_k < 1 || options.top_k >= kMaxTreeNodes) {
     return absl::InvalidArgumentError(
-        fmt::format("medusa options out of range: top_k {} (1 to {}), min_probability {}"
-                    " (0 to 1)",
-                    options.top_k, kMaxTreeNodes - 1, options.min_probability));
+        fmt::format("medusa options out of range: top_k {} (1 to {})", options.top_k, kMaxTreeNodes - 1));
   }
   return std::unique_ptr<MedusaDrafter>(new MedusaDrafter(std::move(heads), target, options));
 }
@@ -71,8 +68,9 @@ absl::StatusOr<std::vector<DraftTree>> MedusaDrafter::Propose(std::span<const Dr
     const auto position = static_cast<int64_t>(context.tokens.size());
     Guesses guesses;
     for (int n = 0; n < std::min(depth, context.max_nodes - 1); ++n) {
+      // Without noise a guess is certain, given the hidden state: that serves rejection sampling too.
       guesses.push_back(LikelyChoices(logits->subspan((n * drafted.size() + r) * vocab, vocab), *context.sampling,
-                                      position + n, options_.top_k));
+                                      position + n, options_.top_k, context.draw == DraftDraw::kCoupled));
     }
     trees[drafted[r]] = Grow(context, guesses);
   }
@@ -96,7 +94,7 @@ DraftTree MedusaDrafter::Grow(const DraftContext& context, const Guesses& guesse
       return;
     }
     const float probability = tree.probabilities[parent] * guesses[depth - 1][rank].probability;
-    if (probability >= options_.min_probability) open.push({probability, parent, rank, depth});
+    if (probability >= context.min_probability) open.push({probability, parent, rank, depth});
   };
   offer(0, 0, 1);
   while (!open.empty() && tree.num_nodes() < max_nodes) {

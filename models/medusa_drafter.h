@@ -29,8 +29,7 @@ enum class MedusaTree : uint8_t {
 
 struct MedusaOptions {
   MedusaTree tree = MedusaTree::kDynamic;
-  int top_k = 10;                // guesses per head
-  float min_probability = 0.0f;  // paths that the heads hold less likely are left out
+  int top_k = 10;  // guesses per head
 };
 
 class MedusaDrafter final : public Drafter {

@@ -1,6 +1,7 @@
 #include "models/ngram_drafter.h"
 
 #include <algorithm>
+#include <array>
 
 namespace linspec {
 namespace {
@@ -14,14 +15,32 @@ uint64_t Hash(std::span<const int32_t> ngram) {
   return hash;
 }
 
+// How likely the token after a match is to follow again: first guesses, which the engine corrects by what happens.
+float Confidence(int match_length) {
+  constexpr std::array kConfidence = {0.45f, 0.65f, 0.8f, 0.9f};  // of 2, 3, 4 and more tokens
+  return kConfidence[std::clamp<int>(match_length - 2, 0, kConfidence.size() - 1)];
+}
+
+constexpr float kSecondPlace = 0.3f;  // where the older of two places differs from the newer
+
 // Adds tokens[begin..] under the root until the tree has max_nodes; shares the nodes that are there already. Past the
 // last token it starts over: a match so close to the end means that the text repeats itself.
-void AddContinuation(std::span<const int32_t> tokens, int64_t begin, int max_nodes, DraftTree* tree) {
+void AddContinuation(const DraftContext& context, int64_t begin, int match_length, int max_nodes, DraftTree* tree) {
+  const std::span<const int32_t> tokens = context.tokens;
   int node = 0;
+  bool branched = tree->num_nodes() == 1;
   for (int64_t i = begin;; i = i + 1 < std::ssize(tokens) ? i + 1 : begin) {
     const int child = tree->FindChild(node, tokens[i]);
-    if (child < 0 && tree->num_nodes() >= max_nodes) return;
-    node = child >= 0 ? child : tree->Add(tokens[i], node);
+    if (child >= 0) {
+      node = child;
+    } else {
+      const float probability = tree->probabilities[node] * (branched ? Confidence(match_length) : kSecondPlace);
+      if (tree->num_nodes() >= max_nodes || probability < context.min_probability) return;
+      branched = true;
+      node = tree->Add(tokens[i], node);
+      tree->probabilities.push_back(probability);
+    }
+    ++match_length;
   }
 }
 
@@ -43,13 +62,13 @@ void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
   }
 }
 
-NgramDrafter::Entry NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
+NgramDrafter::Match NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
   for (int n = kLongest; n >= kShortest; --n) {
     const std::vector<Entry>& table = index.tables[n - kShortest];
     if (std::ssize(tokens) < n || table.empty()) continue;
     const uint64_t hash = Hash(tokens.last(n));
     const Entry& entry = table[hash % kTableSize];
-    if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash >> 32)) return entry;
+    if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash >> 32)) return {entry, n};
   }
   return {};
 }
@@ -60,12 +79,13 @@ absl::StatusOr<std::vector<DraftTree>> NgramDrafter::Propose(std::span<const Dra
     DraftTree tree = DraftTree::Root(context.tokens.back());
     Index& index = indices_[context.sequence_id];
     Extend(context.tokens, &index);
-    const Entry places = Find(context.tokens, index);
+    const auto [places, length] = Find(context.tokens, index);
+    tree.probabilities = {1.0f};
     if (context.max_nodes > 1 && places.latest >= 0) {
       // The latest place gets most of the nodes; a quarter is kept for the other continuation.
       const int reserved = places.previous >= 0 ? (context.max_nodes - 1) / 4 : 0;
-      AddContinuation(context.tokens, places.latest, context.max_nodes - reserved, &tree);
-      if (places.previous >= 0) AddContinuation(context.tokens, places.previous, context.max_nodes, &tree);
+      AddContinuation(context, places.latest, length, context.max_nodes - reserved, &tree);
+      if (places.previous >= 0) AddContinuation(context, places.previous, length, context.max_nodes, &tree);
     }
     trees.push_back(std::move(tree));
   }

@@ -25,6 +25,7 @@ class NgramDrafter : public Drafter {
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t sequence_id) override { indices_.erase(sequence_id); }
   int64_t bytes_per_request() const override { return kNumLengths * kTableSize * static_cast<int64_t>(sizeof(Entry)); }
+  bool costs_nothing() const override { return true; }
   size_t num_sequences() const { return indices_.size(); }
 
  private:
@@ -41,7 +42,11 @@ class NgramDrafter : public Drafter {
   };
 
   static void Extend(std::span<const int32_t> tokens, Index* index);
-  static Entry Find(std::span<const int32_t> tokens, const Index& index);
+  struct Match {
+    Entry entry;
+    int length = 0;  // tokens
+  };
+  static Match Find(std::span<const int32_t> tokens, const Index& index);
 
   std::unordered_map<uint64_t, Index> indices_;
 };

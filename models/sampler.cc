@@ -37,15 +37,19 @@ class Best {
   std::vector<Scored> items_;
 };
 
-std::array<uint32_t, 4> NoiseBits(uint64_t seed, int64_t position, int32_t block) {
+std::array<uint32_t, 4> NoiseBits(uint64_t seed, int64_t position, int32_t block,
+                                  NoiseStream stream = NoiseStream::kTarget) {
   const uint64_t p = static_cast<uint64_t>(position);
-  return Philox4x32({static_cast<uint32_t>(block), 0, static_cast<uint32_t>(p), static_cast<uint32_t>(p >> 32)},
+  return Philox4x32({static_cast<uint32_t>(block), static_cast<uint32_t>(stream), static_cast<uint32_t>(p),
+                     static_cast<uint32_t>(p >> 32)},
                     {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
 }
 
 // Small-side uniform: E = -log(1 - u) keeps full precision where G is large, so rare tokens are not cut off.
+double UniformFromBits(uint32_t bits) { return (bits + 0.5) * 0x1p-32; }
+
 float GumbelFromBits(uint32_t bits) {
-  const double u = (bits + 0.5) * 0x1p-32;
+  const double u = UniformFromBits(bits);
   return static_cast<float>(-std::log(-std::log1p(-u)));
 }
 
@@ -210,8 +214,12 @@ void FillLogprobs(std::span<const float> logits, float max, int num_top, Sampled
 
 }  // namespace
 
-float GumbelNoise(uint64_t seed, int64_t position, int32_t token) {
-  return GumbelFromBits(NoiseBits(seed, position, token / 4)[token % 4]);
+float GumbelNoise(uint64_t seed, int64_t position, int32_t token, NoiseStream stream) {
+  return GumbelFromBits(NoiseBits(seed, position, token / 4, stream)[token % 4]);
+}
+
+double UniformNoise(uint64_t seed, int64_t position, int32_t index, NoiseStream stream) {
+  return UniformFromBits(NoiseBits(seed, position, index / 4, stream)[index % 4]);
 }
 
 std::vector<ScoredToken> CoupledTopK(std::span<const float> logits, const SamplingParams& params, int64_t position,
@@ -259,6 +267,42 @@ SampleResult SampleToken(std::span<const float> logits, const SamplingContext& c
   result.token.token = Draw(processed, max, context);
   const int num_top = context.params->logprobs;
   if (num_top >= 0) FillLogprobs(processed, max.value, num_top, &result.token);
+  return result;
+}
+
+std::vector<TokenProbability> TokenDistribution(std::span<const float> logits, const SamplingContext& context) {
+  std::vector<float> scratch;
+  const std::span<const float> processed = Process(logits, context, &scratch);
+  const Maximum max = FindMaximum(processed);
+  if (max.has_nan || !std::isfinite(max.value)) return {};
+  if (context.params->temperature == 0) return {{max.token, 1.0f}};
+  std::vector<Scored> kept = Truncate(processed, max.value, *context.params);
+  std::sort(kept.begin(), kept.end(), [](const Scored& a, const Scored& b) { return a.token < b.token; });
+  const double sum = SumExp(kept);
+  std::vector<TokenProbability> distribution;
+  distribution.reserve(kept.size());
+  for (const Scored& item : kept) {
+    distribution.push_back({item.token, static_cast<float>(std::exp(double{item.score}) / sum)});
+  }
+  return distribution;
+}
+
+int32_t DrawToken(std::span<const TokenProbability> distribution, uint64_t seed, int64_t position, NoiseStream stream) {
+  Best best(1);
+  for (const TokenProbability& item : distribution) {
+    if (!(item.probability > 0)) continue;
+    best.Offer({item.token, std::log(item.probability) + GumbelNoise(seed, position, item.token, stream)});
+  }
+  return best.items().empty() ? distribution.front().token : best.items().front().token;
+}
+
+SampleResult TakeToken(std::span<const float> logits, const SamplingContext& context, int32_t token) {
+  SampleResult result;
+  result.token.token = token;
+  if (context.params->logprobs < 0) return result;
+  std::vector<float> scratch;
+  const std::span<const float> processed = Process(logits, context, &scratch);
+  FillLogprobs(processed, FindMaximum(processed).value, context.params->logprobs, &result.token);
   return result;
 }
 

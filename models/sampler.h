@@ -19,7 +19,11 @@
 
 namespace linspec {
 
-float GumbelNoise(uint64_t seed, int64_t position, int32_t token);
+// Independent sources of noise at one position. Plain sampling and Gumbel coupling use the target's only.
+enum class NoiseStream : uint8_t { kTarget, kDraft, kAcceptance, kResidual };
+
+float GumbelNoise(uint64_t seed, int64_t position, int32_t token, NoiseStream stream = NoiseStream::kTarget);
+double UniformNoise(uint64_t seed, int64_t position, int32_t index, NoiseStream stream);  // in (0, 1)
 
 struct ScoredToken {
   int32_t token;
@@ -35,6 +39,11 @@ std::vector<ScoredToken> CoupledTopK(std::span<const float> logits, const Sampli
 struct TokenLogprob {
   int32_t token;
   float logprob;
+};
+
+struct TokenProbability {
+  int32_t token;
+  float probability;
 };
 
 struct SampledToken {
@@ -76,6 +85,14 @@ struct SampleResult {
   SampledToken token;
 };
 SampleResult SampleToken(std::span<const float> logits, const SamplingContext& context);
+
+// The tokens that SampleToken can choose, with their probabilities, by ascending id: one with probability 1 at
+// temperature 0. Empty where SampleToken is not ok.
+std::vector<TokenProbability> TokenDistribution(std::span<const float> logits, const SamplingContext& context);
+// An exact draw from a distribution with noise of that stream; weights need not sum to 1. REQUIRES: not empty.
+int32_t DrawToken(std::span<const TokenProbability> distribution, uint64_t seed, int64_t position, NoiseStream stream);
+// What SampleToken reports, for a token that was chosen in another way.
+SampleResult TakeToken(std::span<const float> logits, const SamplingContext& context, int32_t token);
 
 // The logprob a known token has in the model's own distribution, with the num_top best beside it (prompt logprobs).
 SampleResult ScoreToken(std::span<const float> logits, int32_t token, int num_top);

@@ -46,11 +46,14 @@ std::unordered_map<int32_t, int> PathCounts(const DraftTree& tree, int node) {
 
 }  // namespace
 
-bool ChosenOnDevice(const SamplingParams& params) { return params.logprobs < 0 && params.typical_p >= 1.0f; }
+bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance) {
+  const bool coupled = acceptance == AcceptanceMode::kGumbel || params.temperature == 0;
+  return coupled && params.logprobs < 0 && params.typical_p >= 1.0f;
+}
 
 void AppendRowSampling(const DraftTree& tree, const WalkInput& input, VerifyBatch* batch) {
   const SamplingParams& params = *input.params;
-  if (!ChosenOnDevice(params)) {
+  if (!ChosenOnDevice(params, input.acceptance)) {
     batch->sampling.resize(batch->sampling.size() + tree.num_nodes());
     return;
   }

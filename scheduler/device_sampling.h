@@ -14,7 +14,8 @@
 
 namespace linspec {
 
-bool ChosenOnDevice(const SamplingParams& params);
+// Only with Gumbel coupling: the other ways of acceptance need the distribution.
+bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance);
 
 // Appends one RowSampling for each node of tree, and the logit edits of its history: prompt and output so far, and the
 // nodes above it. A request that is chosen on the host gets rows that choose greedily, without edits, to be ignored.

@@ -107,6 +107,7 @@ class Engine::Impl {
   absl::Status Submit(Request request) {
     if (absl::Status health = model_->health(); !health.ok()) return absl::UnavailableError(health.message());
     if (absl::Status status = CheckRequest(request); !status.ok()) return status;
+    if (request.acceptance == AcceptanceMode::kDefault) request.acceptance = options_.acceptance;
     return queue_.Push(std::move(request), Clock::now());
   }
 

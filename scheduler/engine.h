@@ -32,6 +32,7 @@ struct EngineOptions {
   int max_prompt_tokens = 1 << 20;
   int max_output_tokens = 1 << 20;
   SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
+  AcceptanceMode acceptance = AcceptanceMode::kGumbel;   // default for requests that say kDefault
   int max_draft_nodes = 8;                               // tree nodes per request and step, root included
   int spec_max_batch = 0;  // 0: decided from measured step costs; n: no drafting above n decoding requests
   bool calibrate = true;   // measure step costs at Create and adapt; false: always max_draft_nodes, whatever

@@ -171,7 +171,7 @@ void EngineCore::AddSampling(const StepPlan& plan, std::span<const DraftTree> tr
   batch->want_hidden = !speculator_->empty();
   batch->want_logits = !plan.score.empty();
   for (size_t i = 0; i < trees.size(); ++i) {
-    batch->want_logits |= !ChosenOnDevice(decoding_[i]->sampling());
+    batch->want_logits |= !ChosenOnDevice(decoding_[i]->sampling(), decoding_[i]->acceptance());
     AppendRowSampling(trees[i], decoding_[i]->walk_input(model_->config().eos_token_ids), batch);
   }
   batch->sampling.resize(batch->num_rows());  // prompts that are scored: nothing is chosen
@@ -220,7 +220,7 @@ void EngineCore::AcceptOne(int index, const DraftTree& tree, const VerifyResult&
   Sequence* sequence = decoding_[index];
   if (sequence->finished()) return;  // its client went away while the device worked
   const WalkInput input = sequence->walk_input(config.eos_token_ids);
-  const bool chosen = !rows.sampled.empty() && ChosenOnDevice(sequence->sampling());
+  const bool chosen = !rows.sampled.empty() && ChosenOnDevice(sequence->sampling(), sequence->acceptance());
   Walk walk = chosen ? WalkTree(tree, rows.sampled, input) : WalkTree(tree, rows.logits, config.vocab_size, input);
   const bool ok = walk.ok;
   if (ok) speculator_->ObserveWalk(index, *sequence, tree, walk, stats);

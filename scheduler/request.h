@@ -23,6 +23,9 @@ const char* FinishReasonName(FinishReason reason);  // "length", "stop", "cancel
 
 enum class SpeculationMode : uint8_t { kDefault, kOff, kDraft, kMedusa, kNgram, kAuto };
 
+// How drafted tokens are accepted (scheduler/acceptance.h).
+enum class AcceptanceMode : uint8_t { kDefault, kGumbel, kRejection, kTypical };
+
 struct RequestTimes {
   Clock::time_point arrival, scheduled, first_token, finished;
 };
@@ -51,6 +54,7 @@ struct Request {
   std::vector<int32_t> prompt_tokens;  // at least one
   SamplingParams sampling;
   SpeculationMode speculation = SpeculationMode::kDefault;
+  AcceptanceMode acceptance = AcceptanceMode::kDefault;
   int32_t priority = 0;  // lower runs first, as vLLM
   std::optional<Clock::time_point> deadline;
   bool prompt_logprobs = false;  // deliver prompt logprobs (echo); tokens of the first output then start with

@@ -41,7 +41,8 @@ WalkInput Sequence::walk_input(std::span<const int32_t> eos_token_ids) {
           .history = &history_,
           .eos_token_ids = eos_token_ids,
           .position = static_cast<int64_t>(tokens_.size()),
-          .num_output_tokens = output_.num_output_tokens};
+          .num_output_tokens = output_.num_output_tokens,
+          .acceptance = acceptance()};
 }
 
 void Sequence::Accept(const DraftTree& tree, Walk walk, Clock::time_point now) {

@@ -26,6 +26,7 @@ class Sequence {
   uint64_t id() const { return id_; }  // never used twice, unlike request ids
   const Request& request() const { return request_; }
   const SamplingParams& sampling() const { return request_.sampling; }
+  AcceptanceMode acceptance() const { return request_.acceptance; }
   int32_t slot() const { return slot_.id(); }
   bool finished() const { return output_.finish_reason != FinishReason::kNone; }
   std::span<const int32_t> tokens() const { return tokens_; }

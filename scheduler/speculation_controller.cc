@@ -1,133 +1,184 @@
 #include "scheduler/speculation_controller.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
+#include <utility>
 
 namespace linspec {
 namespace {
 
-constexpr double kStepSmoothing = 0.05;  // weight of a new verify time
-constexpr double kDraftSmoothing = 0.1;
-constexpr double kShapeSmoothing = 0.05;
-constexpr double kGlobalDecay = 0.99, kSequenceDecay = 0.95;
-constexpr double kPriorAcceptance = 0.6;  // before anything is known: optimistic enough to find out
-constexpr double kPriorStrength = 4;      // observations that a prior is worth
-constexpr double kMinGain = 1.02;         // speculate only for more than the noise of the estimates
-constexpr double kProbeShare = 0.01;      // of the time, for trying what is not in use
-constexpr double kMaxCredit = 0.25;       // seconds
+constexpr double kCalibrationDecay = 0.995,
+                 kCalibrationStrength = 6;  // observations that a stated probability is worth
+constexpr double kSequenceDecay = 0.95, kSequenceStrength = 3;
+constexpr double kMaxFactor = 1.2;
+constexpr size_t kProfiles = 32;       // proposals remembered per drafter
+constexpr double kUnknownLevel = 0.6;  // before anything was proposed: optimistic enough to find out
+constexpr int kUnknownLevels = 4;
+constexpr double kMinGain = 1.02;   // speculate only for more than the noise of the estimates
+constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
+constexpr double kProbeShare = 0.01;  // of the time, for trying what is not in use
+constexpr double kMaxCredit = 0.25;   // seconds
 constexpr int kProbeNodes = 4;
 constexpr int64_t kCatchUpHorizon = 64;  // output tokens over which a drafter's catch-up has to pay off
-constexpr int64_t kLongCatchUp = 16;     // tokens per context; less is part of every draft
+constexpr int64_t kLongCatchUp = 16;     // tokens; less is part of every draft
 
-void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
+// A drafter that states no probabilities is taken to be this sure of each child.
+double Stated(const DraftTree& tree, int node) {
+  if (tree.probabilities.empty()) return kUnknownLevel;
+  const float parent = tree.probabilities[tree.parents[node]];
+  return parent > 0 ? tree.probabilities[node] / parent : 0;
+}
 
-int CeilLog2(int value) { return std::bit_width(static_cast<unsigned>(std::max(value, 1)) - 1); }
+int Depth(const DraftTree& tree) {
+  const std::vector<int> depths = tree.Depths();
+  return *std::max_element(depths.begin(), depths.end());
+}
 
 }  // namespace
 
-void StepCosts::Calibrate(int rows, double seconds) {
-  const int bucket = CeilLog2(rows);
-  if (bucket >= kBuckets) return;
-  seconds_[bucket] = seconds;
-  known_ = std::max(known_, bucket + 1);
+double Calibration::Correct(double stated) const {
+  const Rate& rate = rates_[std::clamp(static_cast<int>(stated * kBuckets), 0, kBuckets - 1)];
+  return (rate.hits + stated * kCalibrationStrength) / (rate.tries + kCalibrationStrength);
 }
 
-// Piecewise linear in the rows; never falling, because a dip is noise; beyond the last sample along the last segment.
-double StepCosts::RowCost(double rows) const {
-  if (known_ == 0) return 0;
-  double low = seconds_[0];
-  for (int b = 1; b < known_; ++b) {
-    const double high = std::max(low, seconds_[b]);
-    const double begin = std::ldexp(1.0, b - 1);
-    if (rows <= 2 * begin || b == known_ - 1) return low + (high - low) * std::max(rows - begin, 0.0) / begin;
-    low = high;
-  }
-  return low * std::max(rows, 1.0);  // one sample: assume the worst
+void Calibration::Observe(double stated, bool hit) {
+  Rate& rate = rates_[std::clamp(static_cast<int>(stated * kBuckets), 0, kBuckets - 1)];
+  rate.tries = rate.tries * kCalibrationDecay + 1;
+  rate.hits = rate.hits * kCalibrationDecay + (hit ? 1 : 0);
 }
 
-double StepCosts::Estimate(double rows, int requests) const { return RowCost(rows) + per_request_ * (requests - 1); }
-
-void StepCosts::Observe(int rows, int requests, double seconds) {
-  const int bucket = CeilLog2(rows);
-  if (known_ == 0 || bucket >= kBuckets) return;
-  for (; known_ <= bucket; ++known_) {  // the estimate up to here becomes the sample it will be corrected from
-    seconds_[known_] = RowCost(std::ldexp(1.0, known_));
-  }
-  const double expected = Estimate(rows, requests);
-  if (expected <= 0) return;
-  Smooth(&seconds_[bucket], seconds_[bucket] * std::clamp(seconds / expected, 0.5, 2.0), kStepSmoothing);
+double SpeculationController::Record::Factor() const {
+  return std::min((hits + kSequenceStrength) / (expected + kSequenceStrength), kMaxFactor);
 }
 
-void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds) {
-  const int bucket = CeilLog2(contexts);
-  if (bucket >= kBuckets) return;
-  levels = std::max(levels, 1);
-  if (catch_up_tokens > kLongCatchUp * contexts) {
-    const double excess = std::max(seconds - PerLevel(contexts) * levels, 0.0) / static_cast<double>(catch_up_tokens);
-    Smooth(&per_token_, excess, per_token_ == 0 ? 1 : kDraftSmoothing);
-  } else {
-    double* known = &per_level_[bucket];
-    // A drafter may hide a long catch-up in an ordinary call: outliers count at most double.
-    const double observed = *known == 0 ? seconds / levels : std::min(seconds / levels, 2 * *known);
-    Smooth(known, observed, *known == 0 ? 1 : kDraftSmoothing);
+std::vector<double> SpeculationController::PathProbabilities(uint64_t sequence_id, int drafter,
+                                                             const DraftTree& tree) const {
+  const auto known = sequences_.find(sequence_id);
+  const double factor = known == sequences_.end() ? 1 : known->second[drafter].Factor();
+  std::vector<double> paths(tree.num_nodes(), 1.0);
+  for (int node = 1; node < tree.num_nodes(); ++node) {
+    const double child = drafters_[drafter].calibration.Correct(Stated(tree, node)) * factor;
+    paths[node] = paths[tree.parents[node]] * std::min(child, 1.0);
   }
+  return paths;
 }
 
-double DraftCosts::PerLevel(int contexts) const {
-  const int bucket = std::min(CeilLog2(contexts), kBuckets - 1);
-  for (int b = bucket; b >= 0; --b) {  // fewer contexts measured: assume proportional, the worst
-    if (per_level_[b] > 0) return std::ldexp(per_level_[b], bucket - b);
-  }
-  for (int b = bucket + 1; b < kBuckets; ++b) {
-    if (per_level_[b] > 0) return per_level_[b];
-  }
-  return 0;
+double SpeculationController::ExpectedTokens(const SpeculationProposal& proposal, float min_probability) const {
+  double tokens = 0;
+  const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, *proposal.tree);
+  for (size_t node = 1; node < paths.size(); ++node) tokens += paths[node] >= min_probability ? paths[node] : 0;
+  return tokens;
 }
 
-void SpeculationController::Rate::Add(bool hit, double decay) {
-  tries = tries * decay + 1;
-  hits = hits * decay + (hit ? 1 : 0);
+void SpeculationController::Learn(const SpeculationProposal& proposal) {
+  const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, *proposal.tree);
+  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = std::max(Depth(*proposal.tree), 1)};
+  std::sort(profile.paths.rbegin(), profile.paths.rend());
+  std::deque<Profile>& profiles = drafters_[proposal.drafter].profiles;
+  profiles.push_back(std::move(profile));
+  if (profiles.size() > kProfiles) profiles.pop_front();
+}
+
+void SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests,
+                                  double draft_seconds) {
+  struct Node {
+    size_t proposal;
+    int node;
+    double path;
+  };
+  std::vector<Node> nodes;
+  double tokens = num_requests, rows = num_requests;
+  for (size_t i = 0; i < proposals.size(); ++i) {
+    const SpeculationProposal& proposal = proposals[i];
+    const DraftTree& tree = *proposal.tree;
+    const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, tree);
+    const bool whole = proposal.probe || !tree.distributions.empty();
+    for (int node = 1; node < tree.num_nodes(); ++node) {
+      if (whole) {
+        tokens += paths[node];
+        rows += 1;
+      } else {
+        nodes.push_back({i, node, paths[node]});
+      }
+    }
+  }
+  std::stable_sort(nodes.begin(), nodes.end(), [](const Node& a, const Node& b) { return a.path > b.path; });
+  double highest = tokens / (draft_seconds + step_costs_.Estimate(rows, num_requests));
+  size_t best = 0;
+  for (size_t n = 0; n < nodes.size(); ++n) {
+    tokens += nodes[n].path;
+    rows += 1;
+    const double rate = tokens / (draft_seconds + step_costs_.Estimate(rows, num_requests));
+    if (rate <= highest) continue;
+    highest = rate;
+    best = n + 1;
+  }
+  std::vector<std::vector<bool>> keep(proposals.size());
+  for (size_t n = 0; n < nodes.size(); ++n) {
+    std::vector<bool>& kept = keep[nodes[n].proposal];
+    if (kept.empty()) {
+      kept.resize(proposals[nodes[n].proposal].tree->num_nodes(), false);
+      kept[0] = true;
+    }
+    kept[nodes[n].node] = n < best;
+  }
+  for (size_t i = 0; i < proposals.size(); ++i) {
+    if (!keep[i].empty()) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
+  }
 }
 
 void SpeculationController::Observe(const Outcome& outcome) {
-  DrafterState& drafter = drafters_[outcome.drafter];
+  const DraftTree& tree = *outcome.tree;
   std::vector<Record>& records = sequences_[outcome.sequence_id];
   records.resize(drafters_.size());
-  const auto update = [&](Record* record, double decay) {
-    record->drafted.Add(outcome.nodes > 1, decay);
-    for (int d = 0; d < std::min(outcome.depth, kMaxTrackedDepth) && d <= outcome.accepted; ++d) {
-      if (d < outcome.accepted || outcome.rejected) record->depth[d].Add(d < outcome.accepted, decay);
+  Record& record = records[outcome.drafter];
+  Calibration& calibration = drafters_[outcome.drafter].calibration;
+  for (size_t i = 0; i < outcome.path.size(); ++i) {
+    const bool last = i + 1 == outcome.path.size();
+    if (last && !outcome.rejected) break;
+    for (int child = outcome.path[i] + 1; child < tree.num_nodes(); ++child) {
+      if (tree.parents[child] != outcome.path[i]) continue;
+      const bool hit = !last && outcome.path[i + 1] == child;
+      record.expected = record.expected * kSequenceDecay + calibration.Correct(Stated(tree, child));
+      record.hits = record.hits * kSequenceDecay + (hit ? 1 : 0);
+      calibration.Observe(Stated(tree, child), hit);
     }
-  };
-  update(&drafter.record, kGlobalDecay);
-  update(&records[outcome.drafter], kSequenceDecay);
-  if (outcome.nodes <= 1 || outcome.asked <= 1) return;
-  const double asked = outcome.asked - 1;
-  Smooth(&drafter.depth_per_node, outcome.depth / asked, kShapeSmoothing);
-  Smooth(&drafter.nodes_per_node, (outcome.nodes - 1) / asked, kShapeSmoothing);
+  }
 }
 
-// Expected tokens that each further node brings, the first beyond the root first. Never rising.
-std::vector<double> SpeculationController::NodeGains(const SpeculationRequest& request, int drafter) const {
+// Each remembered proposal, made to every request and pruned.
+SpeculationController::Estimate SpeculationController::EstimateStep(int drafter, int num_requests,
+                                                                    int max_nodes) const {
   const DrafterState& state = drafters_[drafter];
-  const auto known = sequences_.find(request.sequence_id);
-  const Record own = known == sequences_.end() ? Record{} : known->second[drafter];
-  const double drafted = own.drafted.Mean(state.record.drafted.Mean(1, kPriorStrength), kPriorStrength);
-
-  std::array<double, kMaxTrackedDepth + 1> path{};  // [depth] probability that all levels to there are accepted
-  path[0] = 1;
-  double prior = kPriorAcceptance;
-  for (int d = 0; d < kMaxTrackedDepth; ++d) {
-    prior = state.record.depth[d].Mean(prior, kPriorStrength);
-    path[d + 1] = path[d] * own.depth[d].Mean(prior, kPriorStrength);
+  std::vector<double> verify;  // [nodes beyond the root per request]
+  for (int n = 0; n < max_nodes; ++n) {
+    verify.push_back(step_costs_.Estimate(num_requests * (1.0 + n), num_requests));
   }
-  std::vector<double> gains;
-  for (int node = 1; node < request.max_nodes; ++node) {
-    const int depth = static_cast<int>(std::ceil(node * state.depth_per_node));
-    gains.push_back(depth > kMaxTrackedDepth ? 0 : drafted * state.depth_per_node * path[std::max(depth, 1)]);
+  Estimate sum;
+  const auto add = [&](std::span<const float> paths, int levels) {
+    const double draft = state.costs.PerLevel(num_requests) * levels;
+    double tokens = 1, best_tokens = 1, best_seconds = verify[0] + draft;
+    for (size_t n = 0; n < paths.size() && n + 1 < verify.size(); ++n) {
+      tokens += paths[n];
+      if (tokens / (verify[n + 1] + draft) <= best_tokens / best_seconds) continue;
+      best_tokens = tokens;
+      best_seconds = verify[n + 1] + draft;
+    }
+    sum.tokens += best_tokens * num_requests;
+    sum.seconds += best_seconds;
+    sum.draft_seconds += draft;
+  };
+  for (const Profile& profile : state.profiles) add(profile.paths, profile.levels);
+  if (!state.profiles.empty()) {
+    const auto count = static_cast<double>(state.profiles.size());
+    return {sum.tokens / count, sum.seconds / count, sum.draft_seconds / count};
   }
-  return gains;
+  std::vector<float> unknown;
+  for (int level = 1; level <= kUnknownLevels; ++level) {
+    unknown.push_back(static_cast<float>(std::pow(kUnknownLevel, level)));
+  }
+  add(unknown, kUnknownLevels);
+  return sum;
 }
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
@@ -135,77 +186,45 @@ double SpeculationController::CatchUpCost(const SpeculationRequest& request, int
   return tokens > kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens) : 0;
 }
 
-// Hands out nodes in order of what they bring, and keeps the number at which tokens per second were highest.
-SpeculationController::Allocation SpeculationController::Allocate(std::span<const SpeculationRequest> requests,
-                                                                  int any_drafter, int max_draft_rows) const {
-  const int num_requests = static_cast<int>(requests.size());
-  Allocation best;
-  std::vector<NodeStep> steps;
-  for (int r = 0; r < num_requests; ++r) {
-    const int drafter = requests[r].drafter == kAnyDrafter ? any_drafter : requests[r].drafter;
-    best.choices.push_back({drafter, 1});
-    for (const double gain : NodeGains(requests[r], drafter)) steps.push_back({r, gain});
-  }
-  const auto brings_more = [](const NodeStep& a, const NodeStep& b) { return a.tokens > b.tokens; };
-  std::stable_sort(steps.begin(), steps.end(), brings_more);
-
-  std::vector<SpeculationChoice> choices = best.choices;
-  std::vector<DraftLoad> loads(drafters_.size());
-  double tokens = num_requests, rows = num_requests;
-  best.tokens_per_s = tokens / step_costs_.Estimate(rows, num_requests);
-  const int num_steps = std::min<int>(max_draft_rows, static_cast<int>(steps.size()));
-  int best_count = 0;
-  for (int i = 0; i < num_steps; ++i) {
-    SpeculationChoice& choice = choices[steps[i].request];
-    AddNode(requests[steps[i].request], &choice, &loads[choice.drafter]);
-    tokens += steps[i].tokens;
-    rows += drafters_[choice.drafter].nodes_per_node;
-    double seconds = step_costs_.Estimate(rows, num_requests);
-    for (size_t d = 0; d < loads.size(); ++d) {
-      if (loads[d].contexts == 0) continue;
-      seconds += drafters_[d].costs.PerLevel(loads[d].contexts) * loads[d].levels + loads[d].catch_up_s;
-    }
-    if (tokens / seconds <= best.tokens_per_s) continue;
-    best.tokens_per_s = tokens / seconds;
-    best_count = i + 1;
-  }
-  for (int i = 0; i < best_count; ++i) ++best.choices[steps[i].request].nodes;
-  return best;
-}
-
-void SpeculationController::AddNode(const SpeculationRequest& request, SpeculationChoice* choice,
-                                    DraftLoad* load) const {
-  if (choice->nodes++ == 1) {
-    ++load->contexts;
-    const int64_t steps = std::max<int64_t>(std::min(request.tokens_left, kCatchUpHorizon) / 2, 1);
-    load->catch_up_s += CatchUpCost(request, choice->drafter) / static_cast<double>(steps);
-  }
-  load->levels = std::max(load->levels, std::ceil((choice->nodes - 1) * drafters_[choice->drafter].depth_per_node));
-}
-
 std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const SpeculationRequest> requests,
                                                              int max_draft_rows) {
   const int num_requests = static_cast<int>(requests.size());
-  Allocation best = Allocate(requests, 0, 0);
-  const double plain = best.tokens_per_s;
-  if (!step_costs_.known() || !(plain > 0) || !std::isfinite(plain)) return best.choices;
-  bool any = false;
-  for (const SpeculationRequest& request : requests) any |= request.drafter == kAnyDrafter;
-  double highest = plain * kMinGain;
-  for (int d = 0; d < (any ? static_cast<int>(drafters_.size()) : 1); ++d) {
-    Allocation allocation = Allocate(requests, d, max_draft_rows);
-    if (allocation.tokens_per_s <= highest) continue;
-    highest = allocation.tokens_per_s;
-    best = std::move(allocation);
+  int max_nodes = 1;
+  for (const SpeculationRequest& request : requests) max_nodes = std::max(max_nodes, request.max_nodes);
+  const double step_seconds = step_costs_.Estimate(num_requests, num_requests), plain = num_requests / step_seconds;
+  std::vector<SpeculationChoice> choices(requests.size());
+  if (!step_costs_.known() || !(plain > 0) || !std::isfinite(plain)) return choices;
+
+  std::vector<Estimate> estimates;
+  int best = 0;
+  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    estimates.push_back(EstimateStep(d, num_requests, max_nodes));
+    const bool better = estimates[d].rate() > estimates[best].rate() && !costs_nothing_[d];
+    if (better || costs_nothing_[best]) best = d;
   }
-  int used = 0;
-  for (const SpeculationChoice& choice : best.choices) used += choice.nodes - 1;
-  const double step_seconds = step_costs_.Estimate(num_requests, num_requests);
+  const double row_seconds = (step_costs_.Estimate(2.0 * num_requests, num_requests) - step_seconds) / num_requests;
+  int rows_left = max_draft_rows;
+  for (int r = 0; r < num_requests; ++r) {
+    const SpeculationRequest& request = requests[r];
+    SpeculationChoice& choice = choices[r];
+    choice.drafter = request.drafter == kAnyDrafter ? best : request.drafter;
+    const Estimate& estimate = estimates[choice.drafter];
+    const double rate = std::max(plain, estimate.rate());
+    choice.min_probability = static_cast<float>(std::clamp(kPathSlack * rate * row_seconds, 0.0, 1.0));
+    const int64_t steps = std::max<int64_t>(std::min(request.tokens_left, kCatchUpHorizon) / 2, 1);
+    const double catch_up = CatchUpCost(request, choice.drafter) / static_cast<double>(steps);
+    const int share = rows_left / (num_requests - r);
+    if (share < 1 || request.max_nodes <= 1) continue;
+    if (estimate.tokens / (estimate.seconds + catch_up) <= plain * kMinGain) continue;
+    choice.nodes = 1 + std::min(share, request.max_nodes - 1);
+    choice.expected_tokens = (estimate.tokens - estimate.draft_seconds * rate) / num_requests - 1;
+    rows_left -= choice.nodes - 1;
+  }
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     credit_[d] = std::min(credit_[d] + kProbeShare * step_seconds / static_cast<double>(drafters_.size()), kMaxCredit);
-    if (max_draft_rows - used >= kProbeNodes - 1) Probe(requests, d, &best.choices);
+    if (rows_left >= kProbeNodes - 1) Probe(requests, d, &choices);
   }
-  return best.choices;
+  return choices;
 }
 
 // Lets one request that does not draft try this drafter, once its credit covers what that costs.
@@ -231,7 +250,11 @@ void SpeculationController::Probe(std::span<const SpeculationRequest> requests, 
   if (chosen < 0) return;
   ++probe_turn_;
   credit_[drafter] -= lowest;
-  (*choices)[chosen] = {drafter, std::min(kProbeNodes, requests[chosen].max_nodes)};
+  (*choices)[chosen] = {.drafter = drafter,
+                        .nodes = std::min(kProbeNodes, requests[chosen].max_nodes),
+                        .min_probability = 0,
+                        .probe = true,
+                        .expected_tokens = 0};
 }
 
 }  // namespace linspec

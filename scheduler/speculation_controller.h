@@ -1,53 +1,42 @@
-// Decides how many tree nodes each decoding request may draft in a step, so that expected tokens per second are
-// highest, and none at all when drafting does not pay.
+// Decides which drafter a decoding request uses in a step, and after drafting which of the drafted nodes are verified, so
+// that expected tokens per second are highest; none at all when drafting does not pay.
 //
-// It knows three things, all measured: what a verify step costs (per row and per request), what a drafter costs (per
-// level of its trees, and per token it has to catch up on), and how deep drafts are accepted (per drafter and depth; a
-// request's own record, leaning on everybody's while it is short). What is not in use is tried again now and then, with
-// at most one percent of the time.
+// It knows three things, all measured: what a verify step costs, what a drafter costs (speculation_costs.h), and how
+// often a drafter is right. Drafters say how likely the target is to follow each path; what really happened corrects
+// them, over all requests and for each request. Before drafting, drafters are compared by their latest proposals. After
+// it, the nodes of all requests compete for one budget by the probability of their paths. What is not in use is tried
+// again now and then, with at most one percent of the time.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <span>
 #include <unordered_map>
+#include <utility>
 #include <vector>
+
+#include "models/draft_tree.h"
+#include "scheduler/speculation_costs.h"
 
 namespace linspec {
 
-inline constexpr int kMaxTrackedDepth = 16;
 inline constexpr int kAnyDrafter = -1;
 
-// Seconds of one verify step, sampled at powers of two of its rows.
-class StepCosts {
+// Turns the probability that a drafter states for a child, given its parent, into how often that came true.
+class Calibration {
  public:
-  void Calibrate(int rows, double seconds);  // one request
-  void CalibratePerRequest(double seconds) { per_request_ = seconds; }
-  void Observe(int rows, int requests, double seconds);
-  double Estimate(double rows, int requests) const;  // 0 while nothing is known
-  bool known() const { return known_ > 0; }
+  double Correct(double stated) const;
+  void Observe(double stated, bool hit);
 
  private:
-  static constexpr int kBuckets = 11;  // 1 .. 1024 rows
-  double RowCost(double rows) const;
-  std::array<double, kBuckets> seconds_{};
-  int known_ = 0;  // buckets [0, known_) are filled
-  double per_request_ = 0;
-};
-
-// What drafting costs: levels are run one after the other, each over all contexts at once.
-class DraftCosts {
- public:
-  void Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds);
-  double PerLevel(int contexts) const;
-  double PerCatchUpToken() const { return per_token_; }
-
- private:
-  static constexpr int kBuckets = 11;
-  std::array<double, kBuckets> per_level_{};  // [log2 contexts], 0: unknown
-  double per_token_ = 0;
+  static constexpr int kBuckets = 12;
+  struct Rate {
+    double tries = 0, hits = 0;  // decaying
+  };
+  std::array<Rate, kBuckets> rates_;
 };
 
 struct SpeculationRequest {
@@ -60,69 +49,87 @@ struct SpeculationRequest {
 
 struct SpeculationChoice {
   int drafter = 0;
-  int nodes = 1;  // 1: do not draft
+  int nodes = 1;               // to ask for; 1: do not draft
+  float min_probability = 0;   // paths less likely than this are not worth verifying
+  bool probe = false;          // tried out: not pruned
+  double expected_tokens = 0;  // beyond the pending one, less what drafting costs; to compare a free draft with
+};
+
+// A tree as drafted, for one request of the step.
+struct SpeculationProposal {
+  uint64_t sequence_id;
+  int drafter;
+  bool probe;
+  DraftTree* tree;
 };
 
 class SpeculationController {
  public:
-  explicit SpeculationController(int num_drafters) : drafters_(num_drafters), credit_(num_drafters, 0.0) {}
+  // costs_nothing: [num_drafters], as Drafter::costs_nothing. Requests that may use any drafter are given the best of
+  // the others; what a free one proposes is compared with that by ExpectedTokens.
+  explicit SpeculationController(std::vector<bool> costs_nothing)
+      : costs_nothing_(std::move(costs_nothing)),
+        drafters_(costs_nothing_.size()),
+        credit_(costs_nothing_.size(), 0.0) {}
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
 
   // One choice per request. max_draft_rows bounds the nodes of all trees, roots not counted.
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
+  // Expected tokens beyond the pending one if all nodes of the tree that are at least this likely are verified.
+  double ExpectedTokens(const SpeculationProposal& proposal, float min_probability) const;
+  // Remembers what was proposed, verified or not.
+  void Learn(const SpeculationProposal& proposal);
+  // Cuts the trees down to the nodes that pay. draft_seconds: spent on them already. Trees with distributions stay
+  // whole: what is verified must not depend on what was drawn.
+  void Prune(std::span<const SpeculationProposal> proposals, int num_requests, double draft_seconds);
 
-  // A request asked for `asked` nodes and got a tree of `nodes` and `depth`, of which `accepted` levels held. rejected:
-  // the walk left the tree (false when the request ended inside it).
+  // path: accepted nodes of the verified tree, the root first. rejected: the walk left the tree (false when the request
+  // ended inside it, which says nothing about the children of its last node).
   struct Outcome {
     uint64_t sequence_id;
-    int drafter, asked, nodes, depth, accepted;
+    int drafter;
+    const DraftTree* tree;
+    std::span<const int32_t> path;
     bool rejected;
   };
   void Observe(const Outcome& outcome);
   void Forget(uint64_t sequence_id) { sequences_.erase(sequence_id); }
 
  private:
-  // Decaying counts of tries and hits.
-  struct Rate {
-    double tries = 0, hits = 0;
-    void Add(bool hit, double decay);
-    double Mean(double prior, double strength) const { return (hits + prior * strength) / (tries + strength); }
-  };
-  struct Record {
-    Rate drafted;                              // asked -> got more than the root
-    std::array<Rate, kMaxTrackedDepth> depth;  // [d] reached depth d -> depth d + 1 accepted
+  // The latest proposals of a drafter: paths by probability, corrected, the likeliest first.
+  struct Profile {
+    std::vector<float> paths;
+    int levels;
   };
   struct DrafterState {
     DraftCosts costs;
-    Record record;
-    double depth_per_node = 1, nodes_per_node = 1;  // of trees, per node asked for beyond the root
+    Calibration calibration;
+    std::deque<Profile> profiles;
   };
-  struct NodeStep {  // one node more for one request
-    int request;
-    double tokens;  // expected to come of it
+  // How a request's drafts compare with everybody's. Decaying sums.
+  struct Record {
+    double expected = 0, hits = 0;
+    double Factor() const;
   };
-  struct DraftLoad {  // what one drafter is asked for in one step
-    int contexts = 0;
-    double levels = 0, catch_up_s = 0;
-  };
-  struct Allocation {
-    std::vector<SpeculationChoice> choices;
-    double tokens_per_s = 0;
+  struct Estimate {  // of a step in which all requests use one drafter
+    double tokens = 0, seconds = 0, draft_seconds = 0;
+    double rate() const { return seconds > 0 ? tokens / seconds : 0; }
   };
 
-  std::vector<double> NodeGains(const SpeculationRequest& request, int drafter) const;
-  Allocation Allocate(std::span<const SpeculationRequest> requests, int any_drafter, int max_draft_rows) const;
+  Estimate EstimateStep(int drafter, int num_requests, int max_nodes) const;
   double CatchUpCost(const SpeculationRequest& request, int drafter) const;
-  void AddNode(const SpeculationRequest& request, SpeculationChoice* choice, DraftLoad* load) const;
+  // Corrected probability of the path to each node.
+  std::vector<double> PathProbabilities(uint64_t sequence_id, int drafter, const DraftTree& tree) const;
   void Probe(std::span<const SpeculationRequest> requests, int drafter, std::vector<SpeculationChoice>* choices);
 
+  const std::vector<bool> costs_nothing_;
   StepCosts step_costs_;
   std::vector<DrafterState> drafters_;
   std::vector<double> credit_;  // [drafter] seconds it may spend on being tried
   int probe_turn_ = 0;
-  std::unordered_map<uint64_t, std::vector<Record>> sequences_;
+  std::unordered_map<uint64_t, std::vector<Record>> sequences_;  // [drafter]
 };
 
 }  // namespace linspec

@@ -22,6 +22,17 @@ std::string_view DrafterName(SpeculationMode mode) {
   }
 }
 
+DraftDraw DrawFor(AcceptanceMode mode) {
+  switch (mode) {
+    case AcceptanceMode::kRejection:
+      return DraftDraw::kIndependent;
+    case AcceptanceMode::kTypical:
+      return DraftDraw::kLikeliest;
+    default:
+      return DraftDraw::kCoupled;
+  }
+}
+
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 int Depth(const DraftTree& tree) {
@@ -34,13 +45,16 @@ bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int6
          tree.tokens.front() == sequence.pending_token();
 }
 
+std::vector<bool> CostNothing(const std::vector<std::unique_ptr<Drafter>>& drafters) {
+  std::vector<bool> free;
+  for (const auto& drafter : drafters) free.push_back(drafter->costs_nothing());
+  return free;
+}
+
 }  // namespace
 
 Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options, int64_t vocab_size)
-    : drafters_(std::move(drafters)),
-      options_(options),
-      vocab_size_(vocab_size),
-      controller_(static_cast<int>(drafters_.size())) {}
+    : drafters_(std::move(drafters)), options_(options), vocab_size_(vocab_size), controller_(CostNothing(drafters_)) {}
 
 int Speculator::FindDrafter(SpeculationMode mode) const {
   for (size_t d = 0; d < drafters_.size(); ++d) {
@@ -63,7 +77,23 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   if (drafters_.empty() || sequences.empty()) return trees;
   const std::vector<SpeculationRequest> requests = Describe(sequences);
   choices_ = Choose(requests, max_draft_rows);
-  for (size_t d = 0; d < drafters_.size(); ++d) ProposeWith(static_cast<int>(d), sequences, requests, &trees, stats);
+  drafted_.assign(sequences.size(), false);
+  if (!options_.calibrate) {
+    AskChosenDrafters(sequences, requests, &trees, stats);
+    return trees;
+  }
+  const Clock::time_point start = Clock::now();
+  int rows = max_draft_rows;
+  for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
+  AskFreeDrafters(sequences, requests, rows, &trees, stats);
+  AskChosenDrafters(sequences, requests, &trees, stats);
+  std::vector<SpeculationProposal> proposals;
+  for (size_t i = 0; i < trees.size(); ++i) {
+    if (trees[i].num_nodes() > 1) {
+      proposals.push_back({sequences[i]->id(), choices_[i].drafter, choices_[i].probe, &trees[i]});
+    }
+  }
+  controller_.Prune(proposals, static_cast<int>(trees.size()), SecondsSince(start));
   return trees;
 }
 
@@ -94,41 +124,40 @@ std::vector<SpeculationChoice> Speculator::Choose(std::span<const SpeculationReq
   std::vector<SpeculationChoice> choices;
   for (const SpeculationRequest& request : requests) {
     const int nodes = std::min(request.max_nodes, max_draft_rows + 1);
-    choices.push_back({std::max(request.drafter, 0), nodes});
+    choices.push_back({.drafter = std::max(request.drafter, 0), .nodes = nodes});
     max_draft_rows -= nodes - 1;
   }
   return choices;
 }
 
-void Speculator::ProposeWith(int drafter, std::span<Sequence* const> sequences,
-                             std::span<const SpeculationRequest> requests, std::vector<DraftTree>* trees,
-                             StepStats* stats) {
+std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> sequences,
+                                       std::span<const SpeculationRequest> requests, std::span<const size_t> indices,
+                                       std::span<const int> nodes, StepStats* stats) {
   std::vector<DraftContext> contexts;
-  std::vector<size_t> indices;
+  std::vector<DraftTree> trees;
   int64_t catch_up = 0;
-  for (size_t i = 0; i < sequences.size(); ++i) {
-    if (choices_[i].drafter != drafter || choices_[i].nodes <= 1) continue;
-    const Sequence& sequence = *sequences[i];
+  for (size_t i = 0; i < indices.size(); ++i) {
+    const Sequence& sequence = *sequences[indices[i]];
     contexts.push_back({.sequence_id = sequence.id(),
                         .tokens = sequence.tokens(),
                         .num_prompt_tokens = sequence.num_prompt_tokens(),
                         .sampling = &sequence.sampling(),
                         .hidden = sequence.hidden,
-                        .max_nodes = choices_[i].nodes});
-    indices.push_back(i);
-    catch_up += requests[i].catch_up_tokens[drafter];
+                        .max_nodes = nodes[i],
+                        .min_probability = choices_[indices[i]].min_probability,
+                        .draw = DrawFor(sequence.acceptance())});
+    trees.push_back(DraftTree::Root(sequence.pending_token()));
+    catch_up += requests[indices[i]].catch_up_tokens[drafter];
     std::vector<int64_t>& seen = seen_[sequence.id()];
     seen.resize(drafters_.size(), 0);
     seen[drafter] = std::ssize(sequence.tokens());
   }
-  if (contexts.empty()) return;
-
   const Clock::time_point start = Clock::now();
   absl::StatusOr<std::vector<DraftTree>> proposed = drafters_[drafter]->Propose(contexts);
   const double seconds = SecondsSince(start);
   if (!proposed.ok() || proposed->size() != contexts.size()) {
     ++stats->num_drafter_errors;
-    return;
+    return trees;
   }
   int levels = 0;
   for (size_t i = 0; i < contexts.size(); ++i) {
@@ -138,25 +167,75 @@ void Speculator::ProposeWith(int drafter, std::span<Sequence* const> sequences,
       continue;
     }
     levels = std::max(levels, Depth(tree));
-    (*trees)[indices[i]] = std::move(tree);
+    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree});
+    trees[i] = std::move(tree);
   }
   controller_.draft_costs(drafter).Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);
+  return trees;
+}
+
+void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
+                                 int rows, std::vector<DraftTree>* trees, StepStats* stats) {
+  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    if (!drafters_[d]->costs_nothing()) continue;
+    std::vector<size_t> indices;
+    std::vector<int> nodes;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      const bool allowed = requests[i].drafter == kAnyDrafter || requests[i].drafter == d;
+      if (!allowed || requests[i].max_nodes <= 1 || choices_[i].probe) continue;
+      indices.push_back(i);
+      nodes.push_back(requests[i].max_nodes);
+    }
+    if (indices.empty()) continue;
+    std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
+    for (size_t i = 0; i < indices.size(); ++i) {
+      SpeculationChoice& choice = choices_[indices[i]];
+      // What the chosen drafter would have had is free again; it covers this draft, or the rest of the step does.
+      const int extra = proposed[i].num_nodes() - std::max(choice.nodes, 1);
+      const bool chosen = choice.drafter == d;
+      const double tokens =
+          controller_.ExpectedTokens({sequences[indices[i]]->id(), d, false, &proposed[i]}, choice.min_probability);
+      if (proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens)) {
+        rows -= extra;
+        choice.drafter = d;
+        choice.nodes = proposed[i].num_nodes();
+        (*trees)[indices[i]] = std::move(proposed[i]);
+        drafted_[indices[i]] = true;
+      } else if (chosen) {
+        choice.nodes = 1;
+      }
+    }
+  }
+}
+
+void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
+                                   std::vector<DraftTree>* trees, StepStats* stats) {
+  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    std::vector<size_t> indices;
+    std::vector<int> nodes;
+    for (size_t i = 0; i < requests.size(); ++i) {
+      if (choices_[i].drafter != d || choices_[i].nodes <= 1 || drafted_[i]) continue;
+      indices.push_back(i);
+      nodes.push_back(choices_[i].nodes);
+    }
+    if (indices.empty()) continue;
+    std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
+    for (size_t i = 0; i < indices.size(); ++i) (*trees)[indices[i]] = std::move(proposed[i]);
+  }
 }
 
 void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk,
                              StepStats* stats) {
   if (drafters_.empty() || choices_[index].nodes <= 1) return;
   const SpeculationChoice& choice = choices_[index];
-  const int depth = Depth(tree);
   const int accepted = static_cast<int>(walk.path.size()) - 1;
+  if (tree.num_nodes() <= 1) return;
+  const int depth = Depth(tree);
   controller_.Observe({.sequence_id = sequence.id(),
                        .drafter = choice.drafter,
-                       .asked = choice.nodes,
-                       .nodes = tree.num_nodes(),
-                       .depth = depth,
-                       .accepted = accepted,
+                       .tree = &tree,
+                       .path = walk.path,
                        .rejected = walk.finish_reason == FinishReason::kNone});
-  if (tree.num_nodes() <= 1) return;
   const std::string_view name = drafters_[choice.drafter]->name();
   stats->drafter = stats->drafter.empty() || stats->drafter == name ? name : "mixed";
   stats->num_drafts += 1;

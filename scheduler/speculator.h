@@ -41,8 +41,15 @@ class Speculator {
  private:
   std::vector<SpeculationRequest> Describe(std::span<Sequence* const> sequences) const;
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
-  void ProposeWith(int drafter, std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
-                   std::vector<DraftTree>* trees, StepStats* stats);
+  // Asks one drafter for the requests at `indices`, for at most nodes[i] nodes each; roots alone where it failed.
+  std::vector<DraftTree> Ask(int drafter, std::span<Sequence* const> sequences,
+                             std::span<const SpeculationRequest> requests, std::span<const size_t> indices,
+                             std::span<const int> nodes, StepStats* stats);
+  // Lets drafters that cost nothing better the choices; rows: nodes that the step has room for.
+  void AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests, int rows,
+                       std::vector<DraftTree>* trees, StepStats* stats);
+  void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
+                         std::vector<DraftTree>* trees, StepStats* stats);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
 
@@ -51,6 +58,7 @@ class Speculator {
   const int64_t vocab_size_;
   SpeculationController controller_;
   std::vector<SpeculationChoice> choices_;                   // of the step under way
+  std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
 };
 

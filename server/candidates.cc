@@ -59,6 +59,7 @@ absl::Status Candidates::StartPrompt(int index, const std::vector<int32_t>& toke
   for (int i = 0; i < call_.best_of; ++i) {
     GenerateSpec spec{.sampling = call_.sampling,
                       .speculation = call_.speculation,
+                      .acceptance = call_.acceptance,
                       .priority = call_.priority,
                       .prompt_logprobs = call_.scores_prompt(),
                       .detokenize = call_.detokenize,

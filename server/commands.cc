@@ -25,9 +25,10 @@ constexpr char kHelp[] = R"(linspec: serves linearized language models; memory p
   linspec generate [flags] PROMPT       continues a text on this terminal
   linspec eval [flags] --text FILE      perplexity and bits per byte of a text
   linspec bench [flags]                 tokens/s beside the memory-bandwidth floor, as JSON
+  linspec bench-speculation [flags]     what each drafter brings, beside plain decoding of the same prompts
   linspec loadtest [flags]              open-loop load against a running server
   linspec version
-  linspec help [serve|generate|eval|bench]
+  linspec help [serve|generate|eval|bench|bench-speculation]
 )";
 
 constexpr char kGenerateHelp[] = R"(linspec generate [flags of serve] PROMPT
@@ -56,6 +57,16 @@ constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|
   --threads N, --isa NAME
 )";
 
+constexpr char kBenchSpeculationHelp[] = R"(linspec bench-speculation [flags of serve] [flags]
+  --prompts FILE     JSON lines with set, and prompt or messages (default tests/data/prompts/speculation.jsonl)
+  --prompts-per-set N  only the first N of each set
+  --drafters LIST    default draft,medusa,ngram,auto; plain decoding comes first in any case
+  --batch LIST       requests at once, default 1,2,4,8,16
+  --temperature LIST whole numbers, default 0,1
+  --max-tokens N     per request, default 128
+  --json FILE        all figures
+)";
+
 int Report(const absl::Status& status, const char* command) {
   if (status.ok()) return 0;
   fmt::print(stderr, "linspec {}: {}\n", command, std::string(status.message()));
@@ -71,6 +82,8 @@ int Help(std::string_view topic) {
     fmt::print("{}", kEvalHelp);
   else if (topic == "bench")
     fmt::print("{}", kBenchHelp);
+  else if (topic == "bench-speculation")
+    fmt::print("{}", kBenchSpeculationHelp);
   else
     fmt::print("{}", kHelp);
   return 0;
@@ -88,6 +101,7 @@ int RunCommand(int argc, char** argv) {
   if (command == "generate") return Report(Generate(args), "generate");
   if (command == "eval") return Report(Eval(args), "eval");
   if (command == "bench") return Report(Bench(args), "bench");
+  if (command == "bench-speculation") return Report(BenchSpeculation(args), "bench-speculation");
 #if LINSPEC_HAS_LOADTEST
   if (command == "loadtest") return LoadTestMain(argc - 1, argv + 1);
 #endif

@@ -94,6 +94,19 @@ void VisitFlags(Config& c, Visit&& visit) {
       c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
   visit(FlagInfo{g,
+                 "acceptance",
+                 "of drafts: gumbel keeps a seed's text, rejection its distribution; typical CHANGES THE DISTRIBUTION",
+                 0,
+                 0,
+                 {"gumbel", "rejection", "typical"}},
+        c.engine.acceptance);
+  visit(FlagInfo{g, "adaptive-speculation",
+                 "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
+        c.engine.adaptive_speculation);
+  visit(FlagInfo{g, "draft-depth", "tokens the draft model looks ahead, at most", 1, 63}, c.engine.draft_depth);
+  visit(FlagInfo{g, "draft-top-k", "children of a node of the draft model's trees; 1: chains", 1, 63},
+        c.engine.draft_top_k);
+  visit(FlagInfo{g,
                  "medusa-tree",
                  "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",
                  0,

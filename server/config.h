@@ -56,6 +56,10 @@ struct ServerConfig {
     int max_requests_per_key = 0;  // 0: no limit
     std::string speculation = "auto";
     int max_draft_nodes = 8;
+    std::string acceptance = "gumbel";
+    bool adaptive_speculation = true;
+    int draft_depth = 6;
+    int draft_top_k = 1;
     std::string medusa_tree = "dynamic";
   } engine;
   struct SecurityOptions {

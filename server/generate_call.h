@@ -43,6 +43,7 @@ struct GenerateCall {
   SamplingParams sampling;  // max_tokens 0: with echo, only the prompt is wanted
   bool has_seed = false;
   SpeculationMode speculation = SpeculationMode::kDefault;
+  AcceptanceMode acceptance = AcceptanceMode::kDefault;
   int32_t priority = 0;
   std::optional<Clock::time_point> deadline = {};
   std::string tenant = {};  // which API key asks; "" without keys

@@ -35,6 +35,9 @@ class Generation : public HttpOperation {
 
   bool Poll(HttpReply* reply) override;
   Progress Next(std::string* body) override;
+  bool Abandoned() const override {
+    return call_.generate.stream && candidates_ != nullptr && candidates_->overflowed();
+  }
 
  private:
   absl::StatusOr<bool> Collect();  // true once the whole answer is in choices_
@@ -82,7 +85,6 @@ bool Generation::Poll(HttpReply* reply) {
 
 HttpOperation::Progress Generation::Next(std::string* body) {
   if (candidates_ == nullptr) return Progress::kDone;
-  if (candidates_->overflowed()) return Progress::kAbort;
   if (!opened_ && head_.chat) {
     for (int i = 0; i < call_.generate.n; ++i) AppendRoleChunk(head_, i, body);
   }

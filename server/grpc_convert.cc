@@ -41,6 +41,21 @@ absl::StatusOr<SpeculationMode> ModeFromProto(v1::Speculation mode) {
   }
 }
 
+absl::StatusOr<AcceptanceMode> AcceptanceFromProto(v1::Acceptance mode) {
+  switch (mode) {
+    case v1::ACCEPTANCE_UNSPECIFIED:
+      return AcceptanceMode::kDefault;
+    case v1::ACCEPTANCE_GUMBEL:
+      return AcceptanceMode::kGumbel;
+    case v1::ACCEPTANCE_REJECTION:
+      return AcceptanceMode::kRejection;
+    case v1::ACCEPTANCE_TYPICAL:
+      return AcceptanceMode::kTypical;
+    default:
+      return FieldError("acceptance", fmt::format("{} is not a value of Acceptance", static_cast<int>(mode)));
+  }
+}
+
 void FillTokenLogprob(int32_t id, float logprob, const Tokenizer& tokenizer, v1::TokenLogprob* out) {
   const std::string bytes = tokenizer.TokenBytes(id);
   out->set_token_id(id);
@@ -184,6 +199,9 @@ absl::StatusOr<GenerateCall> CallFromProto(const v1::GenerateRequest& request, c
   auto mode = ModeFromProto(request.speculation());
   if (!mode.ok()) return mode.status();
   call.speculation = *mode;
+  auto acceptance = AcceptanceFromProto(request.acceptance());
+  if (!acceptance.ok()) return acceptance.status();
+  call.acceptance = *acceptance;
   call.priority = request.priority();
   if (call.priority < -kMaxPriority || call.priority > kMaxPriority) {
     return FieldError("priority", fmt::format("{} is not in [{}, {}]", call.priority, -kMaxPriority, kMaxPriority));

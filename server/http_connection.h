@@ -212,7 +212,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
 
   // Moves the answer on: head first, then whatever body is ready; one write at a time.
   void Advance() {
-    if (operation_ == nullptr || writing_ || closed_) return;
+    if (operation_ == nullptr || closed_) return;
+    if (operation_->Abandoned()) return Close();
+    if (writing_) return;
     if (!head_sent_) {
       HttpReply reply;
       if (!operation_->Poll(&reply)) return Read();  // notices a peer that leaves
@@ -225,7 +227,6 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     }
     std::string body;
     const auto progress = operation_->Next(&body);
-    if (progress == HttpOperation::Progress::kAbort) return Close();
     const bool done = progress == HttpOperation::Progress::kDone;
     if (body.empty() && !done) return;
     std::string frame;

@@ -34,12 +34,14 @@ struct HttpReply {
 // One request's answer in the making. Destroying it cancels what runs for it.
 class HttpOperation {
  public:
-  enum class Progress { kWait, kData, kDone, kAbort };  // kAbort: close the connection, the body cannot be finished
+  enum class Progress { kWait, kData, kDone };
   virtual ~HttpOperation() = default;
   // True once the head (and, when not streaming, the body) is in *reply. Asked again after each notify.
   virtual bool Poll(HttpReply* reply) = 0;
   // Appends body bytes that are ready. Asked after each notify and after each write.
   virtual Progress Next(std::string* /*body*/) { return Progress::kDone; }
+  // The client fell too far behind for its answer to be completed: the connection is closed, a write under way or not.
+  virtual bool Abandoned() const { return false; }
 };
 
 using HttpNotify = std::function<void()>;  // from any thread

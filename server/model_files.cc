@@ -100,7 +100,11 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size, {.max_sequences = max_sequences});
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
+                                           {.max_sequences = max_sequences,
+                                            .max_depth = config.engine.draft_depth,
+                                            .top_k = config.engine.draft_top_k,
+                                            .min_confidence = 0});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -248,6 +252,9 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_output_tokens = config.engine.max_output_tokens;
   options.speculation = *mode;
   options.max_draft_nodes = config.engine.max_draft_nodes;
+  if (config.engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
+  if (config.engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
+  options.calibrate = config.engine.adaptive_speculation;
   auto engine = Engine::Create(std::move(files->model), std::move(drafters), options, std::move(observer));
   if (!engine.ok()) return engine.status();
   parts.engine = *std::move(engine);

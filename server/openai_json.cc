@@ -63,6 +63,20 @@ void ReadSpeculation(FieldReader* fields, SpeculationMode* mode) {
     fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
 }
 
+void ReadAcceptance(FieldReader* fields, AcceptanceMode* mode) {
+  std::string name;
+  fields->String("acceptance", kMaxName, &name);
+  if (name.empty()) return;
+  if (name == "gumbel")
+    *mode = AcceptanceMode::kGumbel;
+  else if (name == "rejection")
+    *mode = AcceptanceMode::kRejection;
+  else if (name == "typical")
+    *mode = AcceptanceMode::kTypical;
+  else
+    fields->Fail("acceptance", fmt::format("'{}' is not one of gumbel, rejection, typical", name));
+}
+
 void ReadSampling(FieldReader* fields, const CallLimits& limits, GenerateCall* call) {
   SamplingParams& s = call->sampling;
   fields->Float("temperature", 0, 2, &s.temperature);
@@ -109,6 +123,7 @@ void ReadCommon(FieldReader* fields, const CallLimits& limits, OpenAiCall* out) 
   ReadSampling(fields, limits, call);
   ReadStreamOptions(fields, out);
   ReadSpeculation(fields, &call->speculation);
+  ReadAcceptance(fields, &call->acceptance);
   fields->Int32("priority", -100000, 100000, &call->priority);
   bool store = false;
   fields->Bool("store", &store);

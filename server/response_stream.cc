@@ -89,7 +89,8 @@ bool ResponseStream::Push(RequestOutput&& output) {
     }
     queued_bytes_ += bytes;
     queue_.push_back({std::move(output), Clock::now()});
-    if (!notified_ && notify_) notified_ = true, notify = notify_;
+    if ((!notified_ || overflowed_) && notify_)
+      notified_ = true, notify = notify_;  // an overflow cannot wait for a Take
   }
   if (notify) notify();
   return !overflowed_;

@@ -82,7 +82,7 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   static std::shared_ptr<ResponseStream> Create(const Tokenizer* tokenizer, ResponseStreamOptions options);
 
   OutputSink MakeSink();
-  // notify runs on the engine thread, at most once between two Takes; it must not block or call Take itself.
+  // notify runs on the engine thread, at most once between two Takes and once more at an overflow; it must not block or call Take itself.
   void SetNotify(std::function<void()> notify);
 
   StreamDelta Take();                          // may be empty

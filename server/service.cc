@@ -283,6 +283,7 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                   .prompt_tokens = std::move(prompt),
                   .sampling = spec.sampling,
                   .speculation = spec.speculation,
+                  .acceptance = spec.acceptance,
                   .deadline = spec.deadline,
                   .prompt_logprobs = spec.prompt_logprobs,
                   .sink = stream->MakeSink()};

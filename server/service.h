@@ -30,6 +30,7 @@ inline constexpr char kVersion[] = "0.1.0";
 struct GenerateSpec {
   SamplingParams sampling = {};
   SpeculationMode speculation = SpeculationMode::kDefault;
+  AcceptanceMode acceptance = AcceptanceMode::kDefault;
   int32_t priority = 0;
   bool prompt_logprobs = false;
   bool detokenize = true;

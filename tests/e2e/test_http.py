@@ -193,13 +193,17 @@ def test_neighbours_do_not_notice(server):
 
 
 def test_reader_that_stops_is_cancelled(make_server):
-    server = make_server("--max-requests", "2", "--stream-buffer-bytes", "8192", "--idle-timeout", "3")
+    server = make_server("--max-requests", "2", "--stream-buffer-bytes", "8192", "--idle-timeout", "600")
     with socket.create_connection(("127.0.0.1", server.http_port)) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = json.dumps({"prompt": "x", "max_tokens": 100000, "stream": True, "ignore_eos": True, "logprobs": 20})
         sock.sendall(request("POST", "/v1/completions", body).encode())
         sock.recv(100)
         server.wait_idle(timeout=60)
+        deadline = time.time() + 10
+        while server.metric("linspec_http_connections_open") > 1 and time.time() < deadline:   # the one that asks
+            time.sleep(0.05)
+        assert server.metric("linspec_http_connections_open") == 1
 
 
 def test_connection_limit_and_request_id(make_server):

@@ -108,8 +108,8 @@ absl::Status Main(std::vector<std::string> args) {
   if (std::ranges::find(known, options.scenario) == known.end()) {
     return absl::InvalidArgumentError("the first argument is one of streams, idle, slow, overload, cancel");
   }
-  std::vector<std::string> rest = {"--http-port=0", "--grpc-port=0", "--probe-interval=0", "--speculation=off",
-                                   "--max-requests=512"};
+  std::vector<std::string> rest = {"--http-port=0",     "--grpc-port=0",      "--probe-interval=0",
+                                   "--speculation=off", "--max-requests=512", "--max-step-tokens=2048"};
   rest.insert(rest.end(), flags.rest().begin(), flags.rest().end());
   auto config = ParseServerConfig(rest);
   if (!config.ok()) return config.status();

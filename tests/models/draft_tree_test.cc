@@ -43,6 +43,20 @@ TEST(DraftTreeTest, ValidateNamesWhatIsWrong) {
   EXPECT_TRUE((DraftTree{{1, 2}, {-1, 0}, {1.0f, 0.2f}}.Validate(100).ok()));
 }
 
+TEST(DraftTreeTest, KeepCarriesEverythingAlong) {
+  DraftTree tree{{5, 6, 7, 8}, {-1, 0, 0, 2}, {1.0f, 0.5f, 0.4f, 0.3f}};
+  tree.distributions = {{}, {{6, 1.0f}}, {{7, 0.25f}, {9, 0.75f}}, {{8, 1.0f}}};
+  const DraftTree kept = tree.Keep({true, false, true, true});
+  EXPECT_EQ(kept.tokens, (std::vector<int32_t>{5, 7, 8}));
+  EXPECT_EQ(kept.parents, (std::vector<int32_t>{-1, 0, 1}));
+  EXPECT_EQ(kept.probabilities, (std::vector<float>{1.0f, 0.4f, 0.3f}));
+  ASSERT_EQ(kept.distributions.size(), 3u);
+  EXPECT_EQ(kept.distributions[1].size(), 2u);
+  const DraftTree cut = tree.CutBelow(1);
+  EXPECT_EQ(cut.tokens, (std::vector<int32_t>{5, 6, 7}));
+  EXPECT_EQ(cut.distributions.size(), 3u);
+}
+
 TEST(DraftTreeTest, BatchIsRagged) {
   VerifyBatch batch;
   DraftTree tree = DraftTree::Root(3);

@@ -164,7 +164,8 @@ class MedusaDrafterTest : public ::testing::Test {
     const auto heads = Heads();
     const auto logits = *heads->Logits(hidden_, heads->num_heads(), target_.get());
     const size_t vocab = target_->config().vocab_size;
-    return LikelyChoices(logits.subspan(n * vocab, vocab), sampling_, static_cast<int64_t>(tokens_.size()) + n, k);
+    return LikelyChoices(logits.subspan(n * vocab, vocab), sampling_, static_cast<int64_t>(tokens_.size()) + n, k,
+                         /*coupled=*/true);
   }
 
   const std::string folder_;
@@ -245,8 +246,14 @@ TEST_F(MedusaDrafterTest, SomeContextsSitOut) {
 }
 
 TEST_F(MedusaDrafterTest, UnlikelyPathsAreLeftOut) {
-  for (const float probability : Propose({.min_probability = 0.01f}, 64).probabilities) EXPECT_GE(probability, 0.01f);
-  EXPECT_EQ(Propose({.min_probability = 1.0f}, 64).num_nodes(), 1);
+  const auto drafter = *MedusaDrafter::Create(Heads(), target_.get(), {});
+  std::vector<DraftContext> contexts = {Context(64), Context(64)};
+  contexts[0].min_probability = 0.01f;
+  contexts[1].min_probability = 1.0f;
+  const auto trees = *drafter->Propose(contexts);
+  for (const float probability : trees[0].probabilities) EXPECT_GE(probability, 0.01f);
+  EXPECT_GT(trees[0].num_nodes(), 1);
+  EXPECT_EQ(trees[1].num_nodes(), 1);
   const auto error = MedusaDrafter::Create(Heads(), target_.get(), {.top_k = 64}).status();
   ExpectError(error, StatusCode::kInvalidArgument, "top_k 64");
 }

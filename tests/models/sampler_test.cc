@@ -335,5 +335,56 @@ TEST(SamplingParamsTest, NamesFieldAndValue) {
   }
 }
 
+TEST(SamplerTest, TokenDistributionIsWhatSampleTokenDrawsFrom) {
+  const std::vector<float> logits = {1.0f, 0.2f, -0.5f, 2.0f, 1.7f, -3.0f, 0.9f, 0.0f};
+  const SamplingParams params = Params([](SamplingParams* p) {
+    p->temperature = 0.8f;
+    p->top_p = 0.9f;
+    p->top_k = 6;
+    p->presence_penalty = 0.5f;
+    p->logit_bias = {{0, 0.7f}};
+  });
+  PenaltyHistory history({});
+  history.Push(3);
+  const std::vector<int32_t> banned = {6};
+  const SamplingContext context{.params = &params, .history = &history, .banned = banned, .position = 0};
+  const std::vector<TokenProbability> distribution = TokenDistribution(logits, context);
+  ASSERT_GE(distribution.size(), 3u);
+  ASSERT_LT(distribution.size(), 7u) << "something is cut off";
+  constexpr int kDraws = 40000;
+  std::map<int32_t, int> sampled, drawn;
+  for (int position = 0; position < kDraws; ++position) {
+    SamplingContext here = context;
+    here.position = position;
+    ++sampled[SampleToken(logits, here).token.token];
+    ++drawn[DrawToken(distribution, params.seed, position, NoiseStream::kDraft)];
+  }
+  double total = 0;
+  for (const TokenProbability& item : distribution) {
+    const double expected = kDraws * item.probability, deviation = 5 * std::sqrt(expected);
+    EXPECT_NEAR(sampled[item.token], expected, deviation) << item.token;
+    EXPECT_NEAR(drawn[item.token], expected, deviation) << item.token;
+    total += item.probability;
+  }
+  EXPECT_NEAR(total, 1, 1e-5);
+  EXPECT_EQ(sampled.size(), distribution.size());
+  EXPECT_TRUE(std::is_sorted(distribution.begin(), distribution.end(),
+                             [](const auto& a, const auto& b) { return a.token < b.token; }));
+}
+
+TEST(SamplerTest, NoiseStreamsAreIndependentAndTakenTokensScoreAlike) {
+  EXPECT_NE(GumbelNoise(1, 2, 3, NoiseStream::kTarget), GumbelNoise(1, 2, 3, NoiseStream::kDraft));
+  EXPECT_NE(UniformNoise(1, 2, 0, NoiseStream::kAcceptance), UniformNoise(1, 2, 1, NoiseStream::kAcceptance));
+  const SamplingParams params = Params([](SamplingParams* p) { p->logprobs = 2; });
+  const std::vector<float> logits = {1, 3, 2, 0};
+  PenaltyHistory history({});
+  const SamplingContext context{.params = &params, .history = &history, .banned = {}, .position = 4};
+  const SampleResult sampled = SampleToken(logits, context);
+  const SampleResult taken = TakeToken(logits, context, sampled.token.token);
+  EXPECT_EQ(taken.token.logprob, sampled.token.logprob);
+  ASSERT_EQ(taken.token.top_logprobs.size(), 2u);
+  EXPECT_EQ(taken.token.top_logprobs[0].token, 1);
+}
+
 }  // namespace
 }  // namespace linspec

@@ -1,4 +1,5 @@
-// Sampled sequences follow the exact distribution, with speculation as without; and the check can fail.
+// Sampled sequences follow the exact distribution, with speculation as without, whichever way drafts are accepted, save
+// the way that is labelled otherwise; and the check can fail.
 #include <cmath>
 #include <functional>
 #include <vector>
@@ -79,6 +80,13 @@ std::vector<int32_t> Exact(const DraftTree& tree, std::span<const float> logits,
   return tokens;
 }
 
+Acceptor By(AcceptanceMode mode) {
+  return [mode](const DraftTree& tree, std::span<const float> logits, WalkInput input) {
+    input.acceptance = mode;
+    return Exact(tree, logits, input);
+  };
+}
+
 // The classic mistake: a draft that is merely likely enough is taken.
 std::vector<int32_t> Biased(const DraftTree& tree, std::span<const float> logits, const WalkInput& input) {
   if (tree.num_nodes() > 1) {
@@ -112,7 +120,42 @@ DraftTree SomeTree(uint64_t seed, size_t step) {
   return tree;
 }
 
-std::vector<int64_t> Count(const Tables& tables, const Acceptor& acceptor, bool drafts) {
+using TreeMaker = std::function<DraftTree(uint64_t seed, const std::vector<int32_t>& prefix)>;
+
+TreeMaker Fixed() {
+  return [](uint64_t seed, const std::vector<int32_t>& prefix) { return SomeTree(seed, prefix.size()); };
+}
+
+// What a draft model believes: the truth of another prefix.
+std::vector<TokenProbability> DraftDistribution(const Tables& tables, std::vector<int32_t> prefix) {
+  for (int32_t& token : prefix) token = (token + 1) % kVocab;
+  const std::vector<double> q = Softmax({tables.Logits(prefix).begin(), tables.Logits(prefix).end()});
+  std::vector<TokenProbability> distribution;
+  for (int32_t token = 0; token < kVocab; ++token) distribution.push_back({token, static_cast<float>(q[token])});
+  return distribution;
+}
+
+// `width` children of the root, drawn independently, and a chain below each of them. What the drafter says it drew from
+// is the truth, or `lie`.
+TreeMaker Drawn(const Tables& tables, int width, bool lie = false) {
+  return [&tables, width, lie](uint64_t seed, const std::vector<int32_t>& prefix) {
+    DraftTree tree = DraftTree::Root(0);
+    tree.distributions.resize(1);
+    for (int child = 0; child < width; ++child) {
+      std::vector<int32_t> path = prefix;
+      for (int node = 0; path.size() < kLength;) {
+        const std::vector<TokenProbability> q = DraftDistribution(tables, path);
+        const uint64_t noise = MixHash(MixHash(seed) + 1000 * child + 17);
+        path.push_back(DrawToken(q, noise, static_cast<int64_t>(path.size()), NoiseStream::kDraft));
+        node = tree.Add(path.back(), node);
+        tree.distributions.push_back(lie ? std::vector<TokenProbability>{{path.back(), 0.05f}} : q);
+      }
+    }
+    return tree;
+  };
+}
+
+std::vector<int64_t> Count(const Tables& tables, const Acceptor& acceptor, const TreeMaker& draft) {
   std::vector<int64_t> counts(kVocab * kVocab * kVocab, 0);
   for (uint64_t seed = 1; seed <= kSamples; ++seed) {
     SamplingParams params;
@@ -121,7 +164,7 @@ std::vector<int64_t> Count(const Tables& tables, const Acceptor& acceptor, bool 
     PenaltyHistory history({});
     std::vector<int32_t> tokens;
     while (tokens.size() < kLength) {
-      const DraftTree tree = drafts ? SomeTree(seed, tokens.size()) : DraftTree::Root(0);
+      const DraftTree tree = draft ? draft(seed, tokens) : DraftTree::Root(0);
       const WalkInput input{.params = &params,
                             .history = &history,
                             .eos_token_ids = {},
@@ -149,8 +192,8 @@ constexpr double kLimit = 640;
 TEST(LosslessTest, SequencesFollowTheExactDistribution) {
   const Tables tables;
   const std::vector<double> exact = ExactDistribution();
-  const std::vector<int64_t> plain = Count(tables, Exact, /*drafts=*/false);
-  const std::vector<int64_t> drafted = Count(tables, Exact, /*drafts=*/true);
+  const std::vector<int64_t> plain = Count(tables, Exact, nullptr);
+  const std::vector<int64_t> drafted = Count(tables, Exact, Fixed());
   EXPECT_LT(ChiSquare(exact, plain), kLimit);
   EXPECT_GT(ChiSquare(exact, plain), 400) << "too good to be random";
   EXPECT_EQ(plain, drafted);
@@ -158,7 +201,78 @@ TEST(LosslessTest, SequencesFollowTheExactDistribution) {
 
 TEST(LosslessTest, ABiasedAcceptorFailsTheSameCheck) {
   const Tables tables;
-  EXPECT_GT(ChiSquare(ExactDistribution(), Count(tables, Biased, /*drafts=*/true)), 2 * kLimit);
+  EXPECT_GT(ChiSquare(ExactDistribution(), Count(tables, Biased, Fixed())), 2 * kLimit);
+}
+
+TEST(LosslessTest, RejectionSamplingIsExactForChainsAndForSeveralChildren) {
+  const Tables tables;
+  const std::vector<double> exact = ExactDistribution();
+  const Acceptor rejection = By(AcceptanceMode::kRejection);
+  EXPECT_LT(ChiSquare(exact, Count(tables, rejection, nullptr)), kLimit);
+  EXPECT_LT(ChiSquare(exact, Count(tables, rejection, Drawn(tables, 1))), kLimit);
+  EXPECT_LT(ChiSquare(exact, Count(tables, rejection, Drawn(tables, 3))), kLimit);
+  EXPECT_LT(ChiSquare(exact, Count(tables, rejection, Fixed())), kLimit) << "tokens that were certain";
+}
+
+TEST(LosslessTest, RejectionSamplingNeedsTheTrueDraftDistribution) {
+  const Tables tables;
+  const Acceptor rejection = By(AcceptanceMode::kRejection);
+  EXPECT_GT(ChiSquare(ExactDistribution(), Count(tables, rejection, Drawn(tables, 1, /*lie=*/true))), 2 * kLimit);
+}
+
+TEST(LosslessTest, TypicalAcceptanceIsNotExact) {
+  const Tables tables;
+  const std::vector<int64_t> counts = Count(tables, By(AcceptanceMode::kTypical), Fixed());
+  EXPECT_GT(ChiSquare(ExactDistribution(), counts), 2 * kLimit);
+}
+
+// As often as two distributions overlap: the sum of the smaller probabilities, which no coupling can better.
+TEST(LosslessTest, RejectionSamplingAcceptsAsOftenAsPossible) {
+  const Tables tables;
+  const std::vector<TokenProbability> q = DraftDistribution(tables, {3});
+  const std::vector<double> p = Softmax({tables.Logits({3}).begin(), tables.Logits({3}).end()});
+  double overlap = 0;
+  for (int token = 0; token < kVocab; ++token) overlap += std::min<double>(p[token], q[token].probability);
+  constexpr int kTries = 50000;
+  int accepted = 0;
+  for (uint64_t seed = 1; seed <= kTries; ++seed) {
+    SamplingParams params;
+    params.seed = MixHash(seed);
+    params.max_tokens = 100;
+    PenaltyHistory history({});
+    DraftTree tree = DraftTree::Root(0);
+    tree.Add(DrawToken(q, params.seed, 1, NoiseStream::kDraft), 0);
+    tree.distributions = {{}, q};
+    const Walk walk = WalkTree(tree, TreeLogits(tables, {3}, tree), kVocab,
+                               {.params = &params,
+                                .history = &history,
+                                .eos_token_ids = {},
+                                .position = 1,
+                                .num_output_tokens = 0,
+                                .acceptance = AcceptanceMode::kRejection});
+    accepted += walk.path.size() > 1;
+  }
+  EXPECT_NEAR(static_cast<double>(accepted) / kTries, overlap, 4 * std::sqrt(0.25 / kTries));
+}
+
+TEST(LosslessTest, EveryWayIsGreedyAtTemperatureZero) {
+  const Tables tables;
+  for (uint64_t seed = 1; seed <= 200; ++seed) {
+    SamplingParams params;
+    params.temperature = 0;
+    params.max_tokens = 100;
+    const DraftTree tree = SomeTree(seed, 0);
+    const std::vector<float> logits = TreeLogits(tables, {}, tree);
+    std::vector<std::vector<int32_t>> chosen;
+    for (const AcceptanceMode mode : {AcceptanceMode::kGumbel, AcceptanceMode::kRejection, AcceptanceMode::kTypical}) {
+      PenaltyHistory history({});
+      const WalkInput input{
+          .params = &params, .history = &history, .eos_token_ids = {}, .position = 0, .num_output_tokens = 0};
+      chosen.push_back(By(mode)(tree, logits, input));
+    }
+    EXPECT_EQ(chosen[0], chosen[1]);
+    EXPECT_EQ(chosen[0], chosen[2]);
+  }
 }
 
 }  // namespace
