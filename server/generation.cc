@@ -91,7 +91,10 @@ HttpOperation::Progress Generation::Next(std::string* body) {
   opened_ = true;
   Choice piece;
   auto more = candidates_->Next(&piece);
-  for (; more.ok() && *more; more = candidates_->Next(&piece)) AppendChunk(head_, piece, token_bytes_, body);
+  for (; more.ok() && *more; more = candidates_->Next(&piece)) {
+    const StreamUsage usage = call_.continuous_usage ? candidates_->usage() : StreamUsage{};
+    AppendChunk(head_, piece, token_bytes_, body, call_.continuous_usage ? &usage : nullptr);
+  }
   if (!more.ok()) {
     *body += "data: " + OpenAiErrorJson(more.status()) + "\n\n";
   } else if (!candidates_->finished()) {

@@ -146,12 +146,14 @@ std::string FullResponseJson(const ResponseHead& head, const std::vector<Choice>
   return out;
 }
 
-void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out) {
+void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out,
+                 const StreamUsage* usage) {
   *out += "data: ";
   AppendHead(head, true, out);
   *out += ",\"choices\":[";
   AppendChoice(head, piece, true, token_bytes, out);
-  *out += "]}\n\n";
+  *out += usage == nullptr ? "]" : "],\"usage\":" + UsageJson(*usage);
+  *out += "}\n\n";
 }
 
 void AppendRoleChunk(const ResponseHead& head, int index, std::string* out) {

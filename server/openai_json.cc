@@ -108,6 +108,7 @@ void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
   if (!call->generate.stream) return fields->Fail("stream_options", "is only allowed with stream: true");
   FieldReader inner(*options, "stream_options.");
   inner.Bool("include_usage", &call->include_usage);
+  inner.Bool("continuous_usage_stats", &call->continuous_usage);  // vLLM's
   inner.Ignore({"include_obfuscation"});
   if (absl::Status status = inner.Finish(); !status.ok()) {
     fields->Fail(ErrorField(status), std::string(status.message()).substr(ErrorField(status).size() + 2));

@@ -22,7 +22,8 @@ namespace linspec {
 // A parsed call of /v1/completions or /v1/chat/completions: the part that only JSON answers need.
 struct OpenAiCall {
   GenerateCall generate;
-  bool include_usage = false;
+  bool include_usage = false;     // a chunk with the usage at the end
+  bool continuous_usage = false;  // and in every chunk
 };
 
 absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const CallLimits& limits);
@@ -55,7 +56,9 @@ std::string UsageJson(const StreamUsage& usage);
 std::string FullResponseJson(const ResponseHead& head, const std::vector<Choice>& choices, const StreamUsage& usage,
                              const TokenBytesFn& token_bytes);
 // "data: {...}\n\n": what is new of a choice. A chat's stream opens with a chunk that says only the role.
-void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out);
+// usage: of the call so far, null for none.
+void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out,
+                 const StreamUsage* usage = nullptr);
 void AppendRoleChunk(const ResponseHead& head, int index, std::string* out);
 void AppendUsageChunk(const ResponseHead& head, const StreamUsage& usage, std::string* out);
 

@@ -58,7 +58,8 @@ constexpr char kCommonFields[] = R"json(
    {"type": "string"}}]},
  "stop_token_ids": {"type": "array", "items": {"type": "integer"}}, "include_stop_str_in_output": {"type": "boolean"},
  "stream": {"type": "boolean", "default": false}, "stream_options": {"type": "object", "properties": {"include_usage":
-   {"type": "boolean"}, "include_obfuscation": {}}, "additionalProperties": false}, "priority": {"type": "integer",
+   {"type": "boolean"}, "include_obfuscation": {}, "continuous_usage_stats":
+   {"type": "boolean"}}, "additionalProperties": false}, "priority": {"type": "integer",
    "minimum": -100000, "maximum": 100000, "default": 0},
  "speculation": {"type": "string", "enum": ["off", "draft", "medusa", "ngram", "auto"]},
  "acceptance": {"type": "string", "enum": ["gumbel", "rejection", "typical"]},

@@ -181,10 +181,8 @@ def test_overload_is_typed(make_server, stubs):
         next(stub.Generate(request_of(pb)))
     assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert details_of(error.value, error_details_pb2.RetryInfo).retry_delay.seconds >= 1
-    start = time.time()
     response = complete(server)
     assert response.status_code == 503 and int(response.headers["Retry-After"]) >= 1
-    assert time.time() - start < 0.5
     assert response.json()["error"]["type"] == "overloaded_error"
     running.cancel()
     waiting.cancel()

@@ -242,12 +242,14 @@ def test_openapi_describes_the_answers(server, document, has_chat):
         if path == "/v1/chat/completions" and not has_chat:
             continue
         check(document, schema, httpx.post(server.url + path, json=body, timeout=60).json())
-        streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        streamed = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
         lines = httpx.post(server.url + path, json=streamed, timeout=60).text.split("\n\n")
         chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert len(chunks) >= 3
         for chunk in chunks:
             check(document, schema + "Chunk", chunk)
+        counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
+        assert counts == sorted(counts) and len(counts) >= len(chunks) - 2   # all but the chunks that open a chat
     check(document, "ModelList", httpx.get(server.url + "/v1/models").json())
     check(document, "Tokens", httpx.post(server.url + "/tokenize", json={"prompt": "x"}).json())
     check(document, "Text", httpx.post(server.url + "/detokenize", json={"tokens": [5]}).json())
