@@ -10,3 +10,5 @@ add_executable(loadtest_fake_server EXCLUDE_FROM_ALL tests/loadtest/fake_server_
 target_link_libraries(loadtest_fake_server PRIVATE Threads::Threads)
 add_executable(bench_metrics EXCLUDE_FROM_ALL tests/server/bench_metrics.cc)
 target_link_libraries(bench_metrics PRIVATE linspec_server benchmark::benchmark)
+add_executable(bench_engine EXCLUDE_FROM_ALL tests/scheduler/bench_engine.cc)
+target_link_libraries(bench_engine PRIVATE linspec_scheduler benchmark::benchmark)

@@ -173,12 +173,16 @@ SpeculationController::Estimate SpeculationController::EstimateStep(int drafter,
     const auto count = static_cast<double>(state.profiles.size());
     return {sum.tokens / count, sum.seconds / count, sum.draft_seconds / count};
   }
+  // Nothing proposed yet: a chain of the length that would pay best.
   std::vector<float> unknown;
+  Estimate best;
   for (int level = 1; level <= kUnknownLevels; ++level) {
     unknown.push_back(static_cast<float>(std::pow(kUnknownLevel, level)));
+    sum = {};
+    add(unknown, level);
+    if (sum.rate() > best.rate()) best = sum;
   }
-  add(unknown, kUnknownLevels);
-  return sum;
+  return best;
 }
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
@@ -210,7 +214,11 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
     choice.drafter = request.drafter == kAnyDrafter ? best : request.drafter;
     const Estimate& estimate = estimates[choice.drafter];
     const double rate = std::max(plain, estimate.rate());
-    choice.min_probability = static_cast<float>(std::clamp(kPathSlack * rate * row_seconds, 0.0, 1.0));
+    // One node more costs a row of verification and, of a chain, a level of drafting.
+    const double level_seconds =
+        costs_nothing_[choice.drafter] ? 0 : drafters_[choice.drafter].costs.PerLevel(num_requests) / num_requests;
+    choice.min_probability =
+        static_cast<float>(std::clamp(kPathSlack * rate * (row_seconds + level_seconds), 0.0, 1.0));
     const int64_t steps = std::max<int64_t>(std::min(request.tokens_left, kCatchUpHorizon) / 2, 1);
     const double catch_up = CatchUpCost(request, choice.drafter) / static_cast<double>(steps);
     const int share = rows_left / (num_requests - r);

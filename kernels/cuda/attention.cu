@@ -12,11 +12,6 @@ __global__ void __launch_bounds__(kThreads) VerifyKernel(const AttentionParams p
   VerifyBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
 }
 
-__global__ void __launch_bounds__(kThreads) DecodeKernel(const AttentionParams p) {
-  __shared__ AttentionShared shared;
-  DecodeBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x, shared);
-}
-
 __global__ void __launch_bounds__(kThreads) CommitKernel(const AttentionParams p) {
   CommitBlock<0>(DeviceBlock{}, p, p.tasks[blockIdx.y], blockIdx.x);
 }
@@ -50,12 +45,6 @@ void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t str
   if (num_tasks == 0) return;
   if (HasTiles(params.layer)) return LaunchVerifyTiles(params, num_tasks, stream);
   Launch(VerifyKernel, params, num_tasks, stream);
-}
-
-void LaunchDecode(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
-  if (num_tasks == 0) return;
-  if (HasTiles(params.layer)) return LaunchDecodeTiles(params, num_tasks, stream);
-  Launch(DecodeKernel, params, num_tasks, stream);
 }
 
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream) {

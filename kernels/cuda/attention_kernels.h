@@ -10,7 +10,6 @@ namespace linspec::cuda {
 bool HasTiles(const LayerParams& layer);
 
 void LaunchVerifyTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
-void LaunchDecodeTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommitTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommitTilesOfLayers(const LayerParams& layer, const AttentionParams* params, int num_layers, int num_tasks,
                                cudaStream_t stream);

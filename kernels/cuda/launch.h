@@ -13,13 +13,11 @@ namespace linspec::cuda {
 // Attention: head_dim % 4 == 0 and <= 128; tasks with slot -1 do nothing, tasks without rows leave everything as it is.
 // Slots need not be cleared: nothing of a slot is read before it was written.
 //
-// Verify and decode read `tasks` and S before the kernel in front of them in the stream has ended (pdl.h): what wrote those
-// must be older than that kernel. Verify reads state and never writes it. Commit appends accepted rows and folds. Decode is both in one launch for
-// calls whose tasks have exactly one row, always accepted: the same bits as verify, then commit. Prefill is verify and
-// commit of a chain of any length; it needs AttentionParams::scratch.
+// Verify reads `tasks` and S before the kernel in front of it in the stream has ended (pdl.h): what wrote those must be
+// older than that kernel. It never writes state. Commit appends accepted rows and folds. Prefill is verify and commit of
+// a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
-void LaunchDecode(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 
 // Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`.

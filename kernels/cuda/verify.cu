@@ -1,4 +1,4 @@
-// tree_verify and decode on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
+// tree_verify on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
 // threads a multiprocessor. S of an item lives in registers (state_fragment.h), its window in shared memory
 // (window_tile.h). As soon as an item's sums are formed, S and window of the next are asked for: S by 16-byte loads, the
 // window by bulk copies that one warp prepared while the others scored.
@@ -24,7 +24,7 @@ struct Work {
 };
 
 // Shared memory, in floats.
-template <int kDim, int kRows, bool kDecode>
+template <int kDim, int kRows>
 struct Layout {
   using Tile = WindowTile<kDim, kRows>;
   int tokens, taps;
@@ -34,14 +34,14 @@ struct Layout {
   __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
   __host__ __device__ int Queries() const { return Taps() + taps; }
   __host__ __device__ int Keys() const { return Queries() + kRows * Tile::kQueryStride; }
-  __host__ __device__ int Values() const { return kDecode ? KeysEnd() : KeysEnd() > Sums() ? KeysEnd() : Sums(); }
+  __host__ __device__ int Values() const { return KeysEnd() > Sums() ? KeysEnd() : Sums(); }
   __host__ __device__ int Local() const { return Values() + tokens * Tile::kStride; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
   __host__ __device__ int End() const { return Grouped() + tokens * kRows; }
-  // Sums of the warps: in place of the keys, which are scored by then; decoding may need the keys for a fold.
-  __host__ __device__ int Partial() const { return kDecode ? End() : Keys(); }
+  // Sums of the warps: in place of the keys, which are scored by then.
+  __host__ __device__ int Partial() const { return Keys(); }
   __host__ __device__ int State() const { return Partial() + kClasses * kRows * kDim; }
-  __host__ __device__ int Size() const { return kDecode ? End() + kSums : End(); }
+  __host__ __device__ int Size() const { return End(); }
 
  private:
   static constexpr int kSums = (kClasses + StateFragment<kDim>::kParts) * kRows * kDim;
@@ -62,14 +62,14 @@ struct Schedule {
   CopyBarrier barrier;
 };
 
-template <int kDim, int kRows, bool kDecode>
+template <int kDim, int kRows>
 struct Verifier {
   static constexpr int kChannels = kDim / 32;
   using Tile = WindowTile<kDim, kRows>;
 
   const AttentionParams& p;
   const Work& work;
-  Layout<kDim, kRows, kDecode> layout;
+  Layout<kDim, kRows> layout;
   float* shared;
 
   __device__ __forceinline__ float* Head(const Task& task, int kv_head) const {
@@ -182,27 +182,19 @@ struct Verifier {
   }
 
   // The loads of the first item. Tasks and S are older than the kernel before this one; everything else may be its work.
-  // Decoding asks for S last, because it runs out of registers.
   __device__ __forceinline__ void Begin(int index, bool fetches, Schedule& schedule, BulkCopy& ready,
                                         StateFragment<kDim>& s) const {
     const Task& task = schedule.tasks[0];
     Item& item = schedule.items[0];
-    if constexpr (!kDecode) {
-      if (fetches) ready = Prepare(index, task, item);
-      __syncthreads();
-      s.Load(Matrix(task, item));
-    }
+    if (fetches) ready = Prepare(index, task, item);
+    __syncthreads();
+    s.Load(Matrix(task, item));
     GridWait();
     if (fetches) {
-      if constexpr (kDecode) ready = Prepare(index, task, item);
       FetchWindow(task, item, ready, schedule.barrier);
       FetchConstants(task, item);
     }
     CommitCopies();
-    if constexpr (kDecode) {
-      __syncthreads();
-      s.Load(Matrix(task, item));
-    }
   }
 
   // The two sums of the warp's row. All threads.
@@ -266,39 +258,14 @@ struct Verifier {
       if (p.out_bf16 != nullptr) p.out_bf16[at + i] = RoundToBf16(y);
     }
   }
-
-  // Decoding: the row joins the ring.
-  __device__ __forceinline__ void Append(const Task& task, const Item& item) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread >= 2 * (kDim / 4)) return;
-    const int64_t value = thread / (kDim / 4);
-    const int c = thread % (kDim / 4) * 4;
-    Store4(Ring(task, item.kv_head) + value * RingValues() + item.phase * kDim + c,
-           Load4(Keys(task, item.kv_head) + value * p.layer.num_kv_heads * kDim + c));
-  }
-
-  // Decoding: S takes in the group that the row fills; its tokens are rows 0 to group_size - 1 of the window.
-  __device__ __forceinline__ void Fold(const Task& task, const Item& item) const {
-    StateFragment<kDim, kDim, 1> s;
-    float* matrix = Head(task, item.kv_head);
-    const float decay = p.layer.decay != nullptr ? p.layer.decay[item.kv_head] : 1.0f;
-    const float *keys = shared + layout.Keys(), *values = shared + layout.Values();
-#pragma unroll 1
-    for (int step = 0; step < s.kSteps; ++step) {
-      s.LoadStep(step, matrix);
-      if (!item.folded) s.Clear();
-      s.template Fold<false>(step, decay, keys, Tile::kStride, values, Tile::kStride, p.layer.group_size);
-      s.StoreStep(step, matrix);
-    }
-  }
 };
 
-template <int kDim, int kRows, bool kDecode>
+template <int kDim, int kRows>
 __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const Work work) {
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule schedule;
-  using Program = Verifier<kDim, kRows, kDecode>;
-  const Program program{p, work, Layout<kDim, kRows, kDecode>(work, p.layer), shared};
+  using Program = Verifier<kDim, kRows>;
+  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, stride = static_cast<int>(gridDim.x);
   const int per_task = p.layer.num_kv_heads * work.splits;
   const bool fetches = warp == kThreads / 32 - 1;  // the last warp: it has the least to score and to finish
@@ -328,11 +295,7 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
     const Item& item = schedule.items[buffer];
     float local[Program::kChannels] = {}, z[Program::kChannels] = {};
     if (item.rows > 0) program.Compute(item, s, local, z);
-    if constexpr (kDecode) {
-      if (item.rows > 0) program.Append(task, item);
-      if (item.rows > 0 && item.phase + 1 == p.layer.group_size) program.Fold(task, item);
-    }
-    if constexpr (!kDecode) CopyBarrier::OrderStores();  // the sums lie where the next keys go
+    CopyBarrier::OrderStores();  // the sums lie where the next keys go
     __syncthreads();
     if (next >= work.items) {
       program.Finish(task, item, local, z);
@@ -348,17 +311,17 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   }
 }
 
-template <int kDim, int kRows, bool kDecode>
+template <int kDim, int kRows>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const Device& device = CurrentDevice();
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
-  const int nodes = kDecode ? 1 : p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
+  const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   Work work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
   work.splits = (nodes * heads + kRows - 1) / kRows;
   work.items = num_tasks * p.layer.num_kv_heads * work.splits;
-  const int bytes = Layout<kDim, kRows, kDecode>(work, p.layer).Size() * static_cast<int>(sizeof(float));
-  const auto kernel = VerifyTileKernel<kDim, kRows, kDecode>;
+  const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
+  const auto kernel = VerifyTileKernel<kDim, kRows>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
   const int blocks = std::min(work.items, resident);
@@ -367,24 +330,14 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
 
 template <int kDim>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.max_rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1, false>(p, num_tasks, stream)
-                                                        : LaunchTiles<kDim, kQueryRows, false>(p, num_tasks, stream);
-}
-
-template <int kDim>
-void LaunchDecodeOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1, true>(p, num_tasks, stream)
-                                            : LaunchTiles<kDim, kQueryRows, true>(p, num_tasks, stream);
+  p.max_rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1>(p, num_tasks, stream)
+                                                        : LaunchTiles<kDim, kQueryRows>(p, num_tasks, stream);
 }
 
 }  // namespace
 
 void LaunchVerifyTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   p.layer.head_dim == 128 ? LaunchVerifyOf<128>(p, num_tasks, stream) : LaunchVerifyOf<64>(p, num_tasks, stream);
-}
-
-void LaunchDecodeTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.layer.head_dim == 128 ? LaunchDecodeOf<128>(p, num_tasks, stream) : LaunchDecodeOf<64>(p, num_tasks, stream);
 }
 
 }  // namespace linspec::cuda

@@ -97,15 +97,6 @@ LINSPEC_BLOCK void CommitBlock(const Block& block, const AttentionParams& p, con
   CommitRows<kDim>(block, p, task, p.paths + task.path_begin, task.path_length, kv_head);
 }
 
-// A call whose tasks have at most one row: verify, then commit that row.
-template <int kDim, typename Block>
-LINSPEC_BLOCK void DecodeBlock(const Block& block, const AttentionParams& p, const Task& task, int kv_head,
-                               AttentionShared& shared) {
-  if (task.slot < 0 || task.num_rows == 0) return;
-  VerifyBlock<kDim>(block, p, task, kv_head, shared);
-  CommitRows<kDim>(block, p, task, nullptr, 1, kv_head);
-}
-
 // A chain of any length: pieces that end at group boundaries are attended as chains, appended and folded, with S in
 // registers throughout.
 template <int kDim, typename Block>

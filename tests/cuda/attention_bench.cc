@@ -177,14 +177,13 @@ void BenchPrefill(int requests, int tokens, bool exact, double bandwidth) {
 }  // namespace
 }  // namespace linspec::cuda
 
-// With arguments, one measurement for a profiler: verify REQUESTS NODES, decode REQUESTS 1 or prefill REQUESTS TOKENS.
+// With arguments, one measurement for a profiler: verify REQUESTS NODES or prefill REQUESTS TOKENS.
 int main(int argc, char** argv) {
   using namespace linspec::cuda;
   Check(cudaSetDevice(0), "no usable GPU");
   if (argc == 4) {
     const int requests = std::atoi(argv[2]), rows = std::atoi(argv[3]);
     if (std::strcmp(argv[1], "verify") == 0) BenchVerify("verify", &LaunchVerify, requests, rows, 1.0);
-    if (std::strcmp(argv[1], "decode") == 0) BenchVerify("decode", &LaunchDecode, requests, rows, 1.0);
     if (std::strcmp(argv[1], "prefill") == 0) BenchPrefill(requests, rows, false, 1.0);
     return 0;
   }
@@ -194,7 +193,6 @@ int main(int argc, char** argv) {
        {std::pair{1, 1}, {1, 8}, {1, 64}, {4, 32}, {16, 8}, {64, 4}, {64, 1}, {256, 1}}) {
     BenchVerify("verify", &LaunchVerify, requests, nodes, bandwidth);
   }
-  for (const int requests : {1, 16, 64, 256}) BenchVerify("decode", &LaunchDecode, requests, 1, bandwidth);
   for (const int phase : {0, kGroup - 1, -1}) {
     for (const int requests : {1, 64, 256}) BenchCommit(requests, phase, bandwidth);
   }

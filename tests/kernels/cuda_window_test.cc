@@ -148,13 +148,6 @@ TEST_P(CudaWindowTest, VerifyAndCommitMatchTheScalarReferenceAtEveryPhase) {
         cuda::CommitBlock<0>(cuda::HostBlock{}, params, task, head);
       }
       ASSERT_EQ(state_, expected_state) << "length " << length << " nodes " << nodes;
-      if (nodes > 1) continue;
-      std::vector<float> decoded_state = before, decoded(out_size, NAN);
-      for (int head = 0; head < shape_.kv_heads; ++head) {
-        cuda::DecodeBlock<0>(cuda::HostBlock{}, Params(decoded_state, decoded), task, head, *shared);
-      }
-      ASSERT_EQ(decoded, out) << "decoding differs from verify";
-      ASSERT_EQ(decoded_state, state_) << "decoding differs from commit";
     }
   }
 }
