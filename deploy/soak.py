@@ -143,7 +143,7 @@ class Soak:
         self.expected = [self.solo(request) for request in REQUESTS]
         self.seconds, self.end = seconds, time.monotonic() + seconds
         self.counts, self.wrong, self.leaks = collections.Counter(), [], []
-        self.gate, self.lock, self.restarting = Gate(), threading.Lock(), threading.Event()
+        self.gate, self.lock, self.restarting, self.kills = Gate(), threading.Lock(), threading.Event(), 0
         self.actions = [(25, self.stream), (10, self.plain), (15, self.rpc), (15, self.drop), (6, self.drop_rpc), (6, self.deadline),
                         (6, self.slow), (8, self.bad_input), (3, self.half_request), (2, self.stuck_scraper)]
 
@@ -300,7 +300,7 @@ class Soak:
         weights, actions = zip(*self.actions)
         while time.monotonic() < self.end:
             with self.gate:
-                before = self.restarting.is_set()
+                restarting, kills = self.restarting.is_set(), self.kills
                 try:
                     what = rng.choices(actions, weights)[0](rng, rng.randrange(len(REQUESTS)))
                     with self.lock:
@@ -308,8 +308,8 @@ class Soak:
                     if what == "refused":
                         time.sleep(0.1)
                 except (OSError, http.client.HTTPException, ValueError) as error:
-                    # A kill in mid-answer breaks connections; nothing else may.
-                    if not before and not self.restarting.is_set():
+                    # A kill in mid-answer breaks connections; nothing else may. A slow reader may notice when the next life is up.
+                    if not restarting and kills == self.kills:
                         self.report("connection", type(error).__name__, str(error))
                     time.sleep(0.2)
 
@@ -329,6 +329,7 @@ class Soak:
 
     def kill_and_restart(self):
         self.restarting.set()
+        self.kills += 1
         self.server.process.kill()
         self.server.process.wait()
         self.server.start()

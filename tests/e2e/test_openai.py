@@ -171,16 +171,17 @@ def test_sdk_timeout_frees_the_slot(server, model):
 
 def test_sdk_retries_after_an_overload(make_server):
     server = make_server("--max-requests", "1", "--max-queue-requests", "1")
+    statuses = []
+    hooks = {"response": [lambda response: statuses.append((response.status_code, response.headers.get("Retry-After")))]}
+    # Made before the server is busy: it takes a while on a slow machine.
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=20,
+                           http_client=httpx.Client(event_hooks=hooks))
     body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
     busy = [threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=60)) for _ in range(2)]
     for thread in busy:
         thread.start()
     while server.metric("linspec_num_requests_waiting") == 0:
         time.sleep(0.02)
-    statuses = []
-    hooks = {"response": [lambda response: statuses.append((response.status_code, response.headers.get("Retry-After")))]}
-    client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=20,
-                           http_client=httpx.Client(event_hooks=hooks))
     assert client.completions.create(model="", prompt="x", max_tokens=4).choices[0].text
     assert statuses[0][0] == 503 and int(statuses[0][1]) >= 1 and statuses[-1] == (200, None)
     for thread in busy:
