@@ -6,8 +6,9 @@ a full disk under its log, a log that nobody reads, Prometheus killed.
 Every answer that ends is compared with its solo run, every dropped one with the beginning of it. Once a minute the traffic
 pauses: no slot may be held, and resident memory must be where it was.
 
-usage: deploy/soak.py LINSPEC_BINARY [MINUTES] [flags of `linspec serve`]      in the environment of tests/e2e/requirements.txt
+Runs in the environment of tests/e2e/requirements.txt. Ends with 1 when anything was wrong.
 """
+import argparse
 import collections
 import fcntl
 import http.client
@@ -434,11 +435,16 @@ def make_stubs(folder):
 
 
 def main():
-    minutes = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="Other flags go to `linspec serve`, e.g. --device cuda --deterministic true.")
+    parser.add_argument("binary", help="the linspec program to start")
+    parser.add_argument("minutes", nargs="?", type=float, default=1.0, help="how long the traffic lasts (1)")
+    arguments, flags = parser.parse_known_args()
+    minutes = arguments.minutes
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         stubs = make_stubs(folder)
-        server = Server(sys.argv[1], sys.argv[3:], folder)
+        server = Server(arguments.binary, flags, folder)
         prometheus = Prometheus(folder, server.port)
         try:
             soak = Soak(server, minutes * 60, stubs)
