@@ -2,12 +2,19 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+
 namespace linspec {
 
 std::vector<int> DraftTree::Depths() const {
   std::vector<int> depths(tokens.size(), 0);
   for (int node = 1; node < num_nodes(); ++node) depths[node] = depths[parents[node]] + 1;
   return depths;
+}
+
+int DraftTree::Depth() const {
+  const std::vector<int> depths = Depths();
+  return *std::max_element(depths.begin(), depths.end());
 }
 
 DraftTree DraftTree::Keep(const std::vector<bool>& keep) const {

@@ -29,6 +29,7 @@ struct DraftTree {
     return num_nodes() - 1;
   }
   std::vector<int> Depths() const;                      // root 0
+  int Depth() const;                                    // of the deepest node; 0 for a root alone
   DraftTree Keep(const std::vector<bool>& keep) const;  // [num_nodes]; whoever is kept has its parent kept
   DraftTree CutBelow(int max_depth) const;              // without the nodes deeper than max_depth >= 0
   int FindChild(int node, int32_t token) const;         // -1: none

@@ -20,18 +20,12 @@ constexpr double kProbeShare = 0.01;  // of the time, for trying what is not in 
 constexpr double kMaxCredit = 0.25;   // seconds
 constexpr int kProbeNodes = 4;
 constexpr int64_t kCatchUpHorizon = 64;  // output tokens over which a drafter's catch-up has to pay off
-constexpr int64_t kLongCatchUp = 16;     // tokens; less is part of every draft
 
 // A drafter that states no probabilities is taken to be this sure of each child.
 double Stated(const DraftTree& tree, int node) {
   if (tree.probabilities.empty()) return kUnknownLevel;
   const float parent = tree.probabilities[tree.parents[node]];
   return parent > 0 ? tree.probabilities[node] / parent : 0;
-}
-
-int Depth(const DraftTree& tree) {
-  const std::vector<int> depths = tree.Depths();
-  return *std::max_element(depths.begin(), depths.end());
 }
 
 }  // namespace
@@ -72,7 +66,7 @@ double SpeculationController::ExpectedTokens(const SpeculationProposal& proposal
 
 void SpeculationController::Learn(const SpeculationProposal& proposal) {
   const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, *proposal.tree);
-  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = std::max(Depth(*proposal.tree), 1)};
+  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = std::max(proposal.tree->Depth(), 1)};
   std::sort(profile.paths.rbegin(), profile.paths.rend());
   std::deque<Profile>& profiles = drafters_[proposal.drafter].profiles;
   profiles.push_back(std::move(profile));
@@ -187,7 +181,7 @@ SpeculationController::Estimate SpeculationController::EstimateStep(int drafter,
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
   const int64_t tokens = request.catch_up_tokens[drafter];
-  return tokens > kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens) : 0;
+  return tokens > DraftCosts::kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens) : 0;
 }
 
 std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const SpeculationRequest> requests,

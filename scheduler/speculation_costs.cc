@@ -9,7 +9,6 @@ namespace {
 
 constexpr double kStepSmoothing = 0.05;  // weight of a new verify time
 constexpr double kDraftSmoothing = 0.1;
-constexpr int64_t kLongCatchUp = 16;  // tokens per context; less is part of every draft
 
 void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
 

@@ -29,6 +29,8 @@ class StepCosts {
 // What drafting costs: levels are run one after the other, each over all contexts at once.
 class DraftCosts {
  public:
+  static constexpr int64_t kLongCatchUp = 16;  // tokens of a context; less is part of every draft
+
   void Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds);
   double PerLevel(int contexts) const;
   double PerCatchUpToken() const { return per_token_; }

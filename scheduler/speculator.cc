@@ -35,11 +35,6 @@ DraftDraw DrawFor(AcceptanceMode mode) {
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-int Depth(const DraftTree& tree) {
-  const std::vector<int> depths = tree.Depths();
-  return *std::max_element(depths.begin(), depths.end());
-}
-
 bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int64_t vocab_size) {
   return tree.Validate(vocab_size).ok() && tree.num_nodes() <= max_nodes &&
          tree.tokens.front() == sequence.pending_token();
@@ -166,7 +161,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
       ++stats->num_drafter_errors;
       continue;
     }
-    levels = std::max(levels, Depth(tree));
+    levels = std::max(levels, tree.Depth());
     controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree});
     trees[i] = std::move(tree);
   }
@@ -230,7 +225,7 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
   const SpeculationChoice& choice = choices_[index];
   const int accepted = static_cast<int>(walk.path.size()) - 1;
   if (tree.num_nodes() <= 1) return;
-  const int depth = Depth(tree);
+  const int depth = tree.Depth();
   controller_.Observe({.sequence_id = sequence.id(),
                        .drafter = choice.drafter,
                        .tree = &tree,

@@ -16,11 +16,6 @@ constexpr int kScratchNodes = 5;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-int Depth(const DraftTree& tree) {
-  const std::vector<int> depths = tree.Depths();
-  return *std::max_element(depths.begin(), depths.end());
-}
-
 std::vector<int32_t> SomeTokens(int count, int64_t vocab_size) {
   std::vector<int32_t> tokens(count);
   for (int i = 0; i < count; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % vocab_size);
@@ -102,7 +97,7 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const
       if (!trees.ok()) break;
       int levels = 0;
       for (const DraftTree& tree : *trees) {
-        if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, Depth(tree));
+        if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
       }
       controller_.draft_costs(drafter).Observe(count, levels, catch_up, seconds);
     }
