@@ -2,10 +2,13 @@
 
 #include <iterator>
 
+#include "absl/strings/cord.h"
+
 namespace linspec {
 namespace {
 
 constexpr std::string_view kSpeculationModes[] = {"", "off", "draft", "medusa", "recurrent", "ngram", "auto"};
+constexpr char kShareExceeded[] = "linspec/share_exceeded";
 
 }  // namespace
 
@@ -25,6 +28,14 @@ std::string SpeculationModeNames() {
   }
   return names;
 }
+
+absl::Status ShareExceededError(const std::string& message) {
+  absl::Status status = absl::ResourceExhaustedError(message);
+  status.SetPayload(kShareExceeded, absl::Cord());
+  return status;
+}
+
+bool IsShareExceeded(const absl::Status& status) { return status.GetPayload(kShareExceeded).has_value(); }
 
 const char* FinishReasonName(FinishReason reason) {
   switch (reason) {

@@ -147,6 +147,21 @@ def test_recurrent_head_learns_from_an_exported_target_and_is_exported(work):
     assert stored["down_proj.weight_scale"].shape == (32,)
 
 
+def test_recurrent_head_says_what_the_reference_says():
+    cfg = cli.ModelConfig(**SHAPE)
+    torch.manual_seed(3)
+    target, head = cli.LanguageModel(cfg), recurrent.RecurrentHead(cfg, 24)
+    torch.nn.init.normal_(head.down_proj.weight, std=0.3)
+    hidden, tokens = torch.randn(1, 6, 32), torch.arange(6)[None] * 31 % 300
+    weights = {name: value.detach().numpy() for name, value in head.state_dict().items()}
+    embedding = target.model.embed_tokens.weight.detach().numpy()
+    with torch.no_grad():
+        for n, state in recurrent.unrolled(head, target, hidden, tokens, 3):
+            want = reference.recurrent_logits(weights, cfg.rms_norm_eps, hidden[0, :6 - n].numpy(),
+                                              [tokens[0, i:6 - n + i].numpy() for i in range(1, n + 1)], embedding, embedding)
+            assert np.abs(target.unembed(state)[0].numpy() - want[-1]).max() < 1e-4
+
+
 def test_an_exported_folder_is_read_back_as_it_was_rounded(work):
     train("lm", "small")
     run("export", "--model", "small", "--data", "data", "--out", "exported")
