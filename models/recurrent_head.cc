@@ -104,8 +104,8 @@ void RecurrentHead::Advance(std::span<float> states) {
   };
   half(states.data(), state_norm_, 0);
   half(embedded_.data(), token_norm_, dim);
-  ops_->Matmul({.x = input_.data(), .w = gate_up_proj_.get(), .y = gate_up_.data(), .num_rows = rows});
-  ops_->SiluMul({.gate_up = gate_up_.data(), .out = activated_.data(), .num_rows = rows, .dim = inner});
+  ops_->GatedMatmul({.product = {.x = input_.data(), .w = gate_up_proj_.get(), .y = gate_up_.data(), .num_rows = rows},
+                     .out = activated_.data()});
   ops_->Matmul(
       {.x = activated_.data(), .w = down_proj_.get(), .y = states.data(), .num_rows = rows, .accumulate = true});
 }
