@@ -29,6 +29,7 @@ struct DraftContext {
   int64_t num_prompt_tokens;
   const SamplingParams* sampling;
   std::span<const float> hidden;  // [D] target's hidden state at the last committed token; empty if unknown
+  int hidden_row = -1;            // the row of the target's last Verify that has it; -1: none
   int max_nodes;                  // root included; 1 means "do not draft"
   float min_probability = 0;      // paths that the drafter holds less likely are not worth proposing
   DraftDraw draw = DraftDraw::kCoupled;
@@ -42,6 +43,8 @@ class Drafter {
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
+  // Uses DraftContext::hidden. The engine asks the target for it only when a drafter does.
+  virtual bool reads_hidden() const { return false; }
   virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused
 };
 

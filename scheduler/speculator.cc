@@ -66,6 +66,10 @@ absl::Status Speculator::CheckMode(SpeculationMode mode) const {
       fmt::format("speculation = {} is not available; available: {}", DrafterName(mode), available));
 }
 
+bool Speculator::reads_hidden() const {
+  return std::any_of(drafters_.begin(), drafters_.end(), [](const auto& drafter) { return drafter->reads_hidden(); });
+}
+
 std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, int max_draft_rows, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
@@ -138,6 +142,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
                         .num_prompt_tokens = sequence.num_prompt_tokens(),
                         .sampling = &sequence.sampling(),
                         .hidden = sequence.hidden,
+                        .hidden_row = sequence.hidden_row,
                         .max_nodes = nodes[i],
                         .min_probability = choices_[indices[i]].min_probability,
                         .draw = DrawFor(sequence.acceptance())});

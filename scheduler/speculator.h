@@ -27,6 +27,7 @@ class Speculator {
   // INVALID_ARGUMENT names the mode and what is available. Constant after construction: any thread.
   absl::Status CheckMode(SpeculationMode mode) const;
   bool empty() const { return drafters_.empty(); }
+  bool reads_hidden() const;  // a drafter needs hidden states on the host
 
   // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
   absl::Status Calibrate(Model* model, StatePool* pool);

@@ -13,6 +13,7 @@ constexpr int kProbeRequests = 4;                   // to tell the cost of a req
 constexpr uint64_t kScratchId = uint64_t{1} << 63;  // sequence ids count up from 1 and never get there
 constexpr int kContext = 80;
 constexpr int kScratchNodes = 5;
+constexpr int kMostContexts = 256;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -72,14 +73,16 @@ absl::Status Speculator::Calibrate(Model* model, StatePool* pool) {
 }
 
 // Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
-// long catch-up, tells the cost of a token. A drafter that fails here is not used until a probe succeeds.
+// long catch-up, tells the cost of a token, and the second is not counted: a GPU prepares for the new size in both. A
+// drafter that fails here is not used until a probe succeeds. REQUIRES: the model has verified a row.
 void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden) {
   const Clock::time_point start = Clock::now();
-  const std::vector<int32_t> text = SomeTokens(kContext + 2 * kRepetitions, vocab_size_);
+  const std::vector<int32_t> text = SomeTokens(kContext + 2 * (kRepetitions + 1), vocab_size_);
   SamplingParams greedy;
   greedy.temperature = 0;
-  for (int count = 1; count <= std::min(max_contexts, 16) && SecondsSince(start) < kBudgetSeconds / 2; count *= 4) {
-    for (int round = 0; round <= kRepetitions; ++round) {
+  for (int count = 1; count <= std::min(max_contexts, kMostContexts) && SecondsSince(start) < kBudgetSeconds / 2;
+       count *= 2) {
+    for (int round = 0; round <= kRepetitions + 1; ++round) {
       std::vector<DraftContext> contexts;
       const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
       for (int i = 0; i < count; ++i) {
@@ -88,6 +91,7 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const
                             .num_prompt_tokens = kContext,
                             .sampling = &greedy,
                             .hidden = hidden,
+                            .hidden_row = 0,
                             .max_nodes = kScratchNodes});
       }
       const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);
@@ -99,7 +103,7 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const
       for (const DraftTree& tree : *trees) {
         if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
       }
-      controller_.draft_costs(drafter).Observe(count, levels, catch_up, seconds);
+      if (round != 1) controller_.draft_costs(drafter).Observe(count, levels, catch_up, seconds);
     }
     for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
   }

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "kernels/ops.h"
+#include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
@@ -109,16 +110,22 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
+// Heads run where their target does.
+absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadMedusaGuesser(const ModelFiles& files, const std::string& dtype) {
+  if (files.machine.cuda != nullptr) return LoadCudaMedusaGuesser(files.path, files.model.get(), dtype);
+  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  if (!heads.ok()) return heads.status();
+  return MakeMedusaGuesser(*std::move(heads), files.model.get());
+}
+
 // The heads beside the target; null if there are none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
-  // The heads run on the CPU, whatever the target runs on.
-  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
-  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  auto heads = LoadMedusaGuesser(files, config.model.weight_dtype);
   if (!heads.ok()) return heads.status();
   MedusaOptions options;
   if (config.engine.medusa_tree == "mc_sim_7b_63") options.tree = MedusaTree::kMcSim7b63;
-  auto drafter = MedusaDrafter::Create(*std::move(heads), files.model.get(), options);
+  auto drafter = MedusaDrafter::Create(*std::move(heads), options);
   if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }

@@ -48,7 +48,7 @@ class BundledModelsTest : public ::testing::Test {
       auto heads = MedusaHeads::Load(kFolder + "target", (*target)->config(), "auto", ops);
       EXPECT_TRUE(heads.ok()) << heads.status().message();
       const MedusaTree tree = kind == "medusa static" ? MedusaTree::kMcSim7b63 : MedusaTree::kDynamic;
-      drafters.push_back(*MedusaDrafter::Create(*std::move(heads), target->get(), {.tree = tree}));
+      drafters.push_back(*MedusaDrafter::Create(MakeMedusaGuesser(*std::move(heads), target->get()), {.tree = tree}));
     }
     if (kind == "ngram" || kind == "auto") drafters.push_back(std::make_unique<NgramDrafter>());
     EngineOptions options;

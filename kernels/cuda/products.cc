@@ -1,0 +1,47 @@
+#include "kernels/cuda/products.h"
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
+constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
+
+}  // namespace
+
+int32_t Products::Reserve() {
+  if (workspace_.as<void>() != nullptr) return kLinspecCudaOk;
+  LINSPEC_CUDA_TRY(workspace_.Reserve(context_, StreamingGemmWorkspaceBytes()));
+  return context_->Check(cudaMemsetAsync(workspace_.as<void>(), 0, StreamingGemmWorkspaceBytes(), context_->stream()),
+                         "zero");
+}
+
+// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
+// the number of rows.
+bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
+  if (deterministic_ || context_->cublas() == nullptr) return false;
+  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
+}
+
+void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
+  const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = workspace_.as<void>()};
+  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+}
+
+void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows) {
+  if (UsesCublas(w, rows)) {
+    Matmul(w, x, scratch, false, rows);
+    LaunchSiluMul(scratch, activated, w.rows / 2, rows, context_->stream());
+    return;
+  }
+  const GemmParams product{.w = w,
+                           .x = x,
+                           .y = nullptr,
+                           .accumulate = false,
+                           .y_bf16 = activated,
+                           .silu_mul = true,
+                           .workspace = workspace_.as<void>()};
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+}
+
+}  // namespace linspec::cuda
