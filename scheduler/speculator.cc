@@ -33,6 +33,9 @@ DraftDraw DrawFor(AcceptanceMode mode) {
   }
 }
 
+constexpr double kNegligible = 0.01;  // of a step's time
+constexpr int kLongestPause = 8;      // steps
+
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int64_t vocab_size) {
@@ -174,6 +177,16 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
   return trees;
 }
 
+bool Speculator::WorthAsking(int drafter, uint64_t sequence_id, int num_requests) {
+  const double step = controller_.step_costs().Estimate(num_requests, num_requests);
+  if (controller_.draft_costs(drafter).PerLevel(num_requests) < kNegligible * step) return true;
+  std::vector<Pause>& pauses = pauses_[sequence_id];
+  pauses.resize(drafters_.size());
+  if (pauses[drafter].left == 0) return true;
+  --pauses[drafter].left;
+  return false;
+}
+
 void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                                  int rows, std::vector<DraftTree>* trees, StepStats* stats) {
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
@@ -183,6 +196,7 @@ void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span
     for (size_t i = 0; i < requests.size(); ++i) {
       const bool allowed = requests[i].drafter == kAnyDrafter || requests[i].drafter == d;
       if (!allowed || requests[i].max_nodes <= 1 || choices_[i].probe) continue;
+      if (!WorthAsking(d, requests[i].sequence_id, static_cast<int>(requests.size()))) continue;
       indices.push_back(i);
       nodes.push_back(requests[i].max_nodes);
     }
@@ -195,7 +209,12 @@ void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span
       const bool chosen = choice.drafter == d;
       const double tokens =
           controller_.ExpectedTokens({sequences[indices[i]]->id(), d, false, &proposed[i]}, choice.min_probability);
-      if (proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens)) {
+      const bool taken = proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens);
+      std::vector<Pause>& pauses = pauses_[sequences[indices[i]]->id()];
+      pauses.resize(drafters_.size());
+      const int length = taken ? 0 : std::min(2 * pauses[d].length + 1, kLongestPause);
+      pauses[d] = {.length = length, .left = length};
+      if (taken) {
         rows -= extra;
         choice.drafter = d;
         choice.nodes = proposed[i].num_nodes();
@@ -254,6 +273,7 @@ void Speculator::Forget(uint64_t sequence_id) {
   for (const auto& drafter : drafters_) drafter->Forget(sequence_id);
   controller_.Forget(sequence_id);
   seen_.erase(sequence_id);
+  pauses_.erase(sequence_id);
 }
 
 }  // namespace linspec

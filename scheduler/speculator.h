@@ -46,12 +46,16 @@ class Speculator {
   std::vector<DraftTree> Ask(int drafter, std::span<Sequence* const> sequences,
                              std::span<const SpeculationRequest> requests, std::span<const size_t> indices,
                              std::span<const int> nodes, StepStats* stats);
+  // Whether a drafter that costs nothing is worth its time now: where steps are short enough for that to show, sequences
+  // for which its drafts were of no use lately are asked about less and less often.
+  bool WorthAsking(int drafter, uint64_t sequence_id, int num_requests);
   // Lets drafters that cost nothing better the choices; rows: nodes that the step has room for.
   void AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests, int rows,
                        std::vector<DraftTree>* trees, StepStats* stats);
   void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                          std::vector<DraftTree>* trees, StepStats* stats);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
+  absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
 
   std::vector<std::unique_ptr<Drafter>> drafters_;
@@ -61,6 +65,10 @@ class Speculator {
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
+  struct Pause {
+    int length = 0, left = 0;  // steps
+  };
+  std::unordered_map<uint64_t, std::vector<Pause>> pauses_;  // [drafter], of those that cost nothing
 };
 
 }  // namespace linspec

@@ -15,6 +15,9 @@ int PowerOfTwo(int at_least) {
   return power;
 }
 
+// Rows of the largest tree of a step, of which a block takes eight: more sizes would only make more graphs.
+int TreeBucket(int rows) { return rows <= 1 ? 1 : std::max(PowerOfTwo(rows), 8); }
+
 constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
@@ -110,7 +113,7 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   static_assert(sizeof(Task) == sizeof(LinspecCudaTask));
   int max_rows = 1;
   for (int i = 0; i < step.num_tasks; ++i) max_rows = std::max(max_rows, step.tasks[i].num_rows);
-  max_rows = PowerOfTwo(max_rows);
+  max_rows = TreeBucket(max_rows);
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
   std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));

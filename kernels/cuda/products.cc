@@ -5,6 +5,20 @@ namespace {
 
 constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
 constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
+// Matrices that stay in the L2, and rows up to which they have a kernel of their own: docs/cuda.md.
+constexpr int64_t kSmallElements = int64_t{1} << 22;
+constexpr int kMinSmallRows = 9, kMaxSmallRows = 256;
+
+bool IsSmall(const LinspecCudaMatrix& w, int rows) {
+  return w.rows * w.cols <= kSmallElements && rows >= kMinSmallRows && rows <= kMaxSmallRows;
+}
+
+void LaunchOwn(const GemmParams& product, int rows, cudaStream_t stream) {
+  const auto launch = IsSmall(product.w, rows)   ? LaunchSmallGemm
+                      : rows <= kMaxStreamedRows ? LaunchStreamingGemm
+                                                 : LaunchTiledGemm;
+  launch(product, rows, stream);
+}
 
 }  // namespace
 
@@ -18,14 +32,14 @@ int32_t Products::Reserve() {
 // Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
 // the number of rows.
 bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
-  if (deterministic_ || context_->cublas() == nullptr) return false;
+  if (deterministic_ || context_->cublas() == nullptr || IsSmall(w, rows)) return false;
   return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
 }
 
 void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
   const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = workspace_.as<void>()};
   if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+  LaunchOwn(product, rows, context_->stream());
 }
 
 void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows) {
@@ -41,7 +55,7 @@ void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scra
                            .y_bf16 = activated,
                            .silu_mul = true,
                            .workspace = workspace_.as<void>()};
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+  LaunchOwn(product, rows, context_->stream());
 }
 
 }  // namespace linspec::cuda

@@ -86,16 +86,19 @@ void GuessesAsTheHost(const std::string& name, Model* target, DraftGuesser* head
         for (int level = 0; level < levels; ++level) {
           const std::vector<float> logits = reference(context.hidden, chain);
           const bool coupled = context.draw == DraftDraw::kCoupled;
-          const auto expected =
-              LikelyChoices(logits, *context.sampling, std::ssize(context.tokens) + level, 16, coupled);
+          const int64_t position = std::ssize(context.tokens) + level;
+          const auto expected = LikelyChoices(logits, *context.sampling, position, kTopK, coupled);
+          const auto more = LikelyChoices(logits, *context.sampling, position, 2 * kTopK, coupled);  // other odds
           const std::span<const DraftCandidate> found = guesses.At(r, level);
           for (size_t i = 0; i < found.size(); ++i) {
-            const auto there = std::ranges::find(expected, found[i].token, &DraftCandidate::token);
-            const float odds = there == expected.end() ? 0.0f : there->probability;
+            const auto there = std::ranges::find(more, found[i].token, &DraftCandidate::token);
+            const auto listed = std::ranges::find(expected, found[i].token, &DraftCandidate::token);
             ++compared;
             same += found[i].token == expected[i].token;
-            far += odds < expected[i].probability * (1 - kNearTie) - 0.01f;
-            worst_odds = std::max(worst_odds, std::abs(odds - found[i].probability));
+            far += there == more.end() || there->probability < more[i].probability * (1 - kNearTie) - 0.01f;
+            if (listed != expected.end()) {
+              worst_odds = std::max(worst_odds, std::abs(listed->probability - found[i].probability));
+            }
           }
           if (found.size() != kTopK || std::ranges::any_of(found, [&](const DraftCandidate& c) {
                 return c.token < 0 || c.token >= target->config().vocab_size;

@@ -62,6 +62,8 @@ class GemmCase {
       const std::string name = name_ + " rows " + std::to_string(rows);
       Report(name, RelativeError(out, Head(reference_, rows * n_)), 1e-5);
       Report(name + ": bits of the tiled kernel", out == Head(all, rows * n_) ? 0.0 : 1.0, 0.0);
+      const std::vector<float> small = Launch(&LaunchSmallGemm, Params(), rows);
+      Report(name + ": bits of the kernel for small matrices", small == out ? 0.0 : 1.0, 0.0);
     }
     Accumulates();
     RoundsToBf16();
@@ -92,15 +94,17 @@ class GemmCase {
 
   void Accumulates() {
     for (const int rows : {3, 21}) {
-      std::vector<float> expected = Normal(random_, int64_t{rows} * n_, 1.0f);
-      const DeviceArray<float> y(expected);
-      for (size_t i = 0; i < expected.size(); ++i) expected[i] += reference_[i];
-      GemmParams params = Params();
-      params.y = y.get();
-      params.accumulate = true;
-      LaunchStreamingGemm(params, rows, nullptr);
-      Sync();
-      Report(name_ + " accumulate rows " + std::to_string(rows), RelativeError(y.Read(), expected), 1e-5);
+      for (const Launcher launch : {&LaunchStreamingGemm, &LaunchSmallGemm}) {
+        std::vector<float> expected = Normal(random_, int64_t{rows} * n_, 1.0f);
+        const DeviceArray<float> y(expected);
+        for (size_t i = 0; i < expected.size(); ++i) expected[i] += reference_[i];
+        GemmParams params = Params();
+        params.y = y.get();
+        params.accumulate = true;
+        launch(params, rows, nullptr);
+        Sync();
+        Report(name_ + " accumulate rows " + std::to_string(rows), RelativeError(y.Read(), expected), 1e-5);
+      }
     }
   }
 
@@ -129,7 +133,7 @@ class GemmCase {
           expected[int64_t{m} * half + source] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
         }
       }
-      for (const Launcher launch : {&LaunchStreamingGemm, &LaunchTiledGemm}) {
+      for (const Launcher launch : {&LaunchStreamingGemm, &LaunchSmallGemm, &LaunchTiledGemm}) {
         const DeviceArray<uint16_t> y(expected.size());
         GemmParams params = Params();
         params.y_bf16 = y.get();
