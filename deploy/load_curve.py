@@ -24,10 +24,10 @@ def free_port():
 
 
 class Server:
-    def __init__(self, binary, speculation):
+    def __init__(self, binary, speculation, *flags):
         self.port = free_port()
         self.process = subprocess.Popen([binary, "serve", "--http-port", str(self.port), "--grpc-port", str(free_port()),
-                                         "--speculation", speculation, "--log-level", "error"], stdout=subprocess.DEVNULL)
+                                         "--speculation", speculation, "--log-level", "error", *flags], stdout=subprocess.DEVNULL)
         while True:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=1)

@@ -14,7 +14,6 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kMaxConfigBytes = 1 << 20;
 constexpr int kVersion = 1;
 constexpr int kMaxHeads = 16, kMaxLayers = 16;
 

@@ -15,8 +15,6 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kMaxConfigBytes = 1 << 20;
-
 absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
   if (options.ops != nullptr) return options.ops;
   CpuOps::Options ops_options;

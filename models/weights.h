@@ -44,6 +44,8 @@ class WeightMap final : public WeightSource {
   TensorMap tensors_;  // not yet taken
 };
 
+inline constexpr int64_t kMaxConfigBytes = 1 << 20;  // of a JSON file that describes a model or heads
+
 // Whole small text file. NOT_FOUND, PERMISSION_DENIED, or INVALID_ARGUMENT over max_bytes; the message names the path.
 absl::StatusOr<std::string> ReadTextFile(const std::string& path, int64_t max_bytes);
 

@@ -111,6 +111,8 @@ class Engine::Impl {
     return queue_.Push(std::move(request), Clock::now());
   }
 
+  absl::Status CheckShare(const std::string& tenant) const { return queue_.CheckShare(tenant); }
+  void SetMaxRunningPerTenant(int limit) { queue_.SetMaxRunningPerTenant(limit); }
   void Cancel(uint64_t request_id) { queue_.Cancel(request_id); }
   void StopAdmitting() { queue_.Close(); }
 
@@ -226,6 +228,8 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
 void Engine::Start() { impl_->Start(); }
 bool Engine::Step() { return impl_->Step(); }
 absl::Status Engine::Submit(Request request) { return impl_->Submit(std::move(request)); }
+absl::Status Engine::CheckShare(const std::string& tenant) const { return impl_->CheckShare(tenant); }
+void Engine::SetMaxRunningPerTenant(int limit) { impl_->SetMaxRunningPerTenant(limit); }
 void Engine::Cancel(uint64_t request_id) { impl_->Cancel(request_id); }
 void Engine::StopAdmitting() { impl_->StopAdmitting(); }
 bool Engine::Drain(std::chrono::milliseconds timeout) { return impl_->Drain(timeout); }

@@ -78,8 +78,11 @@ class Engine {
   // speculation mode whose drafter is not loaded), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining). On OK the
   // sink hears of this request until an output with a finish reason, or until it returns false: then never again.
   absl::Status Submit(Request request);
-  void Cancel(uint64_t request_id);  // idempotent; unknown ids are ignored
-  void StopAdmitting();              // Submit answers UNAVAILABLE from now on
+  // Whether the tenant's share of the queue has room for one more small request; RESOURCE_EXHAUSTED if not.
+  absl::Status CheckShare(const std::string& tenant) const;
+  void SetMaxRunningPerTenant(int limit);  // as RequestQueue's
+  void Cancel(uint64_t request_id);        // idempotent; unknown ids are ignored
+  void StopAdmitting();                    // Submit answers UNAVAILABLE from now on
   // Waits until all requests ended, at most `timeout`; then aborts what is left with kCancelled. True if none was left.
   // Without Start the calling thread turns the crank itself.
   bool Drain(std::chrono::milliseconds timeout);

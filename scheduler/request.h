@@ -55,11 +55,16 @@ struct Request {
   SamplingParams sampling;
   SpeculationMode speculation = SpeculationMode::kDefault;
   AcceptanceMode acceptance = AcceptanceMode::kDefault;
-  int32_t priority = 0;  // lower runs first, as vLLM
+  std::string tenant = {};  // who asks; tenants share queue, slots and prompt tokens of a step fairly. "": everybody
+  int32_t priority = 0;     // lower runs first, as vLLM; among the requests of one tenant
   std::optional<Clock::time_point> deadline;
   bool prompt_logprobs = false;  // deliver prompt logprobs (echo); tokens of the first output then start with
                                  // the prompt, whose first token has the logprob NaN: nothing predicts it
   OutputSink sink;
 };
+
+// RESOURCE_EXHAUSTED because of what one tenant has waiting, while the queue has room for others.
+absl::Status ShareExceededError(const std::string& message);
+bool IsShareExceeded(const absl::Status& status);
 
 }  // namespace linspec

@@ -1,13 +1,14 @@
 // Policy of one step: which sequences decode, which prompts advance and how far. Pure and deterministic: no clock, no
 // thread, no device. Admission needs no policy beyond a free slot, because a state never grows.
 //
-// Decode rows come first, so running streams never wait for a long prompt; prompts then share what is left of the
-// step's token budget in order of admission. Drafts may take up to half of the budget away from prompts, and prompts
-// always advance by at least one token, so neither starves the other.
+// Decode rows come first, so running streams never wait for a long prompt; what is left of the step's token budget is
+// shared equally between the tenants that have prompts, and goes to a tenant's prompts in order of admission. Drafts may take up to half of the budget away from prompts, and prompts
+// of every tenant always advance by at least one token, so neither starves the other.
 #pragma once
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <vector>
 
 namespace linspec {
@@ -15,6 +16,7 @@ namespace linspec {
 struct SequenceView {
   int64_t prefill_left = 0;   // prompt tokens that are not in the state yet, the last one not counted; 0: decoding
   bool score_prompt = false;  // its prompt goes through Verify, because the logits of every token are wanted
+  std::string_view tenant = {};
 };
 
 struct PromptChunk {

@@ -29,7 +29,8 @@ Sequence::Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::tim
 
 SequenceView Sequence::view() const {
   return {.prefill_left = std::max<int64_t>(num_prompt_tokens() - 1 - num_committed_, 0),
-          .score_prompt = request_.prompt_logprobs};
+          .score_prompt = request_.prompt_logprobs,
+          .tenant = request_.tenant};
 }
 
 std::span<const int32_t> Sequence::NextPromptTokens(int count) const {

@@ -78,11 +78,18 @@ void Authenticator::ReloadIfChanged() {
   if (stat(path_.c_str(), &info) != 0 || SameTime(info.st_mtim, modified_)) return;
   modified_ = info.st_mtim;  // a bad file is complained about once
   const absl::Status status = Load();
+  if (status.ok() && watcher_) watcher_(keys_.size());
   const std::string why(status.message());
   if (log_ == nullptr) return;
   if (status.ok()) log_->Write(LogLevel::kInfo, "keys reread", {{"keys", static_cast<int64_t>(keys_.size())}});
   if (!status.ok())
     log_->Write(LogLevel::kError, "keys not reread, the old ones stay", {{"why", std::string_view(why)}});
+}
+
+void Authenticator::WatchKeys(std::function<void(size_t)> watcher) {
+  std::lock_guard lock(mutex_);
+  watcher_ = std::move(watcher);
+  watcher_(keys_.size());
 }
 
 bool Authenticator::IsPublicRoute(std::string_view path) const {

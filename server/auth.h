@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdint>
 #include <ctime>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -29,6 +30,8 @@ class Authenticator {
                                                                Log* log = nullptr);
 
   bool enabled() const { return !path_.empty(); }
+  // Calls watcher with the number of keys, now and after each rereading. At most one, set before requests come.
+  void WatchKeys(std::function<void(size_t)> watcher);
   bool IsPublicRoute(std::string_view path) const;
   // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never the
   // key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
@@ -46,6 +49,7 @@ class Authenticator {
   Log* const log_;
   std::mutex mutex_;  // guards what follows
   std::vector<Digest> keys_;
+  std::function<void(size_t)> watcher_;
   std::timespec modified_{};
   std::chrono::steady_clock::time_point checked_;
 };

@@ -87,6 +87,11 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "max-messages", "messages of a chat", 1, 1e6}, c.engine.max_messages);
   visit(FlagInfo{g, "max-requests-per-key", "open requests of one API key; beyond: 429; 0: no limit", 0, 1e6},
         c.engine.max_requests_per_key);
+  visit(FlagInfo{g, "max-running-per-key",
+                 "requests of one API key that run at once, more wait; 0: with several keys, seven times as many as "
+                 "slots stay free",
+                 0, 1e6},
+        c.engine.max_running_per_key);
   g = "Speculation";
   visit(
       FlagInfo{
@@ -237,6 +242,19 @@ std::string Print(const T& value) {
     return fmt::format("{}", value);
 }
 
+// Calls visit(info, printed value, whether it differs from the default) for each flag.
+template <class Visit>
+void VisitValues(const ServerConfig& config, Visit&& visit) {
+  std::vector<std::string> defaults;
+  const ServerConfig fresh;
+  VisitFlags(fresh, [&](const FlagInfo&, auto& field) { defaults.push_back(Print(field)); });
+  size_t index = 0;
+  VisitFlags(config, [&](const FlagInfo& info, auto& field) {
+    const std::string value = Print(field);
+    visit(info, value, value != defaults[index++]);
+  });
+}
+
 }  // namespace
 
 absl::Status ApplyYaml(const std::string& yaml, const std::string& source, ServerConfig* config) {
@@ -314,27 +332,17 @@ std::string ServerHelp() {
 }
 
 std::string ChangedFlags(const ServerConfig& config) {
-  std::vector<std::string> defaults;
-  const ServerConfig fresh;
-  VisitFlags(fresh, [&](const FlagInfo&, auto& field) { defaults.push_back(Print(field)); });
   std::string text;
-  size_t index = 0;
-  VisitFlags(config, [&](const FlagInfo& info, auto& field) {
-    const std::string value = Print(field);
-    if (value != defaults[index++]) text += fmt::format("{}--{} {}", text.empty() ? "" : " ", info.name, value);
+  VisitValues(config, [&](const FlagInfo& info, const std::string& value, bool changed) {
+    if (changed) text += fmt::format("{}--{} {}", text.empty() ? "" : " ", info.name, value);
   });
   return text;
 }
 
 std::string DescribeConfig(const ServerConfig& config) {
-  std::vector<std::string> defaults;
-  const ServerConfig fresh;
-  VisitFlags(fresh, [&](const FlagInfo&, auto& field) { defaults.push_back(Print(field)); });
   std::string text;
-  size_t index = 0;
-  VisitFlags(config, [&](const FlagInfo& info, auto& field) {
-    const std::string value = Print(field);
-    text += fmt::format("  {} --{:<21} {}\n", value == defaults[index++] ? ' ' : '*', info.name, value);
+  VisitValues(config, [&](const FlagInfo& info, const std::string& value, bool changed) {
+    text += fmt::format("  {} --{:<21} {}\n", changed ? '*' : ' ', info.name, value);
   });
   return text;
 }

@@ -54,6 +54,7 @@ struct ServerConfig {
     int max_logit_bias = 1024;
     int max_messages = 4096;
     int max_requests_per_key = 0;  // 0: no limit
+    int max_running_per_key = 0;   // 0: as many as leave slots for other keys, if there are any
     std::string speculation = "auto";
     int max_draft_nodes = 8;
     std::string acceptance = "gumbel";

@@ -41,8 +41,8 @@ const Buckets kHttp = {.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 3
 
 constexpr std::array kStages = {"queue", "prefill", "draft", "verify", "accept", "commit", "deliver"};
 constexpr std::array kFinishReasons = {"stop", "length", "abort", "error"};
-constexpr std::array kRejectReasons = {"queue_requests",  "queue_tokens", "queue_full",
-                                       "prompt_too_long", "key_limit",    "draining"};
+constexpr std::array kRejectReasons = {"queue_requests", "queue_tokens", "queue_full", "prompt_too_long",
+                                       "key_limit",      "key_share",    "draining"};
 constexpr size_t kDepths = std::tuple_size_v<decltype(StepStats::drafted_per_depth)>;
 
 // What vLLM's dashboards, autoscalers and `vllm bench serve` read, by its name there.

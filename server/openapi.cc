@@ -60,7 +60,8 @@ constexpr char kCommonFields[] = R"json(
  "stream": {"type": "boolean", "default": false}, "stream_options": {"type": "object", "properties": {"include_usage":
    {"type": "boolean"}, "include_obfuscation": {}, "continuous_usage_stats":
    {"type": "boolean"}}, "additionalProperties": false}, "priority": {"type": "integer",
-   "minimum": -100000, "maximum": 100000, "default": 0},
+   "minimum": -100000, "maximum": 100000, "default": 0,
+   "description": "lower runs first, among the requests of the same API key"},
  "speculation": {"type": "string", "enum": ["off", "draft", "medusa", "ngram", "auto"]},
  "acceptance": {"type": "string", "enum": ["gumbel", "rejection", "typical"]},
  "store": {"type": "boolean", "enum": [false]}, "response_format": {"type": "object"}, "user": {}, "metadata": {},

@@ -46,6 +46,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
                                                               .drafters = parts->drafters,
                                                               .alias_vllm = config.operations.metrics_alias == "vllm"});
   server->service_ = std::make_unique<Service>(config, *std::move(parts), server->metrics_.get(), log);
+  server->auth_->WatchKeys([raw, limit = config.engine.max_running_per_key](size_t num_keys) {
+    raw->service_->engine().SetMaxRunningPerTenant(limit > 0 || num_keys > 1 ? limit : -1);  // a lone key may have all
+  });
   server->service_->engine().Start();
   if (absl::Status status = server->Listen(config); !status.ok()) return status;
   server->AddCollectors();

@@ -154,6 +154,9 @@ absl::Status Service::CheckAdmission(const std::string& tenant) {
     const auto found = live_per_tenant_.find(tenant);
     if (found != live_per_tenant_.end()) open = found->second;
   }
+  if (absl::Status share = parts_.engine->CheckShare(tenant); !share.ok()) {
+    return Overloaded(TenantLimit(std::string(share.message())), "key_share");
+  }
   return KeyLimit(open);
 }
 
@@ -284,6 +287,8 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                   .sampling = spec.sampling,
                   .speculation = spec.speculation,
                   .acceptance = spec.acceptance,
+                  .tenant = spec.tenant,
+                  .priority = spec.priority,
                   .deadline = spec.deadline,
                   .prompt_logprobs = spec.prompt_logprobs,
                   .sink = stream->MakeSink()};
@@ -294,8 +299,6 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
     if (const auto name = names_.find(spec.name); name != names_.end()) name->second.ids.push_back(id);
   }
   const bool has_key = !spec.tenant.empty();
-  // Fair shares: within one priority, a key's k-th open request waits behind the other keys' first k - 1.
-  request.priority = std::clamp(spec.priority, -100000, 100000) * 1024 + (has_key ? std::min(open, 1023) : 0);
   metrics_->OnSubmitted(spec.sampling.max_tokens, spec.n);
   if (config_.operations.log_prompts) LogPrompt(spec, id, request.prompt_tokens);
   // From here on the destructor gives the count back.
@@ -303,6 +306,7 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
   // Counted first, then checked: a burst cannot slip in between.
   if (absl::Status status = has_key ? KeyLimit(open) : absl::OkStatus(); !status.ok()) return status;
   absl::Status status = parts_.engine->Submit(std::move(request));
+  if (IsShareExceeded(status)) return Overloaded(TenantLimit(std::string(status.message())), "key_share");
   if (status.code() == absl::StatusCode::kResourceExhausted) return Overloaded(std::move(status), "queue_full");
   if (status.code() == absl::StatusCode::kUnavailable) return Overloaded(std::move(status), "draining");
   if (!status.ok()) return NameField(status);

@@ -31,7 +31,7 @@ struct GenerateSpec {
   SamplingParams sampling = {};
   SpeculationMode speculation = SpeculationMode::kDefault;
   AcceptanceMode acceptance = AcceptanceMode::kDefault;
-  int32_t priority = 0;
+  int32_t priority = 0;  // among the requests of the same key
   bool prompt_logprobs = false;
   bool detokenize = true;
   std::optional<Clock::time_point> deadline = {};

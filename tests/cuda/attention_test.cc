@@ -8,18 +8,10 @@
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/attention_reference.h"
 #include "tests/cuda/device_buffers.h"
+#include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
-
-int checks = 0, failures = 0;
-
-void Report(const std::string& name, double error, double tolerance) {
-  ++checks;
-  const bool ok = error <= tolerance;
-  failures += !ok;
-  std::printf("%-4s %-58s error %.2e tolerance %.0e\n", ok ? "ok" : "FAIL", name.c_str(), error, tolerance);
-}
 
 struct Shape {
   int heads, kv_heads, d, group, conv;
@@ -348,6 +340,5 @@ int main(int argc, char** argv) {
     Report("prefill" + name + ": any chunking", prefill.bits, 0.0);
     Report("prefill" + name + ": state of decoding", prefill.fused, 0.0);
   }
-  std::printf("attention_test: %d checks, %d failed\n", checks, failures);
-  return failures == 0 ? 0 : 1;
+  return Summary("attention_test");
 }

@@ -8,18 +8,10 @@
 #include "kernels/dtype.h"
 #include "kernels/ops.h"
 #include "tests/cuda/device_buffers.h"
+#include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
-
-int checks = 0, failures = 0;
-
-void Report(const std::string& name, double error, double tolerance) {
-  ++checks;
-  const bool ok = error <= tolerance;
-  failures += !ok;
-  std::printf("%-4s %-58s error %.2e tolerance %.0e\n", ok ? "ok" : "FAIL", name.c_str(), error, tolerance);
-}
 
 void TestRows(CpuOps& ops) {
   std::mt19937 random(11);
@@ -97,6 +89,5 @@ int main() {
   auto ops = std::move(*CpuOps::Create({.isa = Isa::kScalar, .num_threads = 8}));
   cuda::TestEmbed();
   cuda::TestRows(*ops);
-  std::printf("device_test: %d checks, %d failed\n", cuda::checks, cuda::failures);
-  return cuda::failures == 0 ? 0 : 1;
+  return cuda::Summary("device_test");
 }

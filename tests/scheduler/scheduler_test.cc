@@ -41,5 +41,24 @@ TEST(SchedulerTest, ScoredPromptsGoThroughVerifyInTreeSizedChunks) {
   EXPECT_EQ(plan.prefill[0].num_tokens, 64);
 }
 
+TEST(SchedulerTest, TenantsSharePromptTokens) {
+  const std::vector<SequenceView> views = {{.prefill_left = 1000, .tenant = "a"},
+                                           {.prefill_left = 1000, .tenant = "a"},
+                                           {.prefill_left = 1000, .tenant = "b"},
+                                           {.prefill_left = 10, .tenant = "c"},
+                                           {.prefill_left = 10, .tenant = "c"}};
+  StepPlan plan = Scheduler(90, 1).Plan(views);
+  ASSERT_EQ(plan.prefill.size(), 4u);
+  EXPECT_EQ(plan.prefill[0].num_tokens, 40);  // its third, and the ten that c has no use for
+  EXPECT_EQ(plan.prefill[1].sequence, 2);
+  EXPECT_EQ(plan.prefill[1].num_tokens, 30);
+  EXPECT_EQ(plan.prefill[2].num_tokens, 10);
+  EXPECT_EQ(plan.prefill[3].num_tokens, 10);
+
+  plan = Scheduler(1, 1).Plan(views);  // everybody advances, in however small a budget
+  ASSERT_EQ(plan.prefill.size(), 3u);
+  for (const PromptChunk& chunk : plan.prefill) EXPECT_EQ(chunk.num_tokens, 1);
+}
+
 }  // namespace
 }  // namespace linspec

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <chrono>
+#include <filesystem>
 #include <fstream>
 
 #include "server/auth.h"
@@ -93,6 +95,19 @@ TEST(Auth, KeysAndPublicRoutes) {
   EXPECT_FALSE((*auth)->IsPublicRoute("/tokenize"));
   EXPECT_FALSE(Authenticator::Create(WriteFile("bad", "sha256:12\n"), false).ok());
   EXPECT_FALSE(Authenticator::Create(WriteFile("empty", "# nothing\n"), false).ok());
+}
+
+TEST(Auth, TellsHowManyKeysThereAre) {
+  const std::string file = WriteFile("counted", "one\n");
+  std::filesystem::last_write_time(file, std::filesystem::file_time_type::clock::now() - std::chrono::hours(1));
+  auto auth = Authenticator::Create(file, false);
+  ASSERT_TRUE(auth.ok()) << auth.status();
+  std::vector<size_t> counts;
+  (*auth)->WatchKeys([&](size_t keys) { counts.push_back(keys); });
+  EXPECT_EQ(counts, (std::vector<size_t>{1}));
+  WriteFile("counted", "one\ntwo\nthree\n");
+  EXPECT_TRUE((*auth)->Check("Bearer three").ok());
+  EXPECT_EQ(counts, (std::vector<size_t>{1, 3}));
 }
 
 }  // namespace
