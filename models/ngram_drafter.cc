@@ -85,6 +85,7 @@ absl::StatusOr<std::vector<DraftTree>> NgramDrafter::Propose(std::span<const Dra
     const auto [places, length] = Find(context.tokens, index);
     tree.probabilities = {1.0f};
     if (context.max_nodes > 1 && places.latest >= 0) {
+      tree.Reserve(context.max_nodes);
       // The latest place gets most of the nodes; a quarter is kept for the other continuation.
       const int reserved = places.previous >= 0 ? (context.max_nodes - 1) / 4 : 0;
       AddContinuation(context, places.latest, length, context.max_nodes - reserved, &tree);

@@ -149,7 +149,8 @@ void EngineCore::CutAtGroups(std::vector<DraftTree>* trees) const {
   const int64_t group = model_->config().linear_attention.group_size;
   for (size_t i = 0; i < trees->size(); ++i) {
     if ((*trees)[i].num_nodes() == 1) continue;
-    (*trees)[i] = (*trees)[i].CutBelow(static_cast<int>(group - 1 - decoding_[i]->num_committed() % group));
+    const int deepest = static_cast<int>(group - 1 - decoding_[i]->num_committed() % group);
+    if ((*trees)[i].Depth() > deepest) (*trees)[i] = (*trees)[i].CutBelow(deepest);
   }
 }
 

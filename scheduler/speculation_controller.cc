@@ -117,7 +117,8 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
     kept[nodes[n].node] = n < best;
   }
   for (size_t i = 0; i < proposals.size(); ++i) {
-    if (!keep[i].empty()) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
+    const bool cut = std::find(keep[i].begin(), keep[i].end(), false) != keep[i].end();
+    if (cut) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
   }
 }
 

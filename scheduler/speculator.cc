@@ -34,7 +34,8 @@ DraftDraw DrawFor(AcceptanceMode mode) {
 }
 
 constexpr double kNegligible = 0.01;  // of a step's time
-constexpr int kLongestPause = 8;      // steps
+constexpr int kLongestPause = 16;     // steps
+constexpr double kGainSmoothing = 0.2;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -77,6 +78,12 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   if (drafters_.empty() || sequences.empty()) return trees;
+  if (pause_left_ > 0) {
+    --pause_left_;
+    choices_.assign(sequences.size(), {});
+    return trees;
+  }
+  const Clock::time_point start = Clock::now();
   const std::vector<SpeculationRequest> requests = Describe(sequences);
   choices_ = Choose(requests, max_draft_rows);
   drafted_.assign(sequences.size(), false);
@@ -84,7 +91,6 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     AskChosenDrafters(sequences, requests, &trees, stats);
     return trees;
   }
-  const Clock::time_point start = Clock::now();
   int rows = max_draft_rows;
   for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
   AskFreeDrafters(sequences, requests, rows, &trees, stats);
@@ -96,7 +102,18 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     }
   }
   controller_.Prune(proposals, static_cast<int>(trees.size()), SecondsSince(start));
+  double tokens = 0;
+  for (const SpeculationProposal& proposal : proposals) tokens += controller_.ExpectedTokens(proposal, 0);
+  PauseIfUseless(tokens, static_cast<int>(trees.size()), SecondsSince(start));
   return trees;
+}
+
+void Speculator::PauseIfUseless(double expected_tokens, int num_requests, double seconds) {
+  const double step = controller_.step_costs().Estimate(num_requests, num_requests);
+  const double cost = step > 0 ? seconds / step : 0;
+  net_gain_ += kGainSmoothing * (expected_tokens / num_requests - cost - net_gain_);
+  pause_ = net_gain_ < 0 && cost > kNegligible ? std::min(2 * pause_ + 1, kLongestPause) : 0;
+  pause_left_ = pause_;
 }
 
 std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences) const {
@@ -177,16 +194,6 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
   return trees;
 }
 
-bool Speculator::WorthAsking(int drafter, uint64_t sequence_id, int num_requests) {
-  const double step = controller_.step_costs().Estimate(num_requests, num_requests);
-  if (controller_.draft_costs(drafter).PerLevel(num_requests) < kNegligible * step) return true;
-  std::vector<Pause>& pauses = pauses_[sequence_id];
-  pauses.resize(drafters_.size());
-  if (pauses[drafter].left == 0) return true;
-  --pauses[drafter].left;
-  return false;
-}
-
 void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                                  int rows, std::vector<DraftTree>* trees, StepStats* stats) {
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
@@ -196,7 +203,6 @@ void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span
     for (size_t i = 0; i < requests.size(); ++i) {
       const bool allowed = requests[i].drafter == kAnyDrafter || requests[i].drafter == d;
       if (!allowed || requests[i].max_nodes <= 1 || choices_[i].probe) continue;
-      if (!WorthAsking(d, requests[i].sequence_id, static_cast<int>(requests.size()))) continue;
       indices.push_back(i);
       nodes.push_back(requests[i].max_nodes);
     }
@@ -209,12 +215,7 @@ void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span
       const bool chosen = choice.drafter == d;
       const double tokens =
           controller_.ExpectedTokens({sequences[indices[i]]->id(), d, false, &proposed[i]}, choice.min_probability);
-      const bool taken = proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens);
-      std::vector<Pause>& pauses = pauses_[sequences[indices[i]]->id()];
-      pauses.resize(drafters_.size());
-      const int length = taken ? 0 : std::min(2 * pauses[d].length + 1, kLongestPause);
-      pauses[d] = {.length = length, .left = length};
-      if (taken) {
+      if (proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens)) {
         rows -= extra;
         choice.drafter = d;
         choice.nodes = proposed[i].num_nodes();
@@ -273,7 +274,6 @@ void Speculator::Forget(uint64_t sequence_id) {
   for (const auto& drafter : drafters_) drafter->Forget(sequence_id);
   controller_.Forget(sequence_id);
   seen_.erase(sequence_id);
-  pauses_.erase(sequence_id);
 }
 
 }  // namespace linspec

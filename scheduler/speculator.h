@@ -46,14 +46,12 @@ class Speculator {
   std::vector<DraftTree> Ask(int drafter, std::span<Sequence* const> sequences,
                              std::span<const SpeculationRequest> requests, std::span<const size_t> indices,
                              std::span<const int> nodes, StepStats* stats);
-  // Whether a drafter that costs nothing is worth its time now: where steps are short enough for that to show, sequences
-  // for which its drafts were of no use lately are asked about less and less often.
-  bool WorthAsking(int drafter, uint64_t sequence_id, int num_requests);
   // Lets drafters that cost nothing better the choices; rows: nodes that the step has room for.
   void AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests, int rows,
                        std::vector<DraftTree>* trees, StepStats* stats);
   void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                          std::vector<DraftTree>* trees, StepStats* stats);
+  void PauseIfUseless(double expected_tokens, int num_requests, double seconds);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
@@ -65,10 +63,10 @@ class Speculator {
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
-  struct Pause {
-    int length = 0, left = 0;  // steps
-  };
-  std::unordered_map<uint64_t, std::vector<Pause>> pauses_;  // [drafter], of those that cost nothing
+  // Of drafting as a whole, as a share of a step: expected tokens less the time it takes. While it is negative, steps go
+  // without, more and more of them between two attempts.
+  double net_gain_ = 0;
+  int pause_ = 0, pause_left_ = 0;  // steps
 };
 
 }  // namespace linspec

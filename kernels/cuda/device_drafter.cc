@@ -208,7 +208,8 @@ int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftR
                                             cudaMemcpyDeviceToHost, stream()),
                             "download a draft");
   };
-  LINSPEC_CUDA_TRY(graphs_.Run({num_rows, step.num_levels, step.top_k, 0}, stamp, enqueue));
+  LINSPEC_CUDA_TRY(graphs_.Run({num_rows, step.num_levels, step.top_k, 0}, /*kernels=*/num_rows * 64 + step.num_levels,
+                               stamp, enqueue));
   LINSPEC_CUDA_TRY(context()->Sync("draft"));
   *result = {.candidates = host_candidates_.as<LinspecCudaDraftCandidate>(), .row_stride = num_rows, .reserved = 0};
   return kLinspecCudaOk;

@@ -190,7 +190,9 @@ int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, c
                                &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
     stamp += buffer->generation();
   }
-  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, input.sampling != nullptr}, stamp,
+  const int sampling = input.sampling != nullptr;
+  const int kernels = input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
+  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling}, kernels, stamp,
                      [&] { return EnqueueVerify(input, block_bytes, states); });
 }
 

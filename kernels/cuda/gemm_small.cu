@@ -66,7 +66,9 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
     const dim3 grid(tiles, static_cast<unsigned>((rows + tokens - 1) / tokens));
     LaunchOverlapped(kernel, grid, kThreads, 0, stream, 1, p, rows);
   };
-  if (rows <= 16) {
+  if (rows <= 8) {
+    launch(&SmallGemmKernel<kType, 1>, 1);
+  } else if (rows <= 16) {
     launch(&SmallGemmKernel<kType, 2>, 2);
   } else if (rows <= 32) {
     launch(&SmallGemmKernel<kType, 4>, 4);

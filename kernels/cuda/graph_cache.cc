@@ -17,7 +17,7 @@ int32_t GraphCache::EndCapture(int32_t queued, cudaGraphExec_t* exec) {
 
 void GraphCache::Drop() {
   for (auto& [key, graph] : graphs_) {
-    if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
   }
   graphs_.clear();
 }

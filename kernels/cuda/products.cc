@@ -5,12 +5,15 @@ namespace {
 
 constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
 constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
-// Matrices that stay in the L2, and rows up to which they have a kernel of their own: docs/cuda.md.
-constexpr int64_t kSmallElements = int64_t{1} << 22;
-constexpr int kMinSmallRows = 9, kMaxSmallRows = 256;
+// Matrices that stay in the L2 have a kernel of their own, as long as its blocks are not too many for one wave or so
+// (docs/cuda.md).
+constexpr int64_t kSmallElements = int64_t{1} << 22, kSmallElementsFewRows = int64_t{1} << 20;
+constexpr int kFewRows = 8, kMostSmallRows = 256, kMostSmallBlocks = 768;
 
 bool IsSmall(const LinspecCudaMatrix& w, int rows) {
-  return w.rows * w.cols <= kSmallElements && rows >= kMinSmallRows && rows <= kMaxSmallRows;
+  const int64_t elements = w.rows * w.cols, blocks = (w.rows + 15) / 16 * ((rows + 63) / 64);
+  return elements <= (rows <= kFewRows ? kSmallElementsFewRows : kSmallElements) && rows <= kMostSmallRows &&
+         blocks <= kMostSmallBlocks;
 }
 
 void LaunchOwn(const GemmParams& product, int rows, cudaStream_t stream) {
