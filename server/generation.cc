@@ -21,6 +21,7 @@ class Generation : public HttpOperation {
              .created = std::chrono::duration_cast<std::chrono::seconds>(now).count(),
              .chat = chat,
              .logprobs = call_.generate.sampling.logprobs};
+    if (call_.generate.stream) BeginChunks(&head_);
     token_bytes_ = [tokenizer = &service->tokenizer()](int32_t id) { return tokenizer->TokenBytes(id); };
     const size_t num_choices = call_.generate.prompts.size() * static_cast<size_t>(call_.generate.n);
     choices_.resize(call_.generate.stream ? 0 : num_choices);

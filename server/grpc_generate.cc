@@ -2,6 +2,7 @@
 
 #include <chrono>
 #include <memory>
+#include <utility>
 
 #include "server/candidates.h"
 #include "server/grpc_convert.h"
@@ -151,6 +152,7 @@ void Pump::Post(std::function<void()> work) {
   {
     std::lock_guard lock(mutex_);
     work_.push_back(std::move(work));
+    if (work_.size() > 1) return;  // the thread knows, and takes all
   }
   wake_.notify_one();
 }
@@ -160,10 +162,10 @@ void Pump::Run() {
   while (true) {
     wake_.wait(lock, [this] { return stopping_ || !work_.empty(); });
     if (work_.empty()) return;
-    std::function<void()> work = std::move(work_.front());
-    work_.pop_front();
+    std::vector<std::function<void()>> work = std::exchange(work_, {});
     lock.unlock();
-    work();
+    for (const std::function<void()>& run : work) run();
+    work.clear();  // what it holds goes without the lock
     lock.lock();
   }
 }

@@ -7,11 +7,11 @@
 #include <grpcpp/grpcpp.h>
 
 #include <condition_variable>
-#include <deque>
 #include <functional>
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "linspec/v1/linspec.grpc.pb.h"
 #include "server/auth.h"
@@ -32,7 +32,7 @@ class Pump {
 
   std::mutex mutex_;  // guards work_ and stopping_
   std::condition_variable wake_;
-  std::deque<std::function<void()>> work_;
+  std::vector<std::function<void()>> work_;
   bool stopping_ = false;
   std::thread thread_;  // last: runs as soon as it exists
 };

@@ -18,6 +18,7 @@
 #include <unordered_set>
 
 #include "server/errors.h"
+#include "server/http_news.h"
 #include "server/http_server.h"
 
 namespace linspec::http_internal {
@@ -43,15 +44,10 @@ inline std::string HeaderOf(const http::request<http::string_body>& message, htt
   return {value.data(), value.size()};
 }
 
-class ConnectionBase {
- public:
-  virtual ~ConnectionBase() = default;
-  virtual void Shutdown(bool at_once) = 0;  // any thread
-};
-
 struct Shared {
   HttpServerOptions options;
   HttpHandler handler;
+  std::shared_ptr<NewsQueue> news;
   std::atomic<int> open = 0;
   std::atomic<bool> stopping = false;
   std::mutex mutex;  // guards live
@@ -87,6 +83,10 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       self->keep_alive_ = false;
       if (at_once || (self->operation_ == nullptr && !self->writing_)) self->Close();
     });
+  }
+
+  void OnNews() override {
+    net::dispatch(socket().get_executor(), [self = this->shared_from_this()] { self->Advance(); });
   }
 
  private:
@@ -198,10 +198,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect.substr(0, 100))));
     }
     ClearDeadline();
-    auto notify = [weak = this->weak_from_this(), executor = socket().get_executor()] {
-      net::post(executor, [weak] {
-        if (auto self = weak.lock()) self->Advance();
-      });
+    auto notify = [weak = std::weak_ptr<ConnectionBase>(this->weak_from_this()), news = shared_->news] {
+      news->Push(weak);
     };
     HttpRequest request = request_;
     request_.body.clear();
@@ -237,7 +235,21 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       if (done) frame += "0\r\n\r\n";
     }
     if (done) return Write(std::move(frame), [this] { Finish(); });
+    if (SendAtOnce(&frame)) return;  // what comes next is told by the next notify
     Write(std::move(frame), [this] { Advance(); });
+  }
+
+  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. What is left
+  // (an error too) is Write's.
+  bool SendAtOnce(std::string* data) {
+    if constexpr (std::is_same_v<Stream, TlsStream>) return false;
+    const auto start = SteadyClock::now();
+    Error error;
+    const size_t sent = stream_.write_some(net::buffer(*data), error);
+    data->erase(0, sent);
+    if (!data->empty()) return false;
+    shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
+    return true;
   }
 
   std::string Head(const HttpReply& reply) {

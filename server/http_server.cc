@@ -56,6 +56,7 @@ struct HttpServer::Impl {
   void Welcome(Socket socket) {
     Error ignored;
     socket.set_option(tcp::no_delay(true), ignored);
+    socket.non_blocking(true, ignored);
     socket.set_option(net::socket_base::send_buffer_size(static_cast<int>(shared.options.send_buffer_bytes)), ignored);
     const bool over_limit = shared.open >= shared.options.max_connections;
     const auto run = [&](auto connection) {
@@ -104,6 +105,7 @@ absl::StatusOr<std::unique_ptr<HttpServer>> HttpServer::Start(HttpServerOptions 
   impl->shared.handler = std::move(handler);
   const int num_threads = options.io_threads;
   impl->shared.options = std::move(options);
+  impl->shared.news = std::make_shared<NewsQueue>(&impl->context, num_threads);
   impl->Accept();
   for (int i = 0; i < num_threads; ++i) impl->threads.emplace_back([context = &impl->context] { context->run(); });
   return std::unique_ptr<HttpServer>(new HttpServer(std::move(impl)));
@@ -131,6 +133,7 @@ void HttpServer::Stop(double grace_s) {
   const auto closed_by = SteadyClock::now() + std::chrono::seconds(1);
   while (impl_->shared.open > 0 && SteadyClock::now() < closed_by)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  impl_->shared.news->Close();
   impl_->context.stop();
   for (std::thread& thread : impl_->threads) thread.join();
   impl_->threads.clear();

@@ -2,7 +2,7 @@
 // request becomes an HttpOperation made by the handler.
 //
 // Threads: `io_threads` of its own; a connection and its operation live on one strand. The engine reaches a connection
-// only through the notify function of its operation, which posts to that strand.
+// only through the notify function of its operation (http_news.h).
 #pragma once
 
 #include <functional>
@@ -38,7 +38,7 @@ class HttpOperation {
   virtual ~HttpOperation() = default;
   // True once the head (and, when not streaming, the body) is in *reply. Asked again after each notify.
   virtual bool Poll(HttpReply* reply) = 0;
-  // Appends body bytes that are ready. Asked after each notify and after each write.
+  // Appends all body bytes that are ready. Asked after each notify, and after a write that took its time.
   virtual Progress Next(std::string* /*body*/) { return Progress::kDone; }
   // The client fell too far behind for its answer to be completed: the connection is closed, a write under way or not.
   virtual bool Abandoned() const { return false; }

@@ -146,29 +146,30 @@ std::string FullResponseJson(const ResponseHead& head, const std::vector<Choice>
   return out;
 }
 
+void BeginChunks(ResponseHead* head) {
+  head->chunk_start = "data: ";
+  AppendHead(*head, true, &head->chunk_start);
+  head->chunk_start += ",\"choices\":[";
+}
+
 void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out,
                  const StreamUsage* usage) {
-  *out += "data: ";
-  AppendHead(head, true, out);
-  *out += ",\"choices\":[";
+  *out += head.chunk_start;
   AppendChoice(head, piece, true, token_bytes, out);
   *out += usage == nullptr ? "]" : "],\"usage\":" + UsageJson(*usage);
   *out += "}\n\n";
 }
 
 void AppendRoleChunk(const ResponseHead& head, int index, std::string* out) {
-  *out += "data: ";
-  AppendHead(head, true, out);
+  *out += head.chunk_start;
   *out += fmt::format(
-      ",\"choices\":[{{\"index\":{},\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}},\"logprobs\":null,"
+      "{{\"index\":{},\"delta\":{{\"role\":\"assistant\",\"content\":\"\"}},\"logprobs\":null,"
       "\"finish_reason\":null}}]}}\n\n",
       index);
 }
 
 void AppendUsageChunk(const ResponseHead& head, const StreamUsage& usage, std::string* out) {
-  *out += "data: ";
-  AppendHead(head, true, out);
-  *out += ",\"choices\":[],\"usage\":" + UsageJson(usage) + "}\n\n";
+  *out += head.chunk_start + "],\"usage\":" + UsageJson(usage) + "}\n\n";
 }
 
 }  // namespace linspec

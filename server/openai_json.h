@@ -43,11 +43,13 @@ struct DetokenizeCall {
 };
 absl::StatusOr<DetokenizeCall> ParseDetokenize(const std::string& body);
 
+// What every answer, or every chunk, of one call begins with.
 struct ResponseHead {
   std::string id, model;
   int64_t created = 0;
   bool chat = false;
-  int logprobs = -1;  // as SamplingParams::logprobs
+  int logprobs = -1;             // as SamplingParams::logprobs
+  std::string chunk_start = {};  // by BeginChunks
 };
 
 using TokenBytesFn = std::function<std::string(int32_t)>;
@@ -55,6 +57,7 @@ using TokenBytesFn = std::function<std::string(int32_t)>;
 std::string UsageJson(const StreamUsage& usage);
 std::string FullResponseJson(const ResponseHead& head, const std::vector<Choice>& choices, const StreamUsage& usage,
                              const TokenBytesFn& token_bytes);
+void BeginChunks(ResponseHead* head);  // before the first chunk
 // "data: {...}\n\n": what is new of a choice. A chat's stream opens with a chunk that says only the role.
 // usage: of the call so far, null for none.
 void AppendChunk(const ResponseHead& head, const Choice& piece, const TokenBytesFn& token_bytes, std::string* out,

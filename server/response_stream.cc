@@ -63,13 +63,14 @@ OutputSink ResponseStream::MakeSink() {
 }
 
 void ResponseStream::SetNotify(std::function<void()> notify) {
-  std::function<void()> run;
+  auto run = std::make_shared<const std::function<void()>>(std::move(notify));
   {
     std::lock_guard lock(mutex_);
-    notify_ = std::move(notify);
-    if (!queue_.empty() && notify_) notified_ = true, run = notify_;
+    notify_ = run;
+    if (queue_.empty()) return;
+    notified_ = true;
   }
-  if (run) run();
+  (*run)();
 }
 
 bool ResponseStream::Push(RequestOutput&& output) {
@@ -78,7 +79,7 @@ bool ResponseStream::Push(RequestOutput&& output) {
   for (const SampledToken& token : output.tokens) {
     bytes += sizeof(SampledToken) + static_cast<int64_t>(token.top_logprobs.size() * sizeof(TokenLogprob));
   }
-  std::function<void()> notify;
+  std::shared_ptr<const std::function<void()>> notify;
   {
     std::lock_guard lock(mutex_);
     // The final output is always taken: it is small and tells the consumer how its request ended.
@@ -92,7 +93,7 @@ bool ResponseStream::Push(RequestOutput&& output) {
     if ((!notified_ || overflowed_) && notify_)
       notified_ = true, notify = notify_;  // an overflow cannot wait for a Take
   }
-  if (notify) notify();
+  if (notify) (*notify)();
   return !overflowed_;
 }
 

@@ -111,7 +111,7 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   std::vector<Item> queue_;
   int64_t queued_bytes_ = 0;
   bool notified_ = false;
-  std::function<void()> notify_;
+  std::shared_ptr<const std::function<void()>> notify_;  // shared: it is run without the lock, and not copied for that
 
   std::atomic<bool> cancelled_ = false, overflowed_ = false;
 

@@ -123,6 +123,7 @@ absl::Status Main(std::vector<std::string> args) {
   if (child == 0) std::_Exit(RunChild(options, shared));
   if (server == "linspec") return RunLinspec(*config, pace, shared, child);
   server == "beast" ? RunBareBeast(pace, options.tokens, shared) : RunBareGrpc(pace, options.tokens, shared);
+  fmt::print("  server: {:.2f} s of processor time\n", ProcessorSeconds());
   return absl::OkStatus();
 }
 

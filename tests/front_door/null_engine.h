@@ -26,7 +26,7 @@ inline int64_t NowNs() { return std::chrono::steady_clock::now().time_since_epoc
 // Memory that the server's process shares with its client's.
 struct SharedState {
   std::atomic<int> http_port = 0, grpc_port = 0;       // set once the server listens
-  std::array<std::atomic<int64_t>, kVocab> step_ns{};  // when step i mod kVocab had its tokens
+  std::array<std::atomic<int64_t>, kVocab> step_ns{};  // when step i mod kVocab was ready to be delivered
   std::atomic<int64_t> close_ns = 0;                   // when the client dropped some of its streams; 0: none pending
   std::atomic<int> keep = 0;                           // how many it kept
   std::atomic<int> steps_to_free = -1;                 // steps that still worked for a dropped stream
@@ -88,7 +88,7 @@ class NullModel : public Model {
     const int token = static_cast<int>(step_++ % kVocab);
     logits_.assign(static_cast<size_t>(batch.num_rows()) * kVocab, 0.0f);
     for (int row = 0; row < batch.num_rows(); ++row) logits_[static_cast<size_t>(row) * kVocab + token] = 1.0f;
-    shared_->step_ns[token] = NowNs();
+    last_token_ = token;
     VerifyResult result;
     result.logits = logits_;
     return result;
@@ -98,6 +98,7 @@ class NullModel : public Model {
     for (int r = 0; r < batch.num_requests(); ++r) {
       pool->set_length(batch.slots[r], pool->length(batch.slots[r]) + std::ssize(paths[r]));
     }
+    shared_->step_ns[last_token_] = NowNs();  // delivery comes next
     return absl::OkStatus();
   }
 
@@ -116,7 +117,7 @@ class NullModel : public Model {
   ModelConfig config_;
   std::chrono::steady_clock::time_point next_{};
   int64_t step_ = 0;
-  int late_steps_ = 0;
+  int last_token_ = 0, late_steps_ = 0;
   std::vector<float> logits_;
 };
 

@@ -139,7 +139,9 @@ TEST(OpenAiJson, ChunksAreValidJson) {
   const TokenBytesFn bytes = [](int32_t) { return std::string("\xE2\x80"); };
   for (const bool chat : {false, true}) {
     std::string out;
-    AppendChunk({.id = "i", .model = "m\"", .created = 1, .chat = chat, .logprobs = 1}, piece, bytes, &out);
+    ResponseHead head = {.id = "i", .model = "m\"", .created = 1, .chat = chat, .logprobs = 1};
+    BeginChunks(&head);
+    AppendChunk(head, piece, bytes, &out);
     ASSERT_TRUE(out.starts_with("data: ") && out.ends_with("\n\n"));
     const json parsed = json::parse(out.substr(6));
     EXPECT_EQ(parsed["choices"][0]["index"], 1);

@@ -1,0 +1,82 @@
+// Connections with news from the engine, on their way to the I/O threads. The engine appends; tasks on the I/O threads take
+// them in batches, so that a step with news for hundreds of streams costs the engine an append for each and one wake-up
+// per thread. A private part of http_server.cc; it includes Asio.
+//
+// Threads: Push and Close from any. After Close nothing reaches the io_context, which may then end.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <boost/asio.hpp>
+#include <cstddef>
+#include <deque>
+#include <memory>
+#include <mutex>
+
+namespace linspec::http_internal {
+
+class ConnectionBase {
+ public:
+  virtual ~ConnectionBase() = default;
+  virtual void Shutdown(bool at_once) = 0;  // any thread
+  virtual void OnNews() = 0;                // any I/O thread
+};
+
+class NewsQueue : public std::enable_shared_from_this<NewsQueue> {
+ public:
+  NewsQueue(boost::asio::io_context* context, int num_threads) : context_(context), max_tasks_(num_threads) {}
+
+  void Push(std::weak_ptr<ConnectionBase> connection) {
+    std::lock_guard lock(mutex_);
+    if (closed_) return;
+    waiting_.push_back(std::move(connection));
+    if (tasks_ < max_tasks_ && waiting_.size() > tasks_ * kBatch) {
+      ++tasks_;
+      PostTask();
+    }
+  }
+
+  void Close() {
+    std::lock_guard lock(mutex_);
+    closed_ = true;
+    waiting_.clear();
+  }
+
+ private:
+  static constexpr size_t kBatch = 16;
+
+  // REQUIRES: mutex_ held.
+  void PostTask() {
+    boost::asio::post(*context_, [self = shared_from_this()] { self->RunBatch(); });
+  }
+
+  // One batch, then back into the line: reads and timers get their turn.
+  void RunBatch() {
+    std::array<std::weak_ptr<ConnectionBase>, kBatch> batch;
+    size_t count = 0;
+    {
+      std::lock_guard lock(mutex_);
+      for (; count < kBatch && !waiting_.empty(); ++count) {
+        batch[count] = std::move(waiting_.front());
+        waiting_.pop_front();
+      }
+    }
+    for (size_t i = 0; i < count; ++i) {
+      if (const auto connection = batch[i].lock()) connection->OnNews();
+    }
+    std::lock_guard lock(mutex_);
+    if (waiting_.empty() || closed_)
+      --tasks_;
+    else
+      PostTask();
+  }
+
+  boost::asio::io_context* const context_;
+  const size_t max_tasks_;
+  std::mutex mutex_;  // guards the rest
+  std::deque<std::weak_ptr<ConnectionBase>> waiting_;
+  size_t tasks_ = 0;  // posted or running
+  bool closed_ = false;
+};
+
+}  // namespace linspec::http_internal
