@@ -7,6 +7,7 @@
 #include "models/cuda_memory.h"
 #include "models/cuda_weights.h"
 #include "models/medusa_heads.h"
+#include "models/recurrent_head.h"
 
 namespace linspec {
 namespace {
@@ -110,6 +111,30 @@ class CudaMedusa final : public CudaGuesser {
   const MedusaWeights weights_;
 };
 
+class CudaRecurrent final : public CudaGuesser {
+ public:
+  CudaRecurrent(CudaHandle target, RecurrentWeights weights)
+      : CudaGuesser(std::move(target)), weights_(std::move(weights)) {}
+  int max_levels() const override { return kMaxLevels; }
+
+  absl::Status Init() {
+    const int64_t state_norm = vectors_.Add(weights_.state_norm), token_norm = vectors_.Add(weights_.token_norm);
+    if (absl::Status uploaded = vectors_.Upload(target_.device); !uploaded.ok()) return uploaded;
+    const LinspecCudaRecurrentHead head{.state_norm = vectors_.At(state_norm),
+                                        .token_norm = vectors_.At(token_norm),
+                                        .gate_up = MatrixOf(weights_.gate_up_proj),
+                                        .down = MatrixOf(weights_.down_proj),
+                                        .rms_norm_eps = weights_.rms_norm_eps,
+                                        .reserved = 0};
+    return target_.device->Check(target_.device->api().create_recurrent_drafter(target_.model, &head, &drafter_),
+                                 "recurrent head on the GPU");
+  }
+
+ private:
+  static constexpr int kMaxLevels = LINSPEC_CUDA_MAX_DRAFT_LEVELS;
+  const RecurrentWeights weights_;
+};
+
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadCudaMedusaGuesser(const std::string& folder, Model* target,
@@ -119,6 +144,17 @@ absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadCudaMedusaGuesser(const std::s
   auto weights = MedusaWeights::Load(folder, target->config(), weight_dtype, packer.get());
   if (!weights.ok()) return weights.status();
   auto guesser = std::make_unique<CudaMedusa>(std::move(handle), *std::move(weights));
+  if (absl::Status status = guesser->Init(); !status.ok()) return status;
+  return guesser;
+}
+
+absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadCudaRecurrentGuesser(const std::string& folder, Model* target,
+                                                                       const std::string& weight_dtype) {
+  CudaHandle handle = target->cuda();
+  const std::unique_ptr<MatrixPacker> packer = MakeCudaPacker(handle.device);
+  auto weights = RecurrentWeights::Load(folder, target->config(), weight_dtype, packer.get());
+  if (!weights.ok()) return weights.status();
+  auto guesser = std::make_unique<CudaRecurrent>(std::move(handle), *std::move(weights));
   if (absl::Status status = guesser->Init(); !status.ok()) return status;
   return guesser;
 }

@@ -17,4 +17,8 @@ namespace linspec {
 absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadCudaMedusaGuesser(const std::string& folder, Model* target,
                                                                     const std::string& weight_dtype);
 
+// The recurrent head in `folder`, likewise; each level follows the best guess of the one before.
+absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadCudaRecurrentGuesser(const std::string& folder, Model* target,
+                                                                       const std::string& weight_dtype);
+
 }  // namespace linspec

@@ -229,7 +229,7 @@ std::vector<std::string> SplitList(const std::string& text) {
 absl::Status BenchSpeculation(std::span<const std::string> args) {
   CommandFlags flags(args);
   const std::string path = flags.String("prompts", "tests/data/prompts/speculation.jsonl");
-  std::vector<std::string> modes = SplitList(flags.String("drafters", "draft,medusa,ngram,auto"));
+  std::vector<std::string> modes = SplitList(flags.String("drafters", "draft,medusa,recurrent,ngram,auto"));
   const auto batches = flags.Ints("batch", "1,2,4,8,16", 1, 4096);
   const auto temperatures = flags.Ints("temperature", "0,1", 0, 2);
   const int max_tokens = flags.Int("max-tokens", 128, 1, 1 << 20);

@@ -13,8 +13,10 @@
 #include "kernels/ops.h"
 #include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
+#include "models/head_chain_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
+#include "models/recurrent_drafter.h"
 
 namespace linspec {
 namespace {
@@ -130,6 +132,30 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
+// Rows are nearly free on a GPU: beside the chain, the other tokens that the head thought possible are worth verifying.
+constexpr int kSiblingsOnGpu = 4;
+
+// The recurrent head beside the target; null if there is none.
+absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
+  if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
+  const std::string& dtype = config.model.weight_dtype;
+  const int depth = config.engine.draft_depth, top_k = config.engine.draft_top_k;
+  if (files.machine.cuda != nullptr) {
+    auto head = LoadCudaRecurrentGuesser(files.path, files.model.get(), dtype);
+    if (!head.ok()) return head.status();
+    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head),
+                                            {.max_depth = depth, .top_k = std::max(top_k, kSiblingsOnGpu)});
+    if (!drafter.ok()) return drafter.status();
+    return std::unique_ptr<Drafter>(*std::move(drafter));
+  }
+  auto head = RecurrentHead::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  if (!head.ok()) return head.status();
+  auto drafter = RecurrentDrafter::Create(*std::move(head), files.model.get(),
+                                          {.max_depth = depth, .top_k = top_k, .min_confidence = 0});
+  if (!drafter.ok()) return drafter.status();
+  return std::unique_ptr<Drafter>(*std::move(drafter));
+}
+
 // The draft to load: what was asked for, or the bundled one beside the bundled target; "" for none.
 std::string DraftPath(const ServerConfig& config) {
   if (config.model.draft_path == "none") return "";
@@ -172,13 +198,8 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
 }
 
 absl::StatusOr<SpeculationMode> ParseSpeculation(const std::string& name) {
-  if (name == "off") return SpeculationMode::kOff;
-  if (name == "draft") return SpeculationMode::kDraft;
-  if (name == "medusa") return SpeculationMode::kMedusa;
-  if (name == "ngram") return SpeculationMode::kNgram;
-  if (name == "auto") return SpeculationMode::kAuto;
-  return absl::InvalidArgumentError(
-      fmt::format("--speculation: '{}' is not one of off, draft, medusa, ngram, auto", name));
+  if (const auto mode = FindSpeculationMode(name)) return *mode;
+  return absl::InvalidArgumentError(fmt::format("--speculation: '{}' is not one of {}", name, SpeculationModeNames()));
 }
 
 absl::StatusOr<std::string> FindBundledModel(const std::string& name) {
@@ -245,6 +266,13 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
         fmt::format("--speculation medusa needs {} and {} in {}", kMedusaConfigFile, kMedusaWeightsFile, files->path));
   }
   if (*medusa != nullptr) drafters.push_back(*std::move(medusa));
+  auto recurrent = LoadRecurrent(*files, config);
+  if (!recurrent.ok()) return recurrent.status();
+  if (*mode == SpeculationMode::kRecurrent && *recurrent == nullptr) {
+    return absl::InvalidArgumentError(fmt::format("--speculation recurrent needs {} and {} in {}",
+                                                  kRecurrentHeadConfigFile, kRecurrentHeadWeightsFile, files->path));
+  }
+  if (*recurrent != nullptr) drafters.push_back(*std::move(recurrent));
   drafters.push_back(std::make_unique<NgramDrafter>());
   for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
   if (*mode == SpeculationMode::kDraft && !has_draft) {

@@ -15,8 +15,7 @@ class RecurrentDrafter final : public DeviceDrafter {
   RecurrentDrafter(DeviceModel* target, const LinspecCudaRecurrentHead& head) : DeviceDrafter(target), head_(head) {}
 
  private:
-  static constexpr int kMaxLevels = 16;
-  int max_levels() const override { return kMaxLevels; }
+  int max_levels() const override { return LINSPEC_CUDA_MAX_DRAFT_LEVELS; }
 
   int32_t Reserve(int num_rows, int) override {
     const int64_t inner = head_.down.cols;

@@ -166,6 +166,7 @@ typedef struct LinspecCudaDraftRow {  // one request
 } LinspecCudaDraftRow;
 
 #define LINSPEC_CUDA_MAX_DRAFT_CANDIDATES 16
+#define LINSPEC_CUDA_MAX_DRAFT_LEVELS 16  // of a recurrent head
 
 typedef struct LinspecCudaDraftCandidate {
   int32_t token;      // -1: there are no more

@@ -14,8 +14,10 @@
 
 #include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
+#include "models/head_chain_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
+#include "models/recurrent_head.h"
 #include "scheduler/engine.h"
 #include "tests/cuda/model_checks.h"
 
@@ -143,6 +145,27 @@ void MedusaGuesses(const std::string& name, const std::string& folder, const std
                    });
 }
 
+void RecurrentGuesses(const std::string& name, const std::string& folder, const std::shared_ptr<CudaDevice>& device,
+                      const std::shared_ptr<CpuOps>& ops) {
+  LoadOptions on_cpu;
+  on_cpu.path = folder;
+  on_cpu.ops = ops;
+  on_cpu.weight_dtype = "f32";
+  const auto cpu = Must(LoadModel(on_cpu), name);
+  const auto head = Must(RecurrentHead::Load(folder, cpu->config(), "f32", ops), name);
+  const auto target = Must(LoadModel(On(folder, device)), name);
+  const auto guesser = Must(LoadCudaRecurrentGuesser(folder, target.get(), "auto"), name);
+  GuessesAsTheHost(name + " recurrent", target.get(), guesser.get(),
+                   [&](std::span<const float> hidden, std::span<const int32_t> chain) {
+                     std::vector<float> state(hidden.begin(), hidden.end()), logits;
+                     for (const int32_t token : chain) {
+                       const auto step = Must(head->Step(state, {&token, 1}, cpu.get()), "step");
+                       logits.assign(step.begin(), step.end());
+                     }
+                     return logits;
+                   });
+}
+
 using Texts = std::map<uint64_t, std::vector<int32_t>>;
 
 // accepted: drafted tokens that became text.
@@ -190,6 +213,9 @@ std::vector<std::unique_ptr<Drafter>> MakeDrafters(const std::string& kind, cons
     auto model = Must(LoadModel(On(folder + "/draft", device)), kind);
     const int64_t vocab = target->config().vocab_size;
     drafters.push_back(Must(DraftModelDrafter::Create(std::move(model), vocab, {.max_sequences = requests}), kind));
+  } else if (kind == "recurrent") {
+    auto head = Must(LoadCudaRecurrentGuesser(folder + "/target", target, "auto"), kind);
+    drafters.push_back(Must(HeadChainDrafter::Create(kind, std::move(head), {}), kind));
   } else if (kind == "medusa") {
     auto heads = Must(LoadCudaMedusaGuesser(folder + "/target", target, "auto"), kind);
     drafters.push_back(Must(MedusaDrafter::Create(std::move(heads), {}), kind));
@@ -204,8 +230,10 @@ void SpeculationChangesNothing(const std::string& folder, const std::shared_ptr<
   const int tokens = requests > 8 ? 60 : 300;
   int64_t none = 0;
   const Texts plain = Generate(target(), {}, SpeculationMode::kOff, requests, tokens, &none);
-  const std::map<std::string, SpeculationMode> modes = {
-      {"ngram", SpeculationMode::kNgram}, {"draft", SpeculationMode::kDraft}, {"medusa", SpeculationMode::kMedusa}};
+  const std::map<std::string, SpeculationMode> modes = {{"ngram", SpeculationMode::kNgram},
+                                                        {"draft", SpeculationMode::kDraft},
+                                                        {"medusa", SpeculationMode::kMedusa},
+                                                        {"recurrent", SpeculationMode::kRecurrent}};
   for (const auto& [kind, mode] : modes) {
     auto model = target();
     auto drafters = MakeDrafters(kind, folder, device, model.get(), requests);
@@ -233,6 +261,8 @@ int main(int argc, char** argv) {
   const std::shared_ptr<CpuOps> ops = Must(CpuOps::Create({.num_threads = 8}), "CPU");
   for (const char* name : {"full", "paper"}) MedusaGuesses(name, tiny + "/" + name, device, ops);
   MedusaGuesses("bundled", bundled + "/target", device, ops);
+  RecurrentGuesses("full", tiny + "/full", device, ops);
+  RecurrentGuesses("bundled", bundled + "/target", device, ops);
   if (argc > 4 && std::string(argv[4]) == "--quick") return Finish("cuda_draft_test");  // for the sanitizers
   for (const int requests : {1, 4, 16}) SpeculationChangesNothing(bundled, device, requests);
   return Finish("cuda_draft_test");
