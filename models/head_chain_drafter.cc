@@ -12,12 +12,11 @@ struct Candidate {
   int32_t token;
   int parent;  // candidate, -1: the root
   float probability;
-  bool on_chain;
 };
 
 int Budget(const DraftContext& context) { return std::min(context.max_nodes, kMaxTreeNodes) - 1; }
 
-// Of the first num_levels levels. The chain is kept whole: what of it pays is for the engine to say.
+// Of the first num_levels levels, without what the engine holds not worth verifying.
 std::vector<Candidate> Candidates(const DraftContext& context, const DraftGuesses& guesses, size_t index,
                                   int num_levels) {
   std::vector<Candidate> candidates;
@@ -27,10 +26,11 @@ std::vector<Candidate> Candidates(const DraftContext& context, const DraftGuesse
     const std::span<const DraftCandidate> choices = guesses.At(index, level);
     if (choices.empty()) break;
     const int above = std::exchange(parent, static_cast<int>(candidates.size()));
+    if (path * choices[0].probability < context.min_probability) break;
     for (size_t i = 0; i < choices.size(); ++i) {
       const float probability = path * choices[i].probability;
-      if (i > 0 && probability < context.min_probability) break;
-      candidates.push_back({choices[i].token, above, probability, i == 0});
+      if (probability < context.min_probability) break;
+      candidates.push_back({choices[i].token, above, probability});
     }
     path *= choices[0].probability;
   }
@@ -89,9 +89,8 @@ absl::StatusOr<std::vector<DraftTree>> HeadChainDrafter::Propose(std::span<const
   for (size_t r = 0; r < drafted.size(); ++r) {
     const DraftContext& context = *drafted[r];
     const std::vector<Candidate> candidates = Candidates(context, *guesses, r, std::min(num_levels, Budget(context)));
-    const auto worth = [&](const Candidate& c) { return c.on_chain && c.probability >= context.min_probability; };
-    useful = std::max(useful, static_cast<int>(std::count_if(candidates.begin(), candidates.end(), worth)));
     trees[indices[r]] = Tree(context, candidates);
+    useful = std::max(useful, trees[indices[r]].Depth());
   }
   levels_ = std::clamp(useful + 1, 1, options_.max_depth);
   return trees;
