@@ -24,9 +24,8 @@ std::vector<Candidate> Candidates(const DraftContext& context, const DraftGuesse
   float path = 1;
   for (int level = 0; level < num_levels; ++level) {
     const std::span<const DraftCandidate> choices = guesses.At(index, level);
-    if (choices.empty()) break;
+    if (choices.empty() || path * choices[0].probability < context.min_probability) break;
     const int above = std::exchange(parent, static_cast<int>(candidates.size()));
-    if (path * choices[0].probability < context.min_probability) break;
     for (size_t i = 0; i < choices.size(); ++i) {
       const float probability = path * choices[i].probability;
       if (probability < context.min_probability) break;

@@ -115,8 +115,9 @@ void RecurrentHead::Advance(std::span<float> states) {
   };
   half(states.data(), weights_.state_norm, 0);
   half(embedded_.data(), weights_.token_norm, dim);
-  ops_->Matmul({.x = input_.data(), .w = weights_.gate_up_proj.get(), .y = gate_up_.data(), .num_rows = rows});
-  ops_->SiluMul({.gate_up = gate_up_.data(), .out = activated_.data(), .num_rows = rows, .dim = inner});
+  ops_->GatedMatmul(
+      {.product = {.x = input_.data(), .w = weights_.gate_up_proj.get(), .y = gate_up_.data(), .num_rows = rows},
+       .out = activated_.data()});
   ops_->Matmul({.x = activated_.data(),
                 .w = weights_.down_proj.get(),
                 .y = states.data(),
