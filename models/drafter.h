@@ -43,6 +43,8 @@ class Drafter {
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
+  // Has to read a sequence's tokens before it can draft for it.
+  virtual bool catches_up() const { return false; }
   // Uses DraftContext::hidden. The engine asks the target for it only when a drafter does.
   virtual bool reads_hidden() const { return false; }
   virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused

@@ -123,7 +123,8 @@ std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> 
     request.max_nodes = off ? 1 : static_cast<int>(std::min<int64_t>(options_.max_draft_nodes, request.tokens_left));
     const auto seen = seen_.find(sequence->id());
     for (size_t d = 0; d < drafters_.size(); ++d) {
-      request.catch_up_tokens.push_back(std::ssize(sequence->tokens()) - (seen == seen_.end() ? 0 : seen->second[d]));
+      const int64_t shown = seen == seen_.end() ? 0 : seen->second[d];
+      request.catch_up_tokens.push_back(drafters_[d]->catches_up() ? std::ssize(sequence->tokens()) - shown : 0);
     }
     requests.push_back(std::move(request));
   }

@@ -55,6 +55,7 @@ class Speculator {
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
+  void TimeDrafts(int drafter, int count, std::span<const float> hidden, bool counted);
 
   std::vector<std::unique_ptr<Drafter>> drafters_;
   const EngineOptions options_;

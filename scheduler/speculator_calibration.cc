@@ -92,41 +92,48 @@ absl::Status Speculator::CalibrateRequests(Model* model, StatePool* pool, std::s
   return absl::OkStatus();
 }
 
-// Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
-// long catch-up, tells the cost of a token, and the second is not counted: a GPU prepares for the new size in both. A
-// drafter that fails here is not used until a probe succeeds. REQUIRES: the model has verified a row.
+// A drafter that fails here is not used until a probe succeeds. REQUIRES: the model has verified a row.
 void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden) {
   const Clock::time_point start = Clock::now();
+  TimeDrafts(drafter, 1, hidden, /*counted=*/false);  // a GPU loads its kernels
+  for (int count = 1; count <= std::min(max_contexts, kMostContexts) && SecondsSince(start) < kBudgetSeconds / 2;
+       count *= 2) {
+    TimeDrafts(drafter, count, hidden, /*counted=*/true);
+  }
+}
+
+// Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
+// long catch-up, tells the cost of a token. The second is not counted: a GPU still prepares for its size.
+void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidden, bool counted) {
   const std::vector<int32_t> text = SomeTokens(kContext + 2 * (kRepetitions + 1), vocab_size_);
   SamplingParams greedy;
   greedy.temperature = 0;
-  for (int count = 1; count <= std::min(max_contexts, kMostContexts) && SecondsSince(start) < kBudgetSeconds / 2;
-       count *= 2) {
-    for (int round = 0; round <= kRepetitions + 1; ++round) {
-      std::vector<DraftContext> contexts;
-      const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
-      for (int i = 0; i < count; ++i) {
-        contexts.push_back({.sequence_id = kScratchId + i,
-                            .tokens = tokens,
-                            .num_prompt_tokens = kContext,
-                            .sampling = &greedy,
-                            .hidden = hidden,
-                            .hidden_row = 0,
-                            .max_nodes = kScratchNodes});
-      }
-      const int64_t catch_up = round > 0 ? 2 * count : count * std::ssize(tokens);
-      const Clock::time_point proposed = Clock::now();
-      const auto trees = drafters_[drafter]->Propose(contexts);
-      const double seconds = SecondsSince(proposed);
-      if (!trees.ok()) break;
-      int levels = 0;
-      for (const DraftTree& tree : *trees) {
-        if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
-      }
-      if (round != 1) controller_.draft_costs(drafter).Observe(count, levels, catch_up, seconds);
+  for (int round = 0; round <= kRepetitions + 1; ++round) {
+    std::vector<DraftContext> contexts;
+    const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
+    for (int i = 0; i < count; ++i) {
+      contexts.push_back({.sequence_id = kScratchId + i,
+                          .tokens = tokens,
+                          .num_prompt_tokens = kContext,
+                          .sampling = &greedy,
+                          .hidden = hidden,
+                          .hidden_row = 0,
+                          .max_nodes = kScratchNodes});
     }
-    for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
+    const int64_t unread = round > 0 ? 2 : std::ssize(tokens);
+    const Clock::time_point proposed = Clock::now();
+    const auto trees = drafters_[drafter]->Propose(contexts);
+    const double seconds = SecondsSince(proposed);
+    if (!trees.ok()) break;
+    int levels = 0;
+    for (const DraftTree& tree : *trees) {
+      if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
+    }
+    if (!counted || round == 1) continue;
+    controller_.draft_costs(drafter).Observe(count, levels, drafters_[drafter]->catches_up() ? unread * count : 0,
+                                             seconds);
   }
+  for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
 }
 
 }  // namespace linspec
