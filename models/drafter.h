@@ -41,6 +41,8 @@ class Drafter {
   virtual std::string_view name() const = 0;  // "draft", "medusa", "recurrent", "ngram"
   // One tree per context, root = its pending token; a one-node tree is "no draft".
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
+  // Levels that the last Propose computed, where they can be more than its trees are deep.
+  virtual int levels_computed() const { return 0; }
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
   // Has to read a sequence's tokens before it can draft for it.

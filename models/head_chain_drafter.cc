@@ -80,8 +80,9 @@ absl::StatusOr<std::vector<DraftTree>> HeadChainDrafter::Propose(std::span<const
     drafted.push_back(&contexts[i]);
     wanted = std::max(wanted, std::min(Budget(contexts[i]), options_.max_depth));
   }
+  levels_computed_ = 0;
   if (drafted.empty()) return trees;
-  const int num_levels = std::min(wanted, levels_);
+  const int num_levels = levels_computed_ = std::min(wanted, levels_);
   const absl::StatusOr<DraftGuesses> guesses = heads_->Guess(drafted, num_levels, options_.top_k);
   if (!guesses.ok()) return guesses.status();
   int useful = 0;

@@ -36,6 +36,7 @@ class HeadChainDrafter final : public Drafter {
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t) override {}
   bool reads_hidden() const override { return heads_->reads_hidden(); }
+  int levels_computed() const override { return levels_computed_; }
 
  private:
   HeadChainDrafter(std::string name, std::unique_ptr<DraftGuesser> heads, HeadChainOptions options)
@@ -45,6 +46,7 @@ class HeadChainDrafter final : public Drafter {
   const std::unique_ptr<DraftGuesser> heads_;
   const HeadChainOptions options_;
   int levels_;  // to ask for
+  int levels_computed_ = 0;
 };
 
 }  // namespace linspec

@@ -172,7 +172,8 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     ++stats->num_drafter_errors;
     return trees;
   }
-  int levels = 0;
+  int levels = drafters_[drafter]->levels_computed();
+  const int computed = levels;
   for (size_t i = 0; i < contexts.size(); ++i) {
     DraftTree& tree = (*proposed)[i];
     if (!Usable(tree, *sequences[indices[i]], contexts[i].max_nodes, vocab_size_)) {
@@ -180,7 +181,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
       continue;
     }
     levels = std::max(levels, tree.Depth());
-    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree});
+    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree, computed});
     trees[i] = std::move(tree);
   }
   controller_.draft_costs(drafter).Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);

@@ -125,7 +125,7 @@ void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidde
     const auto trees = drafters_[drafter]->Propose(contexts);
     const double seconds = SecondsSince(proposed);
     if (!trees.ok()) break;
-    int levels = 0;
+    int levels = drafters_[drafter]->levels_computed();
     for (const DraftTree& tree : *trees) {
       if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
     }
