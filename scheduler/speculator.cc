@@ -94,16 +94,21 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     }
   }
   controller_.Prune(proposals, static_cast<int>(trees.size()), SecondsSince(start));
-  double tokens = 0;
-  for (const SpeculationProposal& proposal : proposals) tokens += controller_.ExpectedTokens(proposal, 0);
-  PauseIfUseless(tokens, static_cast<int>(trees.size()), SecondsSince(start));
+  PauseIfUseless(proposals, static_cast<int>(trees.size()), SecondsSince(start));
   return trees;
 }
 
-void Speculator::PauseIfUseless(double expected_tokens, int num_requests, double seconds) {
+// Prune takes the time that drafting took as spent; whether it was worth spending is for this to say.
+void Speculator::PauseIfUseless(std::span<const SpeculationProposal> proposals, int num_requests, double seconds) {
+  double tokens = 0, rows = num_requests;
+  for (const SpeculationProposal& proposal : proposals) {
+    tokens += controller_.ExpectedTokens(proposal, 0);
+    rows += proposal.tree->num_nodes() - 1;
+  }
   const double step = controller_.step_costs().Estimate(num_requests, num_requests);
-  const double cost = step > 0 ? seconds / step : 0;
-  net_gain_ += kGainSmoothing * (expected_tokens / num_requests - cost - net_gain_);
+  if (step <= 0) return;
+  const double cost = (seconds + controller_.step_costs().Estimate(rows, num_requests) - step) / step;
+  net_gain_ += kGainSmoothing * (tokens / num_requests - cost - net_gain_);
   pause_ = net_gain_ < 0 && cost > kNegligible ? std::min(2 * pause_ + 1, kLongestPause) : 0;
   pause_left_ = pause_;
 }
