@@ -168,8 +168,8 @@ struct Producer {
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
     for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
-      BarrierExpect(&ring.full[turn.stage], kBytes);
       CopySums(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
+      BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy, so that its arrival orders it for racecheck
     }
   }
 };

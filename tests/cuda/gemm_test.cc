@@ -58,8 +58,9 @@ class GemmCase {
   void Run() {
     CheckKernel("streaming", &LaunchStreamingGemm, Launch(&LaunchTiledGemm, Params(), kMaxRows));
     if (n_ % 16 == 0) MultipliesSilu("tiled", &LaunchTiledGemm);
-    if (LaunchWgmmaGemm(Params(), 1, nullptr))
+    if (matrix_.type == kLinspecCudaBf16 && WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmma, Launch(&LaunchWgmma, Params(), kMaxRows));
+    }
     if (cublas_ != nullptr && k_ % 8 == 0 && n_ % 8 == 0) Cublas();
   }
 
