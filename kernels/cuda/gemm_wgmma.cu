@@ -66,7 +66,7 @@ struct Shares {
         blocks(blocks) {}
   __host__ __device__ int Begin(int share) const { return static_cast<int>(int64_t{total} * share / blocks); }
   // Blocks after `share` that hold units before `end`.
-  __device__ int Behind(int share, int end) const {
+  [[maybe_unused]] __device__ int Behind(int share, int end) const {
     int behind = 0;
     while (Begin(share + 1 + behind) < end) ++behind;
     return behind;
