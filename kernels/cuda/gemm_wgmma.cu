@@ -65,15 +65,16 @@ struct Shares {
         total(static_cast<int>((w.rows + kUnitRows - 1) / kUnitRows) * depth),
         blocks(blocks) {}
   __host__ __device__ int Begin(int share) const { return static_cast<int>(int64_t{total} * share / blocks); }
-  // Blocks after `share` that hold units before `end`.
-  [[maybe_unused]] __device__ int Behind(int share, int end) const {
-    int behind = 0;
-    while (Begin(share + 1 + behind) < end) ++behind;
-    return behind;
-  }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// Blocks after `share` that hold units before `end`.
+__device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
+  int behind = 0;
+  while (shares.Begin(share + 1 + behind) < end) ++behind;
+  return behind;
+}
 
 struct Ring {
   uint64_t full[kMaxStages], empty[kMaxStages];
@@ -151,7 +152,8 @@ struct Producer {
   // What the blocks behind left, up to the end of the tile that this block began. The lanes look for one block each.
   __device__ __forceinline__ void OrderSums(Turn turn) const {
     const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = shares.Begin(share + 1) - 1;
-    const int tile_begin = last / shares.depth * shares.depth, behind = shares.Behind(share, tile_begin + shares.depth);
+    const int tile_begin = last / shares.depth * shares.depth,
+              behind = Behind(shares, share, tile_begin + shares.depth);
     if (shares.Begin(share) > tile_begin || behind == 0) return;
     for (int i = lane; i < behind; i += kWarpSize) {
       unsigned* left = workspace.left + share + 1 + i;
@@ -239,7 +241,7 @@ struct Consumer {
 
   // The sums of the blocks behind, up to the end of the tile, in order.
   __device__ __forceinline__ void Add(int tile_end, float (&sums)[kColumns][4]) {
-    for (int i = 0, count = shares.Behind(share, tile_end) * kGroups; i < count; ++i, turn.Next(stages)) {
+    for (int i = 0, count = Behind(shares, share, tile_end) * kGroups; i < count; ++i, turn.Next(stages)) {
       BarrierWait(&ring.full[turn.stage], turn.parity);
       if (i % kGroups == Group()) {
         const uint32_t at = At(turn.stage) + threadIdx.x % kGroupThreads * sizeof(float4);
