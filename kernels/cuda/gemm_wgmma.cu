@@ -64,15 +64,17 @@ struct Shares {
       : depth(static_cast<int>((w.cols + kUnitDepth - 1) / kUnitDepth)),
         total(static_cast<int>((w.rows + kUnitRows - 1) / kUnitRows) * depth),
         blocks(blocks) {}
-  __host__ __device__ int Begin(int share) const { return static_cast<int>(int64_t{total} * share / blocks); }
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+__device__ __forceinline__ int Begin(const Shares& shares, int share) {
+  return static_cast<int>(int64_t{shares.total} * share / shares.blocks);
+}
 // Blocks after `share` that hold units before `end`.
 __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
   int behind = 0;
-  while (shares.Begin(share + 1 + behind) < end) ++behind;
+  while (Begin(shares, share + 1 + behind) < end) ++behind;
   return behind;
 }
 
@@ -88,21 +90,6 @@ struct Turn {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
 };
-
-__device__ __forceinline__ void CopyTile(uint32_t to, const CUtensorMap* from, int k, int row, uint64_t* barrier,
-                                         uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-      "l"(from), "r"(k), "r"(row), "r"(SharedAddress(barrier)), "l"(policy)
-      : "memory");
-}
-
-__device__ __forceinline__ void CopySums(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-               : "memory");
-}
 
 // What one warp does: asks for everything that comes through the ring.
 template <int kTokens>
@@ -137,7 +124,7 @@ struct Producer {
     uint64_t once, often;  // weights are the first to leave the L2
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
-    const int begin = shares.Begin(share), end = shares.Begin(share + 1), ahead = min(stages, end - begin);
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
     for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
     GridWait();
     asm volatile("fence.proxy.async;" ::: "memory");  // tokens were written by ordinary stores
@@ -151,10 +138,10 @@ struct Producer {
 
   // What the blocks behind left, up to the end of the tile that this block began. The lanes look for one block each.
   __device__ __forceinline__ void OrderSums(Turn turn) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = shares.Begin(share + 1) - 1;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = Begin(shares, share + 1) - 1;
     const int tile_begin = last / shares.depth * shares.depth,
               behind = Behind(shares, share, tile_begin + shares.depth);
-    if (shares.Begin(share) > tile_begin || behind == 0) return;
+    if (Begin(shares, share) > tile_begin || behind == 0) return;
     for (int i = lane; i < behind; i += kWarpSize) {
       unsigned* left = workspace.left + share + 1 + i;
       unsigned warps = 0;
@@ -170,8 +157,8 @@ struct Producer {
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
     for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
-      CopySums(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
-      BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy, so that its arrival orders it for racecheck
+      CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
+      BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy: racecheck takes it to be ordered by the arrival
     }
   }
 };
@@ -243,6 +230,7 @@ struct Consumer {
   __device__ __forceinline__ void Add(int tile_end, float (&sums)[kColumns][4]) {
     for (int i = 0, count = Behind(shares, share, tile_end) * kGroups; i < count; ++i, turn.Next(stages)) {
       BarrierWait(&ring.full[turn.stage], turn.parity);
+      __syncwarp();  // racecheck takes one lane of a warp to have waited
       if (i % kGroups == Group()) {
         const uint32_t at = At(turn.stage) + threadIdx.x % kGroupThreads * sizeof(float4);
 #pragma unroll
@@ -275,7 +263,7 @@ struct Consumer {
 
   __device__ void Run() {
     GridWait();
-    for (int unit = shares.Begin(share), end = shares.Begin(share + 1); unit < end;) {
+    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end;) {
       const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(end, tile_end);
       const bool begins = unit % shares.depth == 0;
       float sums[kColumns][4], old[kColumns][4] = {};

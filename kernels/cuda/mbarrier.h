@@ -1,4 +1,4 @@
-// Barriers in shared memory that copies of the bulk copy engine complete (sm_90 and later).
+// Barriers in shared memory, and copies to shared memory that complete them (sm_90 and later).
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,23 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
           SharedAddress(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// A box of a tensor map from element (k, row) on, by one thread; its bytes count at the barrier.
+__device__ __forceinline__ void CopyTile(uint32_t to, const void* map, int k, int row, uint64_t* barrier,
+                                         uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+      "l"(map), "r"(k), "r"(row), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
+// A multiple of 16 bytes, aligned to 16.
+__device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
+               : "memory");
 }
 
 #endif
