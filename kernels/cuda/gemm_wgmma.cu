@@ -182,7 +182,7 @@ struct Consumer {
 
   __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * UnitBytes(kTokens); }
   __device__ __forceinline__ void Release(int stage) const {
-    if (Lane() == 0) BarrierArrive(&ring.empty[stage]);
+    if (Lane() == 0) BarrierArrive(&ring.empty[stage], kWarpSize);
   }
 
   // sums of `count` units from zero.
@@ -242,8 +242,7 @@ struct Consumer {
           sums[j][0] += x, sums[j][1] += y, sums[j][2] += z, sums[j][3] += w;
         }
       }
-      __syncwarp();
-      Release(turn.stage);
+      BarrierArrive(&ring.empty[turn.stage], 1);  // each lane for itself: racecheck again
     }
   }
 
@@ -295,7 +294,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       BarrierInit(&ring.full[i], 1);
-      BarrierInit(&ring.empty[i], kConsumers);
+      BarrierInit(&ring.empty[i], kConsumers * kWarpSize);
     }
     BarrierMade();
   }

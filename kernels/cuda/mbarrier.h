@@ -20,8 +20,8 @@ __device__ __forceinline__ void BarrierExpect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void BarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+__device__ __forceinline__ void BarrierArrive(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.arrive.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(arrivals) : "memory");
 }
 
 // Until the phase of this parity (0, 1, 0, ...) is over.
