@@ -1,10 +1,10 @@
-// Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of shared
-// memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
+// Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of
+// shared memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
 //
 // The work is units: (tile of 128 weight rows, 64 of k), in that order; every block gets the same number of consecutive
-// units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in order of k by
-// the block that holds its beginning, as its last work; the others leave their sums in the workspace as their first, and
-// these come through the ring like weights. The cuts depend on the shape and the chip alone and the columns of an
+// units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in order of k
+// by the block that holds its beginning, as its last work; the others leave their sums in the workspace as their first,
+// and these come through the ring like weights. The cuts depend on the shape and the chip alone and the columns of an
 // instruction do not mix: a row has the same bits beside any other rows.
 //
 // Blocks take their work backwards, so that a block only waits for blocks that started before it. Their rings take more
@@ -19,10 +19,10 @@
 //    4096 x 11008   78 %    77 %    74 %    68 %    60 %
 //   32000 x  4096   93 %    92 %    92 %    85 %    76 %
 //   all of 7B       86 %    85 %    82 %    76 %    63 %
-// What 4096 rows lack is the latency of a tile's sums from four blocks. Rejected: a chain of products with their norms in
-// one launch (the barriers between them cost more than launches: 3.89 ms for 3.43); clusters of two that share tokens
-// (half the speed); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number of tiles
-// for the number of blocks (0 to 1 % slower in a step).
+// What 4096 rows lack is the latency of a tile's sums from four blocks. Rejected: a chain of products with their norms
+// in one launch (the barriers between them cost more than launches: 3.89 ms for 3.43); clusters of two that share
+// tokens (half the speed); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number of
+// tiles for the number of blocks (0 to 1 % slower in a step).
 #include <cuda.h>
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows from shared memory times kTokens tokens from shared
-// memory, 16 of k, bf16 with fp32 sums. Both operands lie with k innermost in the copy engine's 128-byte swizzle: rows of
-// 128 bytes, 8 of them 1,024 bytes. A thread's sums[j] are rows g, g + 8 of its warp's 16 and tokens 8 j + 2 c, + 1: what
-// OutputTile (gemm_tile.h) takes.
+// memory, 16 of k, bf16 with fp32 sums. Both operands lie with k innermost in the copy engine's 128-byte swizzle: rows
+// of 128 bytes, 8 of them 1,024 bytes. A thread's sums[j] are rows g, g + 8 of its warp's 16 and tokens 8 j + 2 c, + 1:
+// what OutputTile (gemm_tile.h) takes.
 #pragma once
 
 #include <cstdint>
