@@ -1,26 +1,24 @@
 #include "kernels/cuda/products.h"
 
+#include "kernels/cuda/gemm_wgmma.h"
+
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
-constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
+constexpr int kMaxRingRows = 2;                              // of bf16 weights, beyond: warpgroup instructions
+constexpr int kMaxOwnRows = 64, kMaxOwnRowsBf16Below90 = 8;  // beyond: cuBLASLt, where it may be used
+constexpr int kMaxStreamedRows = 64;                         // of our kernels without those instructions, beyond: tiled
 // Matrices that stay in the L2 have a kernel of their own, as long as its blocks are not too many for one wave or so
 // (docs/cuda.md).
 constexpr int64_t kSmallElements = int64_t{1} << 22, kSmallElementsFewRows = int64_t{1} << 20;
 constexpr int kFewRows = 8, kMostSmallRows = 256, kMostSmallBlocks = 768;
 
-bool IsSmall(const LinspecCudaMatrix& w, int rows) {
-  const int64_t elements = w.rows * w.cols, blocks = (w.rows + 15) / 16 * ((rows + 63) / 64);
-  return elements <= (rows <= kFewRows ? kSmallElementsFewRows : kSmallElements) && rows <= kMostSmallRows &&
-         blocks <= kMostSmallBlocks;
-}
+bool IsSmall(const LinspecCudaMatrix& w) { return w.rows * w.cols <= kSmallElements; }
 
-void LaunchOwn(const GemmParams& product, int rows, cudaStream_t stream) {
-  const auto launch = IsSmall(product.w, rows)   ? LaunchSmallGemm
-                      : rows <= kMaxStreamedRows ? LaunchStreamingGemm
-                                                 : LaunchTiledGemm;
-  launch(product, rows, stream);
+bool IsSmall(const LinspecCudaMatrix& w, int rows) {
+  const int64_t blocks = (w.rows + 15) / 16 * ((rows + 63) / 64);
+  return w.rows * w.cols <= (rows <= kFewRows ? kSmallElementsFewRows : kSmallElements) && rows <= kMostSmallRows &&
+         blocks <= kMostSmallBlocks;
 }
 
 }  // namespace
@@ -36,13 +34,25 @@ int32_t Products::Reserve() {
 // the number of rows.
 bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
   if (deterministic_ || context_->cublas() == nullptr || IsSmall(w, rows)) return false;
-  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
+  return rows > (w.type != kLinspecCudaBf16 || WgmmaGemmRuns() ? kMaxOwnRows : kMaxOwnRowsBf16Below90);
+}
+
+// Of our kernels the fastest, or in deterministic mode one whose bits are the same for any number of rows: those of the
+// warpgroup kernel are its own, all others agree.
+void Products::LaunchOwn(const GemmParams& product, int rows) {
+  if (IsSmall(product.w, rows)) {
+    LaunchSmallGemm(product, rows, context_->stream());
+    return;
+  }
+  const bool wgmma = product.w.type == kLinspecCudaBf16 && (deterministic_ ? !IsSmall(product.w) : rows > kMaxRingRows);
+  if (wgmma && LaunchWgmmaGemm(product, rows, context_->stream())) return;
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
 }
 
 void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
   const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = workspace_.as<void>()};
   if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
-  LaunchOwn(product, rows, context_->stream());
+  LaunchOwn(product, rows);
 }
 
 void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows) {
@@ -58,7 +68,7 @@ void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scra
                            .y_bf16 = activated,
                            .silu_mul = true,
                            .workspace = workspace_.as<void>()};
-  LaunchOwn(product, rows, context_->stream());
+  LaunchOwn(product, rows);
 }
 
 }  // namespace linspec::cuda

@@ -24,6 +24,7 @@ class Products {
 
  private:
   bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
+  void LaunchOwn(const GemmParams& product, int rows);
 
   Context* const context_;
   const bool deterministic_;
