@@ -109,6 +109,9 @@ def make_server(tmp_path_factory):
     yield make
     for server in servers:
         server.stop()
+    # A leak is reported at the end of the process, a report on a thread may outlive the test that caused it.
+    reports = [server.log() for server in servers if re.search(r"Sanitizer|runtime error: ", server.log())]
+    assert not reports, "\n".join(reports)
 
 
 @pytest.fixture(scope="session")
