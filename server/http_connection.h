@@ -160,18 +160,27 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
         buffer_.size() > kMaxPipelinedBytes + static_cast<size_t>(shared_->options.max_header_bytes))
       return;
     reading_ = true;
-    stream_.async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t size) {
+    // Into a buffer of its own: what came before may be consumed meanwhile, and that moves the buffer's end.
+    if (buffer_.size() == 0) swap(buffer_, incoming_);
+    stream_.async_read_some(incoming_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t size) {
       self->reading_ = false;
       if (error) return self->Close();  // also a half-closed client: it is treated as gone
       if (self->receiving_ && self->buffer_.size() == 0 && !self->parser_->got_some()) {
         self->SetDeadline(self->shared_->options.header_timeout_s);
       }
-      self->buffer_.commit(size);
+      self->TakeIncoming(size);
       if (self->receiving_)
         self->Parse();
       else
         self->Read();
     });
+  }
+
+  void TakeIncoming(size_t size) {
+    incoming_.commit(size);
+    if (buffer_.size() == 0) return swap(buffer_, incoming_);
+    buffer_.commit(net::buffer_copy(buffer_.prepare(size), incoming_.data()));
+    incoming_.consume(size);
   }
 
   void Dispatch() {
@@ -323,7 +332,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   void Drain() {
     if (reading_ || closed_) return;
     reading_ = true;
-    socket().async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t) {
+    socket().async_read_some(incoming_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t) {
       self->reading_ = false;
       if (error) return self->Close();
       self->Drain();
@@ -368,7 +377,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   Shared* const shared_;
   net::basic_waitable_timer<SteadyClock, net::wait_traits<SteadyClock>, Socket::executor_type> timer_;
   SteadyClock::time_point deadline_ = SteadyClock::time_point::max(), timer_at_ = SteadyClock::time_point::max();
-  beast::flat_buffer buffer_;
+  beast::flat_buffer buffer_, incoming_;  // received and not yet parsed; where a read under way writes
   std::optional<http::request_parser<http::string_body>> parser_;
   std::unique_ptr<HttpOperation> operation_;
   HttpRequest request_;
