@@ -136,6 +136,8 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
   visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},
         c.operations.log_prompts);
+  visit(FlagInfo{g, "metrics", "count and time what happens; false: nothing, and /metrics is not found"},
+        c.operations.metrics);
   visit(FlagInfo{g, "metrics-alias", "vllm: export the core metrics a second time as vllm:*", 0, 0, {"", "vllm"}},
         c.operations.metrics_alias);
 }

@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from conftest import BINARY, complete
 
-PUBLIC = {"/health", "/ready", "/version"}
+PUBLIC = {"/health", "/ping", "/ready", "/version"}
 
 
 def test_keys_cover_every_route_of_both_protocols(make_server, stubs, tmp_path):
@@ -95,6 +95,13 @@ def test_cors_is_opt_in(make_server, server):
     assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert httpx.get(open_server.url + "/v1/models").headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert "vllm:num_requests_running{" in httpx.get(open_server.url + "/metrics").text
+
+
+def test_metrics_can_be_switched_off(make_server):
+    server = make_server("--metrics", "false")
+    assert complete(server).status_code == 200
+    answer = httpx.get(server.url + "/metrics")
+    assert answer.status_code == 404 and "--metrics" in answer.json()["error"]["message"]
 
 
 def events(server):
