@@ -35,14 +35,16 @@ class PackedWeight {
   virtual int64_t bytes() const = 0;  // what one matmul streams from memory
 };
 
-// y[m, n] = sum_k x[m, k] w[n, k]  (+ y[m, n] if accumulate). For kI8 weights x is quantised per row to 8 bits
-// (symmetric), the dot is exact in int32, so every Isa gives the same bits.
+// y[m, n] = sum_k x'[m, k] w[n, k]  (+ y[m, n] if accumulate), where x' is x, or RmsNorm(x) if norm_weight is given. For
+// kI8 weights x' is quantised per row to 8 bits (symmetric), the dot is exact in int32, so every Isa gives the same bits.
 struct MatmulParams {
   const float* x;         // [num_rows, K]
   const PackedWeight* w;  // [N, K]
   float* y;               // [num_rows, N]
   int64_t num_rows;
   bool accumulate = false;
+  const float* norm_weight = nullptr;  // [K]
+  float norm_eps = 0;
 };
 
 struct RmsNormParams {
@@ -69,6 +71,12 @@ struct RopeNormalizeParams {
   int num_heads, num_kv_heads, head_dim;
   float rope_theta;
   float qk_norm_eps;
+};
+
+// The products of an MLP's first half and its activation: out = silu(gate) * up, both products of x.
+struct GatedMatmulParams {
+  MatmulParams product;  // w [2 dim, K]: gate then up; y [num_rows, 2 dim] is scratch
+  float* out;            // [num_rows, dim]
 };
 
 enum class GlobalBranch : uint8_t { kNone, kScaled, kRmsNorm };
@@ -121,7 +129,7 @@ struct CommitRequest {
   int64_t row_begin;  // first row of the request in qkv
   std::span<const int32_t> path;
 };
-struct CommitAttentionParams {
+struct CommitAttentionParams {  // of one layer; the layers of a call have the same heads and requests
   const AttentionLayer* layer;
   const float* qkv;  // as given to verify
   std::span<const CommitRequest> requests;
@@ -155,11 +163,14 @@ class CpuOps {
                                              int64_t rows, int64_t cols, DType target) = 0;
 
   virtual void Matmul(const MatmulParams&) = 0;
+  // Matmul, then RopeNormalize on its output (rope.qkv == product.y), in one pass over the output.
+  virtual void ProjectQkv(const MatmulParams& product, const RopeNormalizeParams& rope) = 0;
+  virtual void GatedMatmul(const GatedMatmulParams&) = 0;
   virtual void RmsNorm(const RmsNormParams&) = 0;
   virtual void SiluMul(const SiluMulParams&) = 0;
   virtual void RopeNormalize(const RopeNormalizeParams&) = 0;
   virtual void VerifyAttention(const VerifyAttentionParams&) = 0;
-  virtual void CommitAttention(const CommitAttentionParams&) = 0;
+  virtual void CommitAttention(std::span<const CommitAttentionParams> layers) = 0;
   virtual void PrefillAttention(const PrefillAttentionParams&) = 0;
 };
 

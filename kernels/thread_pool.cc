@@ -40,7 +40,7 @@ ThreadPool::~ThreadPool() {
 
 void ThreadPool::Run(int64_t count, int64_t grain, Function function, void* context) {
   if (count <= 0) return;
-  if (workers_.empty() || count <= grain) return function(context, 0, count);
+  if (workers_.empty() || count <= grain) return function(context, 0, 0, count);
   function_ = function;
   context_ = context;
   count_ = count;
@@ -62,12 +62,12 @@ void ThreadPool::Run(int64_t count, int64_t grain, Function function, void* cont
 
 void ThreadPool::RunPieces(uint32_t epoch, int thread) {
   for (int i = 0; i < num_threads(); ++i) {
-    const int done = RunShare(epoch, (thread + i) % num_threads());
+    const int done = RunShare(epoch, (thread + i) % num_threads(), thread);
     if (done > 0) unfinished_.fetch_sub(done, std::memory_order_acq_rel);
   }
 }
 
-int ThreadPool::RunShare(uint32_t epoch, int share) {
+int ThreadPool::RunShare(uint32_t epoch, int share, int thread) {
   int done = 0;
   std::atomic<uint64_t>& left = shares_[share].left;
   uint64_t ticket = left.load(std::memory_order_acquire);
@@ -76,7 +76,7 @@ int ThreadPool::RunShare(uint32_t epoch, int share) {
     const int64_t piece = ShareBegin(share + 1) - static_cast<int64_t>(static_cast<uint32_t>(ticket));
     const int64_t begin = num_grains_ * piece / num_pieces_ * grain_;
     const int64_t end = num_grains_ * (piece + 1) / num_pieces_ * grain_;
-    function_(context_, begin, std::min(end, count_));
+    function_(context_, thread, begin, std::min(end, count_));
     ++done;
     ticket = left.load(std::memory_order_acquire);
   }

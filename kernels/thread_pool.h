@@ -25,15 +25,21 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // body(begin, end) for a partition of [0, count) whose inner borders are multiples of `grain`.
+  // body(thread, begin, end) for a partition of [0, count) whose inner borders are multiples of `grain`; thread is that
+  // of the caller, 0 to num_threads() - 1.
   template <typename Body>
-  void ParallelFor(int64_t count, int64_t grain, Body&& body) {
+  void ParallelForThreads(int64_t count, int64_t grain, Body&& body) {
     Run(
         count, grain,
-        [](void* context, int64_t begin, int64_t end) {
-          (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end);
+        [](void* context, int thread, int64_t begin, int64_t end) {
+          (*static_cast<std::remove_reference_t<Body>*>(context))(thread, begin, end);
         },
         &body);
+  }
+  // body(begin, end)
+  template <typename Body>
+  void ParallelFor(int64_t count, int64_t grain, Body&& body) {
+    ParallelForThreads(count, grain, [&body](int, int64_t begin, int64_t end) { body(begin, end); });
   }
   template <typename Body>
   void ParallelFor(int64_t count, Body&& body) {
@@ -41,13 +47,13 @@ class ThreadPool {
   }
 
  private:
-  using Function = void (*)(void* context, int64_t begin, int64_t end);
+  using Function = void (*)(void* context, int thread, int64_t begin, int64_t end);
   void Run(int64_t count, int64_t grain, Function function, void* context);
   void Work(int thread);
   // Claims and runs pieces of loop `epoch` until none is left, beginning with the share of `thread`.
   void RunPieces(uint32_t epoch, int thread);
   int64_t ShareBegin(int64_t share) const { return num_pieces_ * share / num_threads(); }  // first piece
-  int RunShare(uint32_t epoch, int share);  // returns how many pieces it ran
+  int RunShare(uint32_t epoch, int share, int thread);  // returns how many pieces it ran
 
   // Written by the caller before the loop's first ticket. A claimed piece keeps the loop open, so whoever holds one may
   // read them.

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kPrefillRows = 512;
 
 // Scratch only grows: a smaller batch reuses what a larger one allocated.
-float* Grow(std::vector<float>& buffer, int64_t size) {
+float* Grow(AlignedVector<float>& buffer, int64_t size) {
   if (static_cast<int64_t>(buffer.size()) < size) buffer.resize(size);
   return buffer.data();
 }
@@ -70,28 +70,27 @@ std::string LinearTransformer::Describe() const {
 void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                                 Attention attention) {
   const int64_t n = static_cast<int64_t>(tokens.size()), dim = config_.hidden_size;
-  Embed(tokens);
-  float* normed = Grow(normed_, n * dim);
+  float* x = Grow(x_, n * dim);
+  for (int64_t i = 0; i < n; ++i) weights_.embedding.Lookup(tokens[i], x + i * dim);
   float* scratch_qkv = purpose == Purpose::kKeptOutput ? nullptr : Grow(qkv_, n * qkv_width());
   float* attended = Grow(attention_, n * attention_width());
   for (int i = 0; i < config_.num_layers; ++i) {
     const TransformerLayer& layer = weights_.layers[i];
     float* qkv = purpose == Purpose::kKeptOutput ? kept_qkv_[i].data() : scratch_qkv;
-    ops_->RmsNorm({.x = x_.data(),
-                   .weight = layer.attention_norm.data(),
-                   .out = normed,
-                   .num_rows = n,
-                   .dim = dim,
-                   .eps = config_.rms_norm_eps});
-    ops_->Matmul({.x = normed, .w = layer.qkv.get(), .y = qkv, .num_rows = n});
-    ops_->RopeNormalize({.qkv = qkv,
-                         .positions = positions.data(),
-                         .num_rows = n,
-                         .num_heads = config_.num_heads,
-                         .num_kv_heads = config_.num_kv_heads,
-                         .head_dim = config_.head_dim,
-                         .rope_theta = config_.rope_theta,
-                         .qk_norm_eps = config_.linear_attention.qk_norm_eps});
+    ops_->ProjectQkv({.x = x_.data(),
+                      .w = layer.qkv.get(),
+                      .y = qkv,
+                      .num_rows = n,
+                      .norm_weight = layer.attention_norm.data(),
+                      .norm_eps = config_.rms_norm_eps},
+                     {.qkv = qkv,
+                      .positions = positions.data(),
+                      .num_rows = n,
+                      .num_heads = config_.num_heads,
+                      .num_kv_heads = config_.num_kv_heads,
+                      .head_dim = config_.head_dim,
+                      .rope_theta = config_.rope_theta,
+                      .qk_norm_eps = config_.linear_attention.qk_norm_eps});
     attention(i, qkv, attended);
     if (purpose == Purpose::kState && i + 1 == config_.num_layers) return;  // nothing reads what would follow
     ops_->Matmul({.x = attended, .w = layer.o.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
@@ -99,41 +98,33 @@ void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const
   }
 }
 
-void LinearTransformer::Embed(std::span<const int32_t> tokens) {
-  float* x = Grow(x_, static_cast<int64_t>(tokens.size()) * config_.hidden_size);
-  for (const int32_t token : tokens) {
-    weights_.embedding.Lookup(token, x);
-    x += config_.hidden_size;
-  }
-}
-
 void LinearTransformer::Mlp(const TransformerLayer& layer, int64_t n) {
-  const int64_t dim = config_.hidden_size, inner = config_.intermediate_size;
+  const int64_t inner = config_.intermediate_size;
   float* gate_up = Grow(gate_up_, n * 2 * inner);
   float* activated = Grow(mlp_, n * inner);
-  ops_->RmsNorm({.x = x_.data(),
-                 .weight = layer.mlp_norm.data(),
-                 .out = normed_.data(),
-                 .num_rows = n,
-                 .dim = dim,
-                 .eps = config_.rms_norm_eps});
-  ops_->Matmul({.x = normed_.data(), .w = layer.gate_up.get(), .y = gate_up, .num_rows = n});
-  ops_->SiluMul({.gate_up = gate_up, .out = activated, .num_rows = n, .dim = inner});
+  ops_->GatedMatmul({.product = {.x = x_.data(),
+                                 .w = layer.gate_up.get(),
+                                 .y = gate_up,
+                                 .num_rows = n,
+                                 .norm_weight = layer.mlp_norm.data(),
+                                 .norm_eps = config_.rms_norm_eps},
+                     .out = activated});
   ops_->Matmul({.x = activated, .w = layer.down.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
 }
 
 VerifyResult LinearTransformer::Head(int64_t n) {
   const int64_t dim = config_.hidden_size, vocab = config_.vocab_size;
   float* logits = Grow(logits_, n * vocab);
+  float* hidden = Grow(hidden_, n * dim);
   ops_->RmsNorm({.x = x_.data(),
                  .weight = weights_.final_norm.data(),
-                 .out = normed_.data(),
+                 .out = hidden,
                  .num_rows = n,
                  .dim = dim,
                  .eps = config_.rms_norm_eps});
-  ops_->Matmul({.x = normed_.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
+  ops_->Matmul({.x = hidden, .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
   return {.logits = {logits, static_cast<size_t>(n * vocab)},
-          .hidden = {normed_.data(), static_cast<size_t>(n * dim)},
+          .hidden = {hidden, static_cast<size_t>(n * dim)},
           .sampled = {}};
 }
 
@@ -246,7 +237,7 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
 // Makes room for the nodes that batch adds: moves the kept rows of each request to where batch has them.
 void LinearTransformer::MoveKeptRows(const VerifyBatch& batch) {
   const int64_t width = qkv_width();
-  for (std::vector<float>& layer_qkv : kept_qkv_) {
+  for (AlignedVector<float>& layer_qkv : kept_qkv_) {
     float* kept = Grow(layer_qkv, batch.num_rows() * width);
     for (int r = batch.num_requests() - 1; r >= 0; --r) {  // rows only move up: last request first
       std::memmove(kept + batch.row_starts[r] * width, kept + verified_.batch.row_starts[r] * width,
@@ -266,15 +257,29 @@ absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const
     requests.push_back(
         {.state = {}, .length = verified_.lengths[r], .row_begin = batch.row_starts[r], .path = paths[r]});
   }
-  for (int layer = 0; layer < config_.num_layers && !requests.empty(); ++layer) {
-    for (size_t i = 0; i < requests.size(); ++i) requests[i].state = pool->layer(slots[i], layer);
-    ops_->CommitAttention(
-        {.layer = &weights_.layers[layer].attention, .qkv = kept_qkv_[layer].data(), .requests = requests});
+  std::vector<std::vector<CommitRequest>> states(config_.num_layers, requests);
+  std::vector<CommitAttentionParams> layers;
+  for (int layer = 0; layer < config_.num_layers; ++layer) {
+    for (size_t i = 0; i < requests.size(); ++i) states[layer][i].state = pool->layer(slots[i], layer);
+    layers.push_back(
+        {.layer = &weights_.layers[layer].attention, .qkv = kept_qkv_[layer].data(), .requests = states[layer]});
   }
+  ops_->CommitAttention(layers);
   for (size_t i = 0; i < requests.size(); ++i) {
     pool->set_length(slots[i], requests[i].length + static_cast<int64_t>(requests[i].path.size()));
   }
   verified_ = {};
+  return absl::OkStatus();
+}
+
+absl::Status LinearTransformer::Embed(std::span<const int32_t> tokens, std::span<float> out) {
+  if (absl::Status valid = CheckTokens(tokens, config_.vocab_size); !valid.ok()) return valid;
+  if (std::ssize(out) != std::ssize(tokens) * config_.hidden_size) {
+    return absl::InternalError(fmt::format("embed: {} values for {} tokens", out.size(), tokens.size()));
+  }
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    weights_.embedding.Lookup(tokens[i], out.data() + i * config_.hidden_size);
+  }
   return absl::OkStatus();
 }
 

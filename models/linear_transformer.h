@@ -14,6 +14,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/aligned_vector.h"
 #include "kernels/ops.h"
 #include "models/model.h"
 #include "models/model_config.h"
@@ -67,6 +68,7 @@ class LinearTransformer final : public Model {
   absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
+  absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out) override;
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
@@ -79,7 +81,6 @@ class LinearTransformer final : public Model {
   // kKeptOutput: qkv of each layer is computed in kept_qkv_, which has room for all rows.
   void Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                Attention attention);
-  void Embed(std::span<const int32_t> tokens);
   void Mlp(const TransformerLayer& layer, int64_t num_rows);
   VerifyResult Head(int64_t num_rows);  // final norm and lm_head over x_
 
@@ -98,17 +99,17 @@ class LinearTransformer final : public Model {
 
   // The last batch verified, and what Commit needs of it.
   VerifiedBatch verified_;
-  std::vector<std::vector<float>> kept_qkv_;  // [num_layers][num_rows, (H + 2 Hkv) * d]
+  std::vector<AlignedVector<float>> kept_qkv_;  // [num_layers][num_rows, (H + 2 Hkv) * d]
 
   // Scratch, [rows of the pass, ...].
-  std::vector<float> x_;               // [D] residual stream
-  std::vector<float> normed_;          // [D]; after the pass: hidden of VerifyResult
-  std::vector<float> qkv_;             // [(H + 2 Hkv) * d]
-  std::vector<float> attention_;       // [H * d]
-  std::vector<float> tree_attention_;  // [all rows of the batch, H * d], Extend only
-  std::vector<float> gate_up_;         // [2 F]
-  std::vector<float> mlp_;             // [F]
-  std::vector<float> logits_;          // [V]
+  AlignedVector<float> x_;               // [D] residual stream
+  AlignedVector<float> hidden_;          // [D] after the final norm: hidden of VerifyResult
+  AlignedVector<float> qkv_;             // [(H + 2 Hkv) * d]
+  AlignedVector<float> attention_;       // [H * d]
+  AlignedVector<float> tree_attention_;  // [all rows of the batch, H * d], Extend only
+  AlignedVector<float> gate_up_;         // [2 F]
+  AlignedVector<float> mlp_;             // [F]
+  AlignedVector<float> logits_;          // [V]
   std::vector<WindowRequest> requests_;
 };
 

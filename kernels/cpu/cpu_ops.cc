@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <thread>
 
 #include "absl/status/status.h"
@@ -140,7 +141,8 @@ PackedMatrix CpuWeight::matrix() const { return {data_.get(), scales_.data(), ro
 
 int64_t CpuWeight::bytes() const { return data_bytes_ + static_cast<int64_t>(scales_.size()) * 8; }
 
-CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads) : isa_(isa), table_(TableFor(isa)), pool_(num_threads) {}
+CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads)
+    : isa_(isa), table_(TableFor(isa)), pool_(num_threads), inputs_(&table_, &pool_) {}
 
 std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales,
                                                int64_t rows, int64_t cols, DType target) {
@@ -151,30 +153,57 @@ std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_
   return weight;
 }
 
-void CpuOpsImpl::Matmul(const MatmulParams& p) {
-  const auto& weight = static_cast<const CpuWeight&>(*p.w);
-  const PackedMatrix w = weight.matrix();
-  const int64_t blocks = PaddedRows(w.rows) / kLanes;
-  if (weight.dtype() == DType::kI8) {
-    const QuantizedRows x = Quantize(p.x, p.num_rows, w.cols);
-    pool_.ParallelFor(blocks, kBlockGrain, [&](int64_t begin, int64_t end) {
-      table_.matmul_i8(w, x, p.y, p.num_rows, begin, end, p.accumulate);
-    });
-    return;
+void CpuOpsImpl::MultiplyBlocks(const MatmulParams& p, const ProductInput& x, int64_t block_begin, int64_t block_end) {
+  const PackedMatrix w = static_cast<const CpuWeight&>(*p.w).matrix();
+  if (p.w->dtype() == DType::kI8) {
+    table_.matmul_i8(w, x.quantized, p.y, p.num_rows, block_begin, block_end, p.accumulate);
+  } else {
+    const auto matmul = p.w->dtype() == DType::kF32 ? table_.matmul_f32 : table_.matmul_bf16;
+    matmul(w, x.rows, p.y, p.num_rows, block_begin, block_end, p.accumulate);
   }
-  const auto matmul = weight.dtype() == DType::kF32 ? table_.matmul_f32 : table_.matmul_bf16;
-  pool_.ParallelFor(blocks, kBlockGrain,
-                    [&](int64_t begin, int64_t end) { matmul(w, p.x, p.y, p.num_rows, begin, end, p.accumulate); });
 }
 
-QuantizedRows CpuOpsImpl::Quantize(const float* x, int64_t num_rows, int64_t cols) {
-  const int64_t stride = PaddedCols(cols);
-  if (static_cast<int64_t>(quantized_.size()) < num_rows * stride) quantized_.resize(num_rows * stride);
-  if (static_cast<int64_t>(quantized_scales_.size()) < num_rows) quantized_scales_.resize(num_rows);
-  ForRows(num_rows, cols, [&](int64_t m) {
-    table_.quantize_row(x + m * cols, cols, stride, quantized_.data() + m * stride, &quantized_scales_[m]);
+void CpuOpsImpl::Matmul(const MatmulParams& p) {
+  inputs_.Begin(p);
+  pool_.ParallelForThreads(PaddedRows(p.w->rows()) / kLanes, kBlockGrain, [&](int thread, int64_t begin, int64_t end) {
+    MultiplyBlocks(p, inputs_.Get(thread), begin, end);
   });
-  return {quantized_.data(), quantized_scales_.data(), stride};
+}
+
+// A piece is a number of whole heads, which the thread that computed them turns while they are in its cache.
+void CpuOpsImpl::ProjectQkv(const MatmulParams& product, const RopeNormalizeParams& rope) {
+  LINSPEC_CHECK(rope.qkv == product.y && rope.num_rows == product.num_rows && !product.accumulate);
+  UpdateRopeTable(rope);
+  inputs_.Begin(product);
+  const int64_t d = rope.head_dim, grain = std::lcm(kBlockGrain * kLanes, d) / kLanes;
+  const int64_t turned = rope.num_heads + rope.num_kv_heads;
+  pool_.ParallelForThreads(PaddedRows(product.w->rows()) / kLanes, grain, [&](int thread, int64_t begin, int64_t end) {
+    MultiplyBlocks(product, inputs_.Get(thread), begin, end);
+    const int64_t first = begin * kLanes / d, last = std::min(turned, end * kLanes / d);
+    for (int64_t m = 0; m < product.num_rows; ++m) RopeHeads(rope, m, first, last);
+  });
+}
+
+void CpuOpsImpl::GatedMatmul(const GatedMatmulParams& p) {
+  const MatmulParams& product = p.product;
+  const int64_t dim = product.w->rows() / 2, num_rows = product.num_rows;
+  LINSPEC_CHECK(product.w->rows() == 2 * dim && !product.accumulate);
+  if (dim % kLanes != 0) {  // gate and up share a block
+    Matmul(product);
+    SiluMul({.gate_up = product.y, .out = p.out, .num_rows = num_rows, .dim = dim});
+    return;
+  }
+  inputs_.Begin(product);
+  const int64_t blocks = dim / kLanes;
+  pool_.ParallelForThreads(blocks, kBlockGrain, [&](int thread, int64_t begin, int64_t end) {
+    const ProductInput x = inputs_.Get(thread);
+    MultiplyBlocks(product, x, begin, end);
+    MultiplyBlocks(product, x, blocks + begin, blocks + end);
+    for (int64_t m = 0; m < num_rows; ++m) {
+      const float* gate = product.y + m * 2 * dim + begin * kLanes;
+      table_.silu_mul(gate, gate + dim, p.out + m * dim + begin * kLanes, (end - begin) * kLanes);
+    }
+  });
 }
 
 void CpuOpsImpl::RmsNorm(const RmsNormParams& p) {
@@ -191,14 +220,16 @@ void CpuOpsImpl::SiluMul(const SiluMulParams& p) {
 
 void CpuOpsImpl::RopeNormalize(const RopeNormalizeParams& p) {
   UpdateRopeTable(p);
-  const int half = p.head_dim / 2;
-  const int64_t stride = int64_t{p.num_heads + 2 * p.num_kv_heads} * p.head_dim;
-  ForRows(p.num_rows, stride * 2, [&](int64_t m) {
-    for (int h = 0; h < p.num_heads + p.num_kv_heads; ++h) {
-      table_.rope_normalize(p.qkv + m * stride + int64_t{h} * p.head_dim, &rope_.cosines[m * half],
-                            &rope_.sines[m * half], p.head_dim, p.qk_norm_eps);
-    }
-  });
+  const int64_t heads = p.num_heads + p.num_kv_heads;
+  ForRows(p.num_rows, heads * p.head_dim * 3, [&](int64_t m) { RopeHeads(p, m, 0, heads); });
+}
+
+void CpuOpsImpl::RopeHeads(const RopeNormalizeParams& p, int64_t m, int64_t begin, int64_t end) {
+  const int64_t half = p.head_dim / 2, stride = int64_t{p.num_heads + 2 * p.num_kv_heads} * p.head_dim;
+  for (int64_t h = begin; h < end; ++h) {
+    table_.rope_normalize(p.qkv + m * stride + h * p.head_dim, &rope_.cosines[m * half], &rope_.sines[m * half],
+                          p.head_dim, p.qk_norm_eps);
+  }
 }
 
 // The angles of a batch are the same in every layer: recomputed only when the positions change. In double, because
@@ -237,11 +268,18 @@ void CpuOpsImpl::VerifyAttention(const VerifyAttentionParams& p) {
   });
 }
 
-void CpuOpsImpl::CommitAttention(const CommitAttentionParams& p) {
-  const int num_kv_heads = p.layer->num_kv_heads;
-  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+void CpuOpsImpl::CommitAttention(std::span<const CommitAttentionParams> layers) {
+  if (layers.empty()) return;
+  const int64_t num_kv_heads = layers[0].layer->num_kv_heads, num_requests = std::ssize(layers[0].requests);
+  const int64_t per_layer = num_requests * num_kv_heads;
+  for (const CommitAttentionParams& p : layers) {
+    LINSPEC_CHECK(p.layer->num_kv_heads == num_kv_heads && std::ssize(p.requests) == num_requests);
+  }
+  pool_.ParallelFor(std::ssize(layers) * per_layer, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      CommitKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, static_cast<int>(i % num_kv_heads));
+      const CommitAttentionParams& p = layers[i / per_layer];
+      CommitKvHead(table_, *p.layer, p.requests[i % per_layer / num_kv_heads], p.qkv,
+                   static_cast<int>(i % num_kv_heads));
     }
   });
 }

@@ -5,7 +5,9 @@
 #include <memory>
 #include <vector>
 
+#include "kernels/aligned_vector.h"
 #include "kernels/cpu/isa_table.h"
+#include "kernels/cpu/product_inputs.h"
 #include "kernels/cpu/weight_arena.h"
 #include "kernels/ops.h"
 #include "kernels/thread_pool.h"
@@ -28,9 +30,9 @@ class CpuWeight : public PackedWeight {
   int64_t rows_, cols_;
   DType dtype_;
   int64_t data_bytes_;
-  std::shared_ptr<uint8_t> data_;  // layout: PackedMatrix
-  std::vector<float> scales_;      // i8 only, padded to whole blocks
-  std::vector<int32_t> row_sums_;  // i8 only
+  std::shared_ptr<uint8_t> data_;    // layout: PackedMatrix
+  AlignedVector<float> scales_;      // i8 only, padded to whole blocks
+  AlignedVector<int32_t> row_sums_;  // i8 only
 };
 
 class CpuOpsImpl : public CpuOps {
@@ -41,11 +43,13 @@ class CpuOpsImpl : public CpuOps {
   std::unique_ptr<PackedWeight> Pack(const void* source, DType source_dtype, const float* row_scales, int64_t rows,
                                      int64_t cols, DType target) override;
   void Matmul(const MatmulParams&) override;
+  void ProjectQkv(const MatmulParams& product, const RopeNormalizeParams& rope) override;
+  void GatedMatmul(const GatedMatmulParams&) override;
   void RmsNorm(const RmsNormParams&) override;
   void SiluMul(const SiluMulParams&) override;
   void RopeNormalize(const RopeNormalizeParams&) override;
   void VerifyAttention(const VerifyAttentionParams&) override;
-  void CommitAttention(const CommitAttentionParams&) override;
+  void CommitAttention(std::span<const CommitAttentionParams> layers) override;
   void PrefillAttention(const PrefillAttentionParams&) override;
 
  private:
@@ -60,20 +64,22 @@ class CpuOpsImpl : public CpuOps {
       for (int64_t m = begin; m < end; ++m) body(m);
     });
   }
-  QuantizedRows Quantize(const float* x, int64_t num_rows, int64_t cols);
+  // y's blocks [block_begin, block_end) of 16 columns.
+  void MultiplyBlocks(const MatmulParams& p, const ProductInput& x, int64_t block_begin, int64_t block_end);
   void UpdateRopeTable(const RopeNormalizeParams& p);
+  // Heads [begin, end) of row m, counted from the first query head.
+  void RopeHeads(const RopeNormalizeParams& p, int64_t m, int64_t begin, int64_t end);
 
   const Isa isa_;
   const IsaTable& table_;
   ThreadPool pool_;
   WeightArena arena_;
-  std::vector<uint8_t> quantized_;
-  std::vector<float> quantized_scales_;
+  ProductInputs inputs_;
   struct {
     int head_dim = 0;
     float theta = 0;
     std::vector<int64_t> positions;
-    std::vector<float> cosines, sines;  // [num_rows, head_dim / 2]
+    AlignedVector<float> cosines, sines;  // [num_rows, head_dim / 2]
   } rope_;
 };
 

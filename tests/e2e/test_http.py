@@ -50,27 +50,15 @@ def test_pipelined_requests_all_answered(server):
     assert answer.count("HTTP/1.1 200 OK") == 4 and answer.rindex('"version"') > answer.index("[DONE]")
 
 
-@pytest.mark.parametrize("split", [0, 10])
-def test_a_request_whose_end_comes_after_the_answer_before_it(server, split):
-    """The next request's head arrives while the answer before it is in the making, its body after that."""
-    first, second = ({"prompt": "x", "max_tokens": tokens, "temperature": 0, "ignore_eos": True} for tokens in (300, 3))
-    expected = httpx.post(server.url + "/v1/completions", json=second, timeout=60).json()["choices"][0]["text"]
-    whole = request("POST", "/v1/completions", json.dumps(second)).encode()
-    head = whole.index(b"\r\n\r\n") + 4 + split
-    with socket.create_connection(("127.0.0.1", server.http_port), timeout=60) as sock:
-        sock.sendall(request("POST", "/v1/completions", json.dumps(first), close=False).encode())
-        time.sleep(0.05)
-        sock.sendall(whole[:head])
-        answer = b""
-        while b'"usage"' not in answer:     # the first answer is there
-            answer += sock.recv(65536)
-        time.sleep(0.05)
-        sock.sendall(whole[head:])
-        answer = b""
-        while chunk := sock.recv(65536):
-            answer += chunk
-    assert answer.startswith(b"HTTP/1.1 200 OK"), answer
-    assert json.loads(answer[answer.index(b"\r\n\r\n"):])["choices"][0]["text"] == expected
+def test_body_that_comes_after_its_head_was_read_ahead(server):
+    body = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0})
+    whole = request("POST", "/v1/completions", body, close=False)
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=10) as sock:
+        sock.sendall((whole + whole[:-len(body)]).encode())
+        first = sock.recv(65536)  # answered with the second head already read
+        sock.sendall(body.encode())
+        second = sock.recv(65536)
+    assert first.startswith(b"HTTP/1.1 200 OK") and second.startswith(b"HTTP/1.1 200 OK")
 
 
 def test_head_expect_and_1_0(server):

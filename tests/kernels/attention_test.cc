@@ -75,7 +75,8 @@ std::vector<float> Sequential(CpuOps& ops, const Fixture& f, const std::vector<i
     ops.VerifyAttention({&f.layer, f.qkv.data(), out.data(), {&request, 1}});
     result.insert(result.end(), out.begin() + row * OutDim(f), out.begin() + (row + 1) * OutDim(f));
     const CommitRequest commit{f.View(state), length, row, path};
-    ops.CommitAttention({&f.layer, f.qkv.data(), {&commit, 1}});
+    const CommitAttentionParams params{&f.layer, f.qkv.data(), {&commit, 1}};
+    ops.CommitAttention({&params, 1});
     ++length;
   }
   return result;
@@ -211,7 +212,8 @@ TEST_P(AttentionTest, TreeVerifyEqualsSequentialOnEveryPathAndPhase) {
           << "prefix " << prefix << " node " << node;
       auto committed = before;
       const CommitRequest commit{f.View(committed), prefix, prefix, path};
-      ops_->CommitAttention({&f.layer, f.qkv.data(), {&commit, 1}});
+      const CommitAttentionParams params{&f.layer, f.qkv.data(), {&commit, 1}};
+      ops_->CommitAttention({&params, 1});
       ASSERT_EQ(committed, replay) << "prefix " << prefix << " node " << node;
     }
   }

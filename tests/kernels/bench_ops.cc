@@ -178,7 +178,8 @@ void BM_Fold(benchmark::State& state, Isa isa) {
   Attention a(1);
   const std::vector<int32_t> path = {0};
   const CommitRequest request{a.state, kGroup - 1, 0, path};
-  for (auto _ : state) ops->CommitAttention({&a.layer, a.qkv.data(), {&request, 1}});
+  const CommitAttentionParams params{&a.layer, a.qkv.data(), {&request, 1}};
+  for (auto _ : state) ops->CommitAttention({&params, 1});
 }
 
 void BM_Prefill(benchmark::State& state, Isa isa, int num_rows) {

@@ -141,7 +141,8 @@ TEST_P(CudaWindowTest, VerifyAndCommitMatchTheScalarReferenceAtEveryPhase) {
 
       std::vector<float> expected_state = state_;
       const CommitRequest commit{View(expected_state), length, 0, path};
-      ops_->CommitAttention({&layer_, qkv_.data(), {&commit, 1}});
+      const CommitAttentionParams reference{&layer_, qkv_.data(), {&commit, 1}};
+      ops_->CommitAttention({&reference, 1});
       cuda::AttentionParams params = Params(state_, out);
       params.paths = path.data();
       for (int head = 0; head < shape_.kv_heads; ++head) {

@@ -182,6 +182,44 @@ TEST_P(IsaTest, RopeNormalizeIsExactFarOut) {
   }
 }
 
+// The fused ops against the plain ones, with few rows (each thread prepares its own input) and many (prepared once).
+TEST_P(IsaTest, FusedProductsEqualTheirParts) {
+  const int heads = 2, kv_heads = 1, d = 24, cols = 72;
+  const auto threaded = MakeOps(GetParam(), 3);
+  const auto norm = Random(cols, 11);
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    for (const int m : {1, 5, 300}) {
+      const auto x = Random(m * cols, 12, 3.0f);
+      std::vector<float> normed(x.size());
+      scalar_->RmsNorm({x.data(), norm.data(), normed.data(), m, cols, 1e-5f});
+      const int width = (heads + 2 * kv_heads) * d;
+      const auto w = Random(width * cols, 13, 0.1f);
+      std::vector<int64_t> positions(m);
+      for (int i = 0; i < m; ++i) positions[i] = 7 * i + 3;
+      const auto rope = [&](float* qkv) {
+        return RopeNormalizeParams{qkv, positions.data(), m, heads, kv_heads, d, 10000.0f, 1e-6f};
+      };
+      auto expected = RunMatmul(*scalar_, w, normed, width, cols, m, dtype);
+      scalar_->RopeNormalize(rope(expected.data()));
+      const auto weight = threaded->Pack(w.data(), DType::kF32, nullptr, width, cols, dtype);
+      std::vector<float> qkv(m * width, NAN);
+      const MatmulParams product{x.data(), weight.get(), qkv.data(), m, false, norm.data(), 1e-5f};
+      threaded->ProjectQkv(product, rope(qkv.data()));
+      ExpectSameBits(qkv, expected, fmt::format("qkv {} rows {}", DTypeName(dtype), m));
+
+      for (const int dim : {128, 40}) {  // whole blocks, and a block that gate and up share
+        const auto gate_up = Random(2 * dim * cols, 14, 0.1f);
+        const auto products = RunMatmul(*scalar_, gate_up, normed, 2 * dim, cols, m, dtype);
+        std::vector<float> activated(m * dim), out(m * dim, NAN), scratch(m * 2 * dim);
+        scalar_->SiluMul({products.data(), activated.data(), m, dim});
+        const auto packed = threaded->Pack(gate_up.data(), DType::kF32, nullptr, 2 * dim, cols, dtype);
+        threaded->GatedMatmul({{x.data(), packed.get(), scratch.data(), m, false, norm.data(), 1e-5f}, out.data()});
+        ExpectSameBits(out, activated, fmt::format("gated {} rows {} dim {}", DTypeName(dtype), m, dim));
+      }
+    }
+  }
+}
+
 TEST(CpuOpsTest, RefusesBadOptions) {
   EXPECT_FALSE(CpuOps::Create({.num_threads = -1}).ok());
   EXPECT_FALSE(CpuOps::Create({.num_threads = 100000}).ok());
