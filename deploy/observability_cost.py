@@ -81,14 +81,14 @@ def model_case(binary):
     port = free_port()
     ready = f"http://127.0.0.1:{port}/ready"
     command = [binary, "serve", "--http-port", str(port), "--grpc-port", "-1"]
-    load = [binary, "loadtest", "--quiet", "--num-prompts", "96", "--max-concurrency", "8", "--random-input-len", "32",
+    load = [binary, "loadtest", "--quiet", "--num-prompts", "48", "--max-concurrency", "8", "--random-input-len", "32",
             "--random-output-len", "64", "--ignore-eos", "--temperature", "0"]
     return command, lambda _log: wait_for(lambda: urllib.request.urlopen(ready, timeout=1) and port), load
 
 
 def null_case(bench, binary):
     command = [bench, "serve", "--max-requests", "600", "--pace-us", "20000"]
-    load = [binary, "loadtest", "--quiet", "--num-prompts", "500", "--random-input-len", "8", "--random-output-len", "200", "--ignore-eos"]
+    load = [binary, "loadtest", "--quiet", "--num-prompts", "500", "--random-input-len", "8", "--random-output-len", "100", "--ignore-eos"]
     return command, lambda log: int(wait_for(log.read_text).split()[0]), load
 
 
