@@ -1,6 +1,12 @@
 // CpuOps: packing, blocking and threads around the tables of isa_table.h.
 #include "kernels/cpu/cpu_ops.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -14,12 +20,29 @@
 
 namespace linspec {
 
+namespace {
+
+#if defined(__x86_64__)
+// Linux gives a process the tile registers, 8 KiB that every thread then saves, only when it asks.
+bool AmxPermitted() {
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;  // CPUID leaf 7, edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxTile) == 0 || (edx & kAmxInt8) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+}  // namespace
+
 Isa DetectIsa() {
 #if defined(__x86_64__)
+  static const bool amx = AmxPermitted();
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")) {
-    return Isa::kAvx512;
+    return amx ? Isa::kAmx : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
@@ -34,6 +57,8 @@ const char* IsaName(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   LINSPEC_CHECK(false);
 }
@@ -55,6 +80,7 @@ namespace cpu {
 namespace {
 
 const IsaTable& TableFor(Isa isa) {
+  if (isa == Isa::kAmx) return AmxTable();
   if (isa == Isa::kAvx512) return Avx512Table();
   if (isa == Isa::kAvx2) return Avx2Table();
   return ScalarTable();
