@@ -16,7 +16,6 @@
 #include "absl/status/status.h"
 #include "fmt/core.h"
 #include "kernels/check.h"
-#include "kernels/cpu/cpu_attention.h"
 
 namespace linspec {
 
@@ -168,7 +167,7 @@ PackedMatrix CpuWeight::matrix() const { return {data_.get(), scales_.data(), ro
 int64_t CpuWeight::bytes() const { return data_bytes_ + static_cast<int64_t>(scales_.size()) * 8; }
 
 CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads)
-    : isa_(isa), table_(TableFor(isa)), pool_(num_threads), inputs_(&table_, &pool_) {}
+    : isa_(isa), table_(TableFor(isa)), pool_(num_threads), inputs_(&table_, &pool_), attention_(num_threads) {}
 
 std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales,
                                                int64_t rows, int64_t cols, DType target) {
@@ -284,12 +283,13 @@ void CpuOpsImpl::UpdateRopeTable(const RopeNormalizeParams& p) {
 
 void CpuOpsImpl::VerifyAttention(const VerifyAttentionParams& p) {
   const int num_kv_heads = p.layer->num_kv_heads;
-  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(p.requests) * num_kv_heads, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + 1 < end) {
         PrefetchKvHead(*p.layer, p.requests[(i + 1) / num_kv_heads], static_cast<int>((i + 1) % num_kv_heads));
       }
-      VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+      VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads),
+                   &attention_[thread]);
     }
   });
 }
@@ -301,20 +301,21 @@ void CpuOpsImpl::CommitAttention(std::span<const CommitAttentionParams> layers) 
   for (const CommitAttentionParams& p : layers) {
     LINSPEC_CHECK(p.layer->num_kv_heads == num_kv_heads && std::ssize(p.requests) == num_requests);
   }
-  pool_.ParallelFor(std::ssize(layers) * per_layer, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(layers) * per_layer, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const CommitAttentionParams& p = layers[i / per_layer];
       CommitKvHead(table_, *p.layer, p.requests[i % per_layer / num_kv_heads], p.qkv,
-                   static_cast<int>(i % num_kv_heads));
+                   static_cast<int>(i % num_kv_heads), &attention_[thread]);
     }
   });
 }
 
 void CpuOpsImpl::PrefillAttention(const PrefillAttentionParams& p) {
   const int num_kv_heads = p.layer->num_kv_heads;
-  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(p.requests) * num_kv_heads, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      PrefillKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+      PrefillKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads),
+                    &attention_[thread]);
     }
   });
 }
