@@ -1,32 +1,14 @@
 #include "models/draft_candidates.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cmath>
+
+#include "kernels/logit_scan.h"
 
 namespace linspec {
 namespace {
 
 constexpr int kRivals = 8;  // candidates that odds are taken among, at least
-
-// exp(x) for x <= 0 within 3 %: the exponent's bits from x / ln 2. Estimates need no more, and it vectorises.
-float RoughExp(float x) {
-  return std::bit_cast<float>(static_cast<int32_t>(std::max(x, -80.0f) * 12102203.0f) + 1064986823);
-}
-
-float RoughSumExp(std::span<const float> logits, float max, float scale) {
-  constexpr size_t kLanes = 16;
-  std::array<float, kLanes> sums{};
-  size_t i = 0;
-  for (; i + kLanes <= logits.size(); i += kLanes) {
-    for (size_t lane = 0; lane < kLanes; ++lane) sums[lane] += RoughExp((logits[i + lane] - max) * scale);
-  }
-  for (; i < logits.size(); ++i) sums[0] += RoughExp((logits[i] - max) * scale);
-  float sum = 0;
-  for (const float lane : sums) sum += lane;
-  return sum;
-}
 
 }  // namespace
 

@@ -3,10 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
-
-#include "models/draft_candidates.h"
 
 namespace linspec {
 namespace {
@@ -24,13 +21,11 @@ absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std
     return absl::InvalidArgumentError(fmt::format("draft model has a vocabulary of {}, the target of {}",
                                                   model->config().vocab_size, target_vocab_size));
   }
-  if (options.max_depth < 1 || options.max_depth >= kMaxTreeNodes || options.top_k < 1 ||
-      options.top_k >= kMaxTreeNodes || !(options.min_confidence >= 0 && options.min_confidence <= 1) ||
-      options.max_catch_up_tokens < 1) {
-    return absl::InvalidArgumentError(fmt::format(
-        "draft options out of range: max_depth {} and top_k {} (1 to {}), min_confidence {} (0 to 1), "
-        "max_catch_up_tokens {} (1 or more)",
-        options.max_depth, options.top_k, kMaxTreeNodes - 1, options.min_confidence, options.max_catch_up_tokens));
+  const GrowthOptions growth{options.max_depth, options.top_k, options.min_confidence};
+  if (absl::Status valid = growth.Validate(); !valid.ok()) return valid;
+  if (options.max_catch_up_tokens < 1) {
+    return absl::InvalidArgumentError(
+        fmt::format("draft options out of range: max_catch_up_tokens {} (1 or more)", options.max_catch_up_tokens));
   }
   absl::StatusOr<std::unique_ptr<StatePool>> pool = model->CreatePool(options.max_sequences);
   if (!pool.ok()) return pool.status();
@@ -48,25 +43,7 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
   if (drafts->empty()) return proposals;
   if (absl::Status grown = Grow(*drafts); !grown.ok()) return grown;
 
-  for (Draft& draft : *drafts) {
-    // A path is never likelier than its beginning, so the best candidates contain their parents, and come after them.
-    std::vector<int> order(draft.candidates.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int a, int b) { return draft.candidates[a].probability > draft.candidates[b].probability; });
-    order.resize(std::min<size_t>(order.size(), draft.budget));
-    DraftTree& proposal = proposals[draft.index];
-    proposal.probabilities = {1.0f};
-    const bool independent = draft.context->draw == DraftDraw::kIndependent;
-    if (independent) proposal.distributions.resize(1);
-    std::vector<int> node_of(draft.candidates.size(), 0);
-    for (const int candidate : order) {
-      const int parent = draft.candidates[candidate].parent;
-      node_of[candidate] = proposal.Add(draft.candidates[candidate].token, parent < 0 ? 0 : node_of[parent]);
-      proposal.probabilities.push_back(draft.candidates[candidate].probability);
-      if (independent) proposal.distributions.push_back(std::move(draft.candidates[candidate].distribution));
-    }
-  }
+  for (Draft& draft : *drafts) proposals[draft.index] = draft.growth.TakeTree();
   return proposals;
 }
 
@@ -121,14 +98,13 @@ absl::StatusOr<std::vector<DraftModelDrafter::Draft>> DraftModelDrafter::StartDr
     }
     if (behind - prefill > kMaxRideAlong) continue;
 
-    Draft draft{.context = &context,
+    Draft draft{.growth = DraftGrowth(&context, growth_options()),
                 .index = i,
                 .slot = slot->second.id(),
-                .budget = std::min(context.max_nodes, kMaxTreeNodes) - 1,
                 .tree = {},
                 .pending = 0,
-                .candidates = {},
-                .frontier = {-1}};
+                .nodes = {},
+                .frontier = {DraftGrowth::kPending}};
     for (const int32_t token : context.tokens.subspan(length + prefill)) {
       draft.tree.Add(token, draft.tree.num_nodes() - 1);
     }
@@ -149,7 +125,7 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
     if (!result.ok()) return result.status();
     last_batch_ = batch;
     last_sequences_.clear();
-    for (const Draft& draft : drafts) last_sequences_.push_back(draft.context->sequence_id);
+    for (const Draft& draft : drafts) last_sequences_.push_back(draft.growth.context().sequence_id);
 
     const size_t vocab = model_->config().vocab_size;
     size_t row = 0;
@@ -157,7 +133,7 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
     for (Draft& draft : drafts) {
       if (depth == 0) row += draft.tree.num_nodes() - 1;  // tokens that ride along: their logits are known text
       for (const int candidate : std::exchange(draft.frontier, {})) {
-        AddCandidates(draft, candidate, result->logits.subspan(row++ * vocab, vocab));
+        draft.growth.AddChildren(candidate, result->logits.subspan(row++ * vocab, vocab));
       }
       more |= ExpandLevel(draft, depth + 1);
     }
@@ -166,49 +142,14 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
   return absl::OkStatus();
 }
 
-void DraftModelDrafter::AddCandidates(Draft& draft, int parent, std::span<const float> logits) const {
-  const int depth = parent < 0 ? 0 : draft.candidates[parent].depth;
-  const float path = parent < 0 ? 1.0f : draft.candidates[parent].probability;
-  const int64_t position = static_cast<int64_t>(draft.context->tokens.size()) + depth;
-  const SamplingParams& sampling = *draft.context->sampling;
-  if (draft.context->draw == DraftDraw::kIndependent) {
-    std::optional<IndependentDraw> drawn = DrawIndependently(logits, sampling, position);
-    if (!drawn || drawn->candidate.probability < options_.min_confidence ||
-        path * drawn->candidate.probability < draft.context->min_probability) {
-      return;
-    }
-    draft.candidates.push_back({.token = drawn->candidate.token,
-                                .parent = parent,
-                                .depth = depth + 1,
-                                .probability = path * drawn->candidate.probability,
-                                .distribution = std::move(drawn->distribution)});
-    return;
-  }
-  const std::vector<DraftCandidate> choices =
-      LikelyChoices(logits, sampling, position, options_.top_k, draft.context->draw == DraftDraw::kCoupled);
-  if (choices.empty() || choices[0].probability < options_.min_confidence) return;
-  for (const DraftCandidate& choice : choices) {
-    if (path * choice.probability < draft.context->min_probability) break;
-    draft.candidates.push_back(
-        {.token = choice.token, .parent = parent, .depth = depth + 1, .probability = path * choice.probability});
-  }
-}
-
 // Puts the likeliest candidates of this depth into the tree for the next look. False: nothing more to look at.
 bool DraftModelDrafter::ExpandLevel(Draft& draft, int depth) const {
-  if (depth >= options_.max_depth || depth >= draft.budget) return false;
-  std::vector<int> level;
-  for (size_t i = 0; i < draft.candidates.size(); ++i) {
-    if (draft.candidates[i].depth == depth) level.push_back(static_cast<int>(i));
-  }
-  std::stable_sort(level.begin(), level.end(),
-                   [&](int a, int b) { return draft.candidates[a].probability > draft.candidates[b].probability; });
-  const int room = std::min(options_.top_k, kMaxTreeNodes - draft.tree.num_nodes());
-  level.resize(std::clamp<int>(static_cast<int>(level.size()), 0, room));
+  const std::vector<int> level = draft.growth.NextLevel(depth, kMaxTreeNodes - draft.tree.num_nodes());
   for (const int index : level) {
-    Candidate& candidate = draft.candidates[index];
-    const int parent = candidate.parent < 0 ? draft.pending : draft.candidates[candidate.parent].node;
-    candidate.node = draft.tree.Add(candidate.token, parent);
+    const int parent = draft.growth.candidate(index).parent;
+    draft.nodes.resize(std::max<size_t>(draft.nodes.size(), index + 1));
+    draft.nodes[index] = draft.tree.Add(draft.growth.candidate(index).token,
+                                        parent == DraftGrowth::kPending ? draft.pending : draft.nodes[parent]);
     draft.frontier.push_back(index);
   }
   return !level.empty();

@@ -17,6 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "models/draft_growth.h"
 #include "models/drafter.h"
 #include "models/model.h"
 #include "models/state_pool.h"
@@ -47,25 +48,15 @@ class DraftModelDrafter final : public Drafter {
   const StatePool& pool() const { return *pool_; }
 
  private:
-  // A token that may be proposed. parent is an index into Draft::candidates, -1 for the pending token.
-  struct Candidate {
-    int32_t token;
-    int parent;
-    int depth;                                        // of the token in the proposal: 1 below the pending token
-    float probability;                                // of the path to it, as the draft sees it
-    int node = -1;                                    // in Draft::tree once the draft model looks at it
-    std::vector<TokenProbability> distribution = {};  // it was drawn from, if independently
-  };
   // One context being drafted for.
   struct Draft {
-    const DraftContext* context;
+    DraftGrowth growth;
     size_t index;  // of the context
     int32_t slot;
-    int budget;      // tokens to propose at most
-    DraftTree tree;  // what the model sees: tokens it lags behind, the pending one, candidates
-    int pending;     // node of the pending token in tree
-    std::vector<Candidate> candidates;
-    std::vector<int> frontier;  // candidates (or -1: the pending token) whose logits come next, in node order
+    DraftTree tree;             // what the model sees: tokens it lags behind, the pending one, candidates
+    int pending;                // node of the pending token in tree
+    std::vector<int> nodes;     // [candidate] its node in tree, where the draft model looks at it
+    std::vector<int> frontier;  // candidates (or kPending) whose logits come next, in node order
   };
 
   DraftModelDrafter(std::unique_ptr<Model> model, std::unique_ptr<StatePool> pool, DraftModelOptions options)
@@ -74,8 +65,8 @@ class DraftModelDrafter final : public Drafter {
   absl::Status CommitAccepted(std::span<const DraftContext> contexts);
   absl::StatusOr<std::vector<Draft>> StartDrafts(std::span<const DraftContext> contexts);
   absl::Status Grow(std::vector<Draft>& drafts);
-  void AddCandidates(Draft& draft, int parent, std::span<const float> logits) const;
   bool ExpandLevel(Draft& draft, int depth) const;
+  GrowthOptions growth_options() const { return {options_.max_depth, options_.top_k, options_.min_confidence}; }
   VerifyBatch Pack(const std::vector<Draft>& drafts) const;
 
   std::unique_ptr<Model> model_;

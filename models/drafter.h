@@ -37,7 +37,7 @@ struct DraftContext {
 class Drafter {
  public:
   virtual ~Drafter() = default;
-  virtual std::string_view name() const = 0;  // "draft", "medusa", "ngram"
+  virtual std::string_view name() const = 0;  // "draft", "medusa", "recurrent", "ngram"
   // One tree per context, root = its pending token; a one-node tree is "no draft".
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it

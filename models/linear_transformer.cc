@@ -69,8 +69,9 @@ std::string LinearTransformer::Describe() const {
 
 void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                                 Attention attention) {
-  const int64_t n = static_cast<int64_t>(tokens.size());
-  Embed(tokens);
+  const int64_t n = static_cast<int64_t>(tokens.size()), dim = config_.hidden_size;
+  float* x = Grow(x_, n * dim);
+  for (int64_t i = 0; i < n; ++i) weights_.embedding.Lookup(tokens[i], x + i * dim);
   float* scratch_qkv = purpose == Purpose::kKeptOutput ? nullptr : Grow(qkv_, n * qkv_width());
   float* attended = Grow(attention_, n * attention_width());
   for (int i = 0; i < config_.num_layers; ++i) {
@@ -94,14 +95,6 @@ void LinearTransformer::Forward(std::span<const int32_t> tokens, std::span<const
     if (purpose == Purpose::kState && i + 1 == config_.num_layers) return;  // nothing reads what would follow
     ops_->Matmul({.x = attended, .w = layer.o.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
     Mlp(layer, n);
-  }
-}
-
-void LinearTransformer::Embed(std::span<const int32_t> tokens) {
-  float* x = Grow(x_, static_cast<int64_t>(tokens.size()) * config_.hidden_size);
-  for (const int32_t token : tokens) {
-    weights_.embedding.Lookup(token, x);
-    x += config_.hidden_size;
   }
 }
 
@@ -276,6 +269,17 @@ absl::Status LinearTransformer::Commit(const VerifyBatch& batch, std::span<const
     pool->set_length(slots[i], requests[i].length + static_cast<int64_t>(requests[i].path.size()));
   }
   verified_ = {};
+  return absl::OkStatus();
+}
+
+absl::Status LinearTransformer::Embed(std::span<const int32_t> tokens, std::span<float> out) {
+  if (absl::Status valid = CheckTokens(tokens, config_.vocab_size); !valid.ok()) return valid;
+  if (std::ssize(out) != std::ssize(tokens) * config_.hidden_size) {
+    return absl::InternalError(fmt::format("embed: {} values for {} tokens", out.size(), tokens.size()));
+  }
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    weights_.embedding.Lookup(tokens[i], out.data() + i * config_.hidden_size);
+  }
   return absl::OkStatus();
 }
 

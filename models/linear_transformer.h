@@ -68,6 +68,7 @@ class LinearTransformer final : public Model {
   absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
+  absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out) override;
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
@@ -80,7 +81,6 @@ class LinearTransformer final : public Model {
   // kKeptOutput: qkv of each layer is computed in kept_qkv_, which has room for all rows.
   void Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                Attention attention);
-  void Embed(std::span<const int32_t> tokens);
   void Mlp(const TransformerLayer& layer, int64_t num_rows);
   VerifyResult Head(int64_t num_rows);  // final norm and lm_head over x_
 

@@ -79,6 +79,10 @@ absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&)
   return absl::UnimplementedError("this model does not extend verified trees");
 }
 
+absl::Status Model::Embed(std::span<const int32_t>, std::span<float>) {
+  return absl::UnimplementedError("this model does not lend its embedding");
+}
+
 absl::StatusOr<std::span<const float>> Model::Unembed(std::span<const float>) {
   return absl::UnimplementedError("this model does not lend its unembedding");
 }

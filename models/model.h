@@ -105,6 +105,8 @@ class Model {
   // the last one verified, and is so once: INTERNAL for another batch or for a path that is not one.
   virtual absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths,
                               StatePool* pool) = 0;
+  // The token embeddings [tokens, D], for drafters that share them. Optional.
+  virtual absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out);
   // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
   // share it: hidden [rows, D], result [rows, V]. Leaves the verified batch alone. Optional.
   virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden);

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/logit_scan.h"
 #include "kernels/philox.h"
 
 namespace linspec {
@@ -13,7 +14,6 @@ namespace {
 
 constexpr float kLn2 = 0.69314718f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-constexpr float kGumbelMax = 22.9f;  // 32 random bits bound the noise: 33 ln 2 = 22.87
 
 using Scored = ScoredToken;
 
@@ -62,38 +62,24 @@ void OfferNoisy(const Scored& tempered, uint32_t bits, Best* best) {
   best->Offer({tempered.token, tempered.score + GumbelFromBits(bits)});
 }
 
-struct Maximum {
-  float value = kMinusInfinity;
-  int32_t token = -1;
-  bool has_nan = false;
-};
-
-Maximum FindMaximum(std::span<const float> logits) {
-  Maximum max;
-  for (size_t v = 0; v < logits.size(); ++v) {
-    if (logits[v] > max.value) {
-      max.value = logits[v];
-      max.token = static_cast<int32_t>(v);
-    }
-    max.has_nan |= logits[v] != logits[v];
-  }
-  return max;
+std::vector<float> Temper(std::span<const float> logits, float max, float temperature) {
+  std::vector<float> scores(logits.size());
+  TemperLogits(logits, max, temperature, scores.data());
+  return scores;
 }
 
-// Subtracting the maximum first keeps the quotient finite for any temperature.
-float Temper(float logit, float max, float temperature) { return (logit - max) / temperature; }
-
-void OfferAllNoisy(std::span<const float> logits, float max, const SamplingParams& params, int64_t position,
-                   Best* best) {
-  const int32_t size = static_cast<int32_t>(logits.size());
-  for (int32_t begin = 0; begin < size; begin += 4) {
-    const int32_t end = std::min(begin + 4, size);
-    const float highest = *std::max_element(logits.begin() + begin, logits.begin() + end);
-    if (Temper(highest, max, params.temperature) + kGumbelMax < best->floor()) continue;
-    const std::array<uint32_t, 4> bits = NoiseBits(params.seed, position, begin / 4);
-    for (int32_t v = begin; v < end; ++v) {
-      OfferNoisy({v, Temper(logits[v], max, params.temperature)}, bits[v - begin], best);
-    }
+// Most chunks hold nothing that could still win: they are passed over by bounds that cost no logarithm.
+void OfferAllNoisy(std::span<const float> scores, const SamplingParams& params, int64_t position, Best* best) {
+  const NoiseKey key{params.seed, position, static_cast<uint32_t>(NoiseStream::kTarget)};
+  std::array<uint32_t, kNoiseChunk> bits;
+  const auto size = static_cast<int32_t>(scores.size());
+  for (int32_t begin = 0; begin < size; begin += kNoiseChunk) {
+    const int32_t count = std::min(kNoiseChunk, size - begin);
+    const float* chunk = scores.data() + begin;
+    if (!ScoreMayReach(chunk, count, best->floor())) continue;
+    NoiseChunkBits(key, begin, bits.data());
+    if (!NoisyScoreMayReach(chunk, bits.data(), count, best->floor())) continue;
+    for (int32_t i = 0; i < count; ++i) OfferNoisy({begin + i, chunk[i]}, bits[i], best);
   }
 }
 
@@ -129,11 +115,23 @@ bool Truncates(const SamplingParams& params) {
   return params.top_p < 1 || params.top_k > 0 || params.min_p > 0 || params.typical_p < 1;
 }
 
-double SumExp(const std::vector<Scored>& tempered) {
+double SumExp(const std::vector<Scored>& kept) {
   double sum = 0;
-  for (const Scored& item : tempered) sum += std::exp(item.score);
+  for (const Scored& item : kept) sum += ExpNonPositive(item.score);
   return sum;
 }
+
+// The scores >= floor, and so all that are better than any of them.
+std::vector<Scored> AtLeast(std::span<const float> scores, float floor) {
+  std::vector<Scored> kept;
+  for (size_t v = 0; v < scores.size(); ++v) {
+    if (scores[v] >= floor && scores[v] > kMinusInfinity) kept.push_back({static_cast<int32_t>(v), scores[v]});
+  }
+  return kept;
+}
+
+// Best scores are 0; floors to try in turn when few good ones are wanted of many.
+constexpr std::array kFloors = {-3.0f, -6.0f, -10.0f, -16.0f, kMinusInfinity};
 
 void KeepTopK(int32_t k, std::vector<Scored>* kept) {
   if (static_cast<int64_t>(kept->size()) <= k) return;
@@ -157,51 +155,59 @@ void KeepTypical(float mass, std::vector<Scored>* kept) {
   kept->resize(count);
 }
 
-// A heap instead of a sort: usually a few tokens of a large vocabulary hold the mass.
-void KeepTopP(float mass, std::vector<Scored>* kept) {
-  const double target = mass * SumExp(*kept);
+// A heap instead of a sort: usually a few tokens of a large vocabulary hold the mass. target: mass times the sum of all.
+void KeepTopP(double target, std::vector<Scored>* kept) {
   const auto worse = [](const Scored& a, const Scored& b) { return Better(b, a); };
   std::make_heap(kept->begin(), kept->end(), worse);
   double sum = 0;
   auto end = kept->end();
   while (end != kept->begin() && sum < target) {
     std::pop_heap(kept->begin(), end, worse);
-    sum += std::exp((--end)->score);
+    sum += ExpNonPositive((--end)->score);
   }
   kept->erase(kept->begin(), end);
 }
 
+// What the k best or, with k = 0, the best that hold the target's mass are among, of the scores >= floor.
+std::vector<Scored> Candidates(std::span<const float> scores, float floor, int32_t k, double target) {
+  for (const float likely : kFloors) {
+    const float at_least = std::max(likely, floor);
+    const bool enough =
+        k > 0 ? CountAtLeast(scores, at_least) >= k : SumExpAtLeast(scores, at_least) >= target * (1 + 1e-9);
+    if (enough || at_least == floor) return AtLeast(scores, at_least);
+  }
+  return AtLeast(scores, floor);
+}
+
 std::vector<Scored> Truncate(std::span<const float> logits, float max, const SamplingParams& params) {
   const float floor = params.min_p > 0 ? std::log(params.min_p) : kMinusInfinity;
-  std::vector<Scored> kept;
-  kept.reserve(logits.size());
-  for (size_t v = 0; v < logits.size(); ++v) {
-    const float score = Temper(logits[v], max, params.temperature);
-    if (score >= floor && score > kMinusInfinity) kept.push_back({static_cast<int32_t>(v), score});
-  }
+  const std::vector<float> scores = Temper(logits, max, params.temperature);
+  const bool top_p_alone = params.top_p < 1 && params.top_k <= 0 && params.typical_p >= 1;
+  const double target = top_p_alone ? params.top_p * SumExpAtLeast(scores, floor) : 0;
+  std::vector<Scored> kept =
+      top_p_alone || params.top_k > 0 ? Candidates(scores, floor, params.top_k, target) : AtLeast(scores, floor);
   if (params.top_k > 0) KeepTopK(params.top_k, &kept);
   if (params.typical_p < 1) KeepTypical(params.typical_p, &kept);
-  if (params.top_p < 1) KeepTopP(params.top_p, &kept);
+  if (params.top_p < 1) KeepTopP(top_p_alone ? target : params.top_p * SumExp(kept), &kept);
   return kept;
 }
 
-int32_t Draw(std::span<const float> logits, const Maximum& max, const SamplingContext& context) {
+int32_t Draw(std::span<const float> logits, const LogitMaximum& max, const SamplingContext& context) {
   const SamplingParams& params = *context.params;
-  if (params.temperature == 0) return max.token;
+  if (params.temperature == 0) return max.index;
   Best best(1);
   if (Truncates(params)) {
     for (const Scored& item : Truncate(logits, max.value, params)) {
       OfferNoisy(item, NoiseBits(params.seed, context.position, item.token / 4)[item.token % 4], &best);
     }
   } else {
-    OfferAllNoisy(logits, max.value, params, context.position, &best);
+    OfferAllNoisy(Temper(logits, max.value, params.temperature), params, context.position, &best);
   }
   return best.items().front().token;
 }
 
 void FillLogprobs(std::span<const float> logits, float max, int num_top, SampledToken* token) {
-  double sum = 0;
-  for (const float logit : logits) sum += std::exp(logit - max);
+  const double sum = SumExpAtLeast(Temper(logits, max, 1), kMinusInfinity);
   const float log_z = max + static_cast<float>(std::log(sum));
   token->logprob = logits[token->token] - log_z;
   if (num_top <= 0) return;
@@ -230,7 +236,7 @@ std::vector<ScoredToken> CoupledTopK(std::span<const float> logits, const Sampli
       if (logits[v] >= best.floor()) best.Offer({static_cast<int32_t>(v), logits[v]});
     }
   } else {
-    OfferAllNoisy(logits, FindMaximum(logits).value, params, position, &best);
+    OfferAllNoisy(Temper(logits, FindLogitMaximum(logits).value, params.temperature), params, position, &best);
   }
   return best.items();
 }
@@ -258,7 +264,7 @@ bool PenaltyHistory::Seen(int32_t token) const {
 SampleResult SampleToken(std::span<const float> logits, const SamplingContext& context) {
   std::vector<float> scratch;
   const std::span<const float> processed = Process(logits, context, &scratch);
-  const Maximum max = FindMaximum(processed);
+  const LogitMaximum max = FindLogitMaximum(processed);
   SampleResult result;
   if (max.has_nan || !std::isfinite(max.value)) {
     result.ok = false;
@@ -273,9 +279,9 @@ SampleResult SampleToken(std::span<const float> logits, const SamplingContext& c
 std::vector<TokenProbability> TokenDistribution(std::span<const float> logits, const SamplingContext& context) {
   std::vector<float> scratch;
   const std::span<const float> processed = Process(logits, context, &scratch);
-  const Maximum max = FindMaximum(processed);
+  const LogitMaximum max = FindLogitMaximum(processed);
   if (max.has_nan || !std::isfinite(max.value)) return {};
-  if (context.params->temperature == 0) return {{max.token, 1.0f}};
+  if (context.params->temperature == 0) return {{max.index, 1.0f}};
   std::vector<Scored> kept = Truncate(processed, max.value, *context.params);
   std::sort(kept.begin(), kept.end(), [](const Scored& a, const Scored& b) { return a.token < b.token; });
   const double sum = SumExp(kept);
@@ -302,12 +308,12 @@ SampleResult TakeToken(std::span<const float> logits, const SamplingContext& con
   if (context.params->logprobs < 0) return result;
   std::vector<float> scratch;
   const std::span<const float> processed = Process(logits, context, &scratch);
-  FillLogprobs(processed, FindMaximum(processed).value, context.params->logprobs, &result.token);
+  FillLogprobs(processed, FindLogitMaximum(processed).value, context.params->logprobs, &result.token);
   return result;
 }
 
 SampleResult ScoreToken(std::span<const float> logits, int32_t token, int num_top) {
-  const Maximum max = FindMaximum(logits);
+  const LogitMaximum max = FindLogitMaximum(logits);
   SampleResult result;
   result.token.token = token;
   result.ok = !max.has_nan && std::isfinite(max.value);

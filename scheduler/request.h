@@ -8,6 +8,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -21,7 +22,11 @@ using Clock = std::chrono::steady_clock;
 enum class FinishReason : uint8_t { kNone, kLength, kStop, kCancelled, kDeadline, kError };
 const char* FinishReasonName(FinishReason reason);  // "length", "stop", "cancelled", "deadline", "error"
 
-enum class SpeculationMode : uint8_t { kDefault, kOff, kDraft, kMedusa, kNgram, kAuto };
+enum class SpeculationMode : uint8_t { kDefault, kOff, kDraft, kMedusa, kRecurrent, kNgram, kAuto };
+// By the names that users write: "off", "draft", ... kDefault has none: "". nullopt: no such mode.
+std::string_view SpeculationModeName(SpeculationMode mode);
+std::optional<SpeculationMode> FindSpeculationMode(std::string_view name);
+std::string SpeculationModeNames();  // "off, draft, ...", for messages
 
 // How drafted tokens are accepted (scheduler/acceptance.h).
 enum class AcceptanceMode : uint8_t { kDefault, kGumbel, kRejection, kTypical };

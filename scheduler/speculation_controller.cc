@@ -14,12 +14,12 @@ constexpr double kMaxFactor = 1.2;
 constexpr size_t kProfiles = 32;       // proposals remembered per drafter
 constexpr double kUnknownLevel = 0.6;  // before anything was proposed: optimistic enough to find out
 constexpr int kUnknownLevels = 4;
-constexpr double kMinGain = 1.02;   // speculate only for more than the noise of the estimates
+constexpr double kMinGain = 1.05;   // speculate only for more than the noise of the estimates
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 constexpr double kProbeShare = 0.01;  // of the time, for trying what is not in use
 constexpr double kMaxCredit = 0.25;   // seconds
 constexpr int kProbeNodes = 4;
-constexpr int64_t kCatchUpHorizon = 64;  // output tokens over which a drafter's catch-up has to pay off
+constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
 
 // A drafter that states no probabilities is taken to be this sure of each child.
 double Stated(const DraftTree& tree, int node) {

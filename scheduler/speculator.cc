@@ -9,17 +9,9 @@
 namespace linspec {
 namespace {
 
+// Modes that name a drafter have its name; the others have none.
 std::string_view DrafterName(SpeculationMode mode) {
-  switch (mode) {
-    case SpeculationMode::kDraft:
-      return "draft";
-    case SpeculationMode::kMedusa:
-      return "medusa";
-    case SpeculationMode::kNgram:
-      return "ngram";
-    default:
-      return "";
-  }
+  return mode == SpeculationMode::kOff || mode == SpeculationMode::kAuto ? "" : SpeculationModeName(mode);
 }
 
 DraftDraw DrawFor(AcceptanceMode mode) {

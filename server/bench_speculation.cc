@@ -1,7 +1,7 @@
 // `linspec bench-speculation`: what each drafter brings, beside plain decoding of the same prompts in the same run.
 //
-// Every mode gets the same prompts in turn, group by group, so that a noisy machine slows all of them alike. Since
-// speculation changes no text, all modes do the same work, which is checked.
+// Every mode gets the same prompts in turn, group by group, and each repeat starts with the next mode, so that a noisy
+// machine slows all of them alike. Since speculation changes no text, all modes do the same work, which is checked.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -39,6 +39,22 @@ struct Tally {
   std::array<int64_t, kDepths> drafted_per_depth{}, accepted_per_depth{};
   std::vector<double> group_seconds;
 
+  // One group's.
+  void Add(const Tally& group) {
+    tokens += group.tokens;
+    request_steps += group.request_steps;
+    drafted += group.drafted;
+    seconds += group.seconds;
+    cpu_seconds += group.cpu_seconds;
+    draft_s += group.draft_s;
+    verify_s += group.verify_s;
+    accept_s += group.accept_s;
+    for (size_t d = 0; d < kDepths; ++d) {
+      drafted_per_depth[d] += group.drafted_per_depth[d];
+      accepted_per_depth[d] += group.accepted_per_depth[d];
+    }
+    group_seconds.push_back(group.seconds);
+  }
   void Add(const StepStats& step) {
     request_steps += step.num_decode_requests;
     tokens += step.num_output_tokens;
@@ -89,8 +105,8 @@ json ToJson(const Tally& tally, const Tally& plain) {
 
 class SpeculationBench {
  public:
-  SpeculationBench(Service* service, std::vector<std::string> modes, int max_tokens)
-      : service_(service), modes_(std::move(modes)), max_tokens_(max_tokens) {}
+  SpeculationBench(Service* service, std::vector<std::string> modes, int max_tokens, int repeats)
+      : service_(service), modes_(std::move(modes)), max_tokens_(max_tokens), repeats_(repeats) {}
 
   void OnStep(const StepStats& step) { current_.Add(step); }
 
@@ -103,7 +119,7 @@ class SpeculationBench {
 
   Service* const service_;
   const std::vector<std::string> modes_;
-  const int max_tokens_;
+  const int max_tokens_, repeats_;
   Tally current_;
   uint64_t next_id_ = 1;
 };
@@ -144,27 +160,20 @@ absl::StatusOr<std::vector<Tally>> SpeculationBench::Run(std::span<const BenchPr
                                                          float temperature) {
   std::vector<Tally> tallies(modes_.size());
   std::vector<std::vector<int32_t>> plain, texts;
-  for (size_t begin = 0; begin < prompts.size(); begin += batch) {
-    std::vector<const BenchPrompt*> group;
-    for (int i = 0; i < batch; ++i) group.push_back(&prompts[(begin + i) % prompts.size()]);
-    for (size_t m = 0; m < modes_.size(); ++m) {
-      if (absl::Status status = RunGroup(group, modes_[m], temperature, &texts); !status.ok()) return status;
-      if (m == 0) plain = texts;
-      if (texts != plain) return absl::InternalError(fmt::format("{} changed the text", modes_[m]));
-      Tally& tally = tallies[m];
-      tally.tokens += current_.tokens;
-      tally.request_steps += current_.request_steps;
-      tally.drafted += current_.drafted;
-      tally.seconds += current_.seconds;
-      tally.cpu_seconds += current_.cpu_seconds;
-      tally.draft_s += current_.draft_s;
-      tally.verify_s += current_.verify_s;
-      tally.accept_s += current_.accept_s;
-      for (size_t d = 0; d < kDepths; ++d) {
-        tally.drafted_per_depth[d] += current_.drafted_per_depth[d];
-        tally.accepted_per_depth[d] += current_.accepted_per_depth[d];
+  size_t first = 0;  // mode
+  for (int repeat = 0; repeat < repeats_; ++repeat) {
+    for (size_t begin = 0; begin < prompts.size(); begin += batch) {
+      std::vector<const BenchPrompt*> group;
+      for (int i = 0; i < batch; ++i) group.push_back(&prompts[(begin + i) % prompts.size()]);
+      plain.clear();
+      for (size_t i = 0; i < modes_.size(); ++i) {
+        const size_t m = (first + i) % modes_.size();
+        if (absl::Status status = RunGroup(group, modes_[m], temperature, &texts); !status.ok()) return status;
+        if (plain.empty()) plain = texts;
+        if (texts != plain) return absl::InternalError(fmt::format("{} changed the text", modes_[m]));
+        tallies[m].Add(current_);
       }
-      tally.group_seconds.push_back(current_.seconds);
+      ++first;
     }
   }
   return tallies;
@@ -229,10 +238,11 @@ std::vector<std::string> SplitList(const std::string& text) {
 absl::Status BenchSpeculation(std::span<const std::string> args) {
   CommandFlags flags(args);
   const std::string path = flags.String("prompts", "tests/data/prompts/speculation.jsonl");
-  std::vector<std::string> modes = SplitList(flags.String("drafters", "draft,medusa,ngram,auto"));
+  std::vector<std::string> modes = SplitList(flags.String("drafters", "draft,medusa,recurrent,ngram,auto"));
   const auto batches = flags.Ints("batch", "1,2,4,8,16", 1, 4096);
   const auto temperatures = flags.Ints("temperature", "0,1", 0, 2);
   const int max_tokens = flags.Int("max-tokens", 128, 1, 1 << 20);
+  const int repeats = flags.Int("repeats", 1, 1, 1000);
   const int per_set = flags.Int("prompts-per-set", 1 << 20, 1, 1 << 20);
   const std::string out = flags.String("json", "");
   if (!flags.status().ok()) return flags.status();
@@ -251,7 +261,7 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
   Service service(*config, *std::move(parts), &metrics, &log);
   const auto sets = ReadPrompts(path, per_set, service);
   if (!sets.ok()) return sets.status();
-  SpeculationBench bench(&service, modes, max_tokens);
+  SpeculationBench bench(&service, modes, max_tokens, repeats);
   observer = &bench;
 
   json cells = json::array();

@@ -60,10 +60,12 @@ constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|
 constexpr char kBenchSpeculationHelp[] = R"(linspec bench-speculation [flags of serve] [flags]
   --prompts FILE     JSON lines with set, and prompt or messages (default tests/data/prompts/speculation.jsonl)
   --prompts-per-set N  only the first N of each set
-  --drafters LIST    default draft,medusa,ngram,auto; plain decoding comes first in any case
+  --drafters LIST    default draft,medusa,recurrent,ngram,auto; plain decoding comes first in any case. "off" among
+                     them measures plain decoding again: what it gains or loses is the noise of this machine
   --batch LIST       requests at once, default 1,2,4,8,16
   --temperature LIST whole numbers, default 0,1
   --max-tokens N     per request, default 128
+  --repeats N        of everything, each starting with the next drafter; default 1
   --json FILE        all figures
 )";
 

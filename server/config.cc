@@ -93,10 +93,13 @@ void VisitFlags(Config& c, Visit&& visit) {
                  0, 1e6},
         c.engine.max_running_per_key);
   g = "Speculation";
-  visit(
-      FlagInfo{
-          g, "speculation", "default for requests that do not say", 0, 0, {"off", "draft", "medusa", "ngram", "auto"}},
-      c.engine.speculation);
+  visit(FlagInfo{g,
+                 "speculation",
+                 "default for requests that do not say",
+                 0,
+                 0,
+                 {"off", "draft", "medusa", "recurrent", "ngram", "auto"}},
+        c.engine.speculation);
   visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
   visit(FlagInfo{g,
                  "acceptance",
@@ -108,9 +111,9 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "adaptive-speculation",
                  "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
         c.engine.adaptive_speculation);
-  visit(FlagInfo{g, "draft-depth", "tokens the draft model looks ahead, at most", 1, 63}, c.engine.draft_depth);
-  visit(FlagInfo{g, "draft-top-k", "children of a node of the draft model's trees; 1: chains", 1, 63},
-        c.engine.draft_top_k);
+  visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
+        c.engine.draft_depth);
+  visit(FlagInfo{g, "draft-top-k", "children of a node of their trees; 1: chains", 1, 63}, c.engine.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",
                  "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",

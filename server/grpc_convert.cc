@@ -32,6 +32,8 @@ absl::StatusOr<SpeculationMode> ModeFromProto(v1::Speculation mode) {
       return SpeculationMode::kDraft;
     case v1::SPECULATION_MEDUSA:
       return SpeculationMode::kMedusa;
+    case v1::SPECULATION_RECURRENT:
+      return SpeculationMode::kRecurrent;
     case v1::SPECULATION_NGRAM:
       return SpeculationMode::kNgram;
     case v1::SPECULATION_AUTO:

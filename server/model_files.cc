@@ -14,6 +14,7 @@
 #include "models/draft_model_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
+#include "models/recurrent_drafter.h"
 
 namespace linspec {
 namespace {
@@ -123,6 +124,20 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
+// The recurrent head beside the target; null if there is none.
+absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
+  if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
+  // The head runs on the CPU, whatever the target runs on.
+  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
+  auto head = RecurrentHead::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  if (!head.ok()) return head.status();
+  auto drafter = RecurrentDrafter::Create(
+      *std::move(head), files.model.get(),
+      {.max_depth = config.engine.draft_depth, .top_k = config.engine.draft_top_k, .min_confidence = 0});
+  if (!drafter.ok()) return drafter.status();
+  return std::unique_ptr<Drafter>(*std::move(drafter));
+}
+
 // The draft to load: what was asked for, or the bundled one beside the bundled target; "" for none.
 std::string DraftPath(const ServerConfig& config) {
   if (config.model.draft_path == "none") return "";
@@ -165,13 +180,8 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
 }
 
 absl::StatusOr<SpeculationMode> ParseSpeculation(const std::string& name) {
-  if (name == "off") return SpeculationMode::kOff;
-  if (name == "draft") return SpeculationMode::kDraft;
-  if (name == "medusa") return SpeculationMode::kMedusa;
-  if (name == "ngram") return SpeculationMode::kNgram;
-  if (name == "auto") return SpeculationMode::kAuto;
-  return absl::InvalidArgumentError(
-      fmt::format("--speculation: '{}' is not one of off, draft, medusa, ngram, auto", name));
+  if (const auto mode = FindSpeculationMode(name)) return *mode;
+  return absl::InvalidArgumentError(fmt::format("--speculation: '{}' is not one of {}", name, SpeculationModeNames()));
 }
 
 absl::StatusOr<std::string> FindBundledModel(const std::string& name) {
@@ -238,6 +248,13 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
         fmt::format("--speculation medusa needs {} and {} in {}", kMedusaConfigFile, kMedusaWeightsFile, files->path));
   }
   if (*medusa != nullptr) drafters.push_back(*std::move(medusa));
+  auto recurrent = LoadRecurrent(*files, config);
+  if (!recurrent.ok()) return recurrent.status();
+  if (*mode == SpeculationMode::kRecurrent && *recurrent == nullptr) {
+    return absl::InvalidArgumentError(fmt::format("--speculation recurrent needs {} and {} in {}",
+                                                  kRecurrentHeadConfigFile, kRecurrentHeadWeightsFile, files->path));
+  }
+  if (*recurrent != nullptr) drafters.push_back(*std::move(recurrent));
   drafters.push_back(std::make_unique<NgramDrafter>());
   for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
   if (*mode == SpeculationMode::kDraft && !has_draft) {

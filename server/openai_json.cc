@@ -49,18 +49,11 @@ void ReadSpeculation(FieldReader* fields, SpeculationMode* mode) {
   std::string name;
   fields->String("speculation", kMaxName, &name);
   if (name.empty()) return;
-  if (name == "off")
-    *mode = SpeculationMode::kOff;
-  else if (name == "draft")
-    *mode = SpeculationMode::kDraft;
-  else if (name == "medusa")
-    *mode = SpeculationMode::kMedusa;
-  else if (name == "ngram")
-    *mode = SpeculationMode::kNgram;
-  else if (name == "auto")
-    *mode = SpeculationMode::kAuto;
-  else
-    fields->Fail("speculation", fmt::format("'{}' is not one of off, draft, medusa, ngram, auto", name));
+  if (const auto found = FindSpeculationMode(name)) {
+    *mode = *found;
+  } else {
+    fields->Fail("speculation", fmt::format("'{}' is not one of {}", name, SpeculationModeNames()));
+  }
 }
 
 void ReadAcceptance(FieldReader* fields, AcceptanceMode* mode) {

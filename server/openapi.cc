@@ -62,7 +62,7 @@ constexpr char kCommonFields[] = R"json(
    {"type": "boolean"}}, "additionalProperties": false}, "priority": {"type": "integer",
    "minimum": -100000, "maximum": 100000, "default": 0,
    "description": "lower runs first, among the requests of the same API key"},
- "speculation": {"type": "string", "enum": ["off", "draft", "medusa", "ngram", "auto"]},
+ "speculation": {"type": "string", "enum": ["off", "draft", "medusa", "recurrent", "ngram", "auto"]},
  "acceptance": {"type": "string", "enum": ["gumbel", "rejection", "typical"]},
  "store": {"type": "boolean", "enum": [false]}, "response_format": {"type": "object"}, "user": {}, "metadata": {},
  "safety_identifier": {}, "prompt_cache_key": {}, "prompt_cache_retention": {}, "service_tier": {})json";

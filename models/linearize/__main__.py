@@ -7,7 +7,7 @@ import random
 import torch
 from tokenizers import Tokenizer
 
-from . import data, evaluate, export, medusa, objectives, pipeline, train
+from . import data, evaluate, export, medusa, objectives, own_text, pipeline, recurrent, train
 from . import tokenizer as tok
 from .config import VARIANTS, ModelConfig
 from .model import LanguageModel
@@ -21,7 +21,9 @@ def load_recipe(name):
 
 
 def load_model(folder):
-    """The model of a training folder, with the weights of its latest checkpoint."""
+    """The model of a training folder, with the weights of its latest checkpoint, or of an exported folder."""
+    if os.path.exists(os.path.join(folder, "config.json")):
+        return export.read(folder)
     model = LanguageModel(ModelConfig.load(os.path.join(folder, "model.json")))
     saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
     model.load_state_dict(saved["model"])
@@ -56,7 +58,7 @@ def new_model(recipe, role, variant, seed):
 
 def start_from(student, folder):
     """Copies every weight that both models have; what only the student has keeps its initial value."""
-    saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
+    saved = load_model(folder).state_dict()
     student.load_state_dict({k: v for k, v in saved.items() if k in student.state_dict()}, strict=False)
 
 
@@ -127,6 +129,22 @@ def stage_medusa(args):
     train.run(heads, objectives.medusa(heads, target, args.device), args.data + "/train.bin", options)
 
 
+def stage_recurrent(args):
+    recipe = load_recipe(args.recipe)
+    options = training_options(args, recipe, "recurrent")
+    target = load_model(args.target).to(args.device)
+    torch.manual_seed(options.seed)
+    shape = recipe["recurrent_head"]
+    head = recurrent.RecurrentHead(target.cfg, shape["intermediate_size"]).to(args.device)
+    objective = objectives.recurrent_head(head, target, shape["levels"], args.device)
+    train.run(head, objective, args.data + "/train.bin", options)
+
+
+def stage_own_text(args):
+    count = own_text.collect(args.server, args.prompts, args.out, args.minutes * 60, args.temperatures, args.parallel)
+    print(f"{args.out}: {count} documents")
+
+
 def stage_eval(args):
     model = load_model(args.model).to(args.device).eval()
     if args.int8:
@@ -149,6 +167,10 @@ def stage_eval(args):
         heads = medusa.load(model.cfg, args.medusa).to(args.device).eval()
         result["medusa_agreement"] = medusa.agreement(model, heads, stream, 512, 64, args.device)
         print(f"medusa agreement, first guess and among four, by head: {result['medusa_agreement']}")
+    if args.recurrent:
+        head = recurrent.load(model.cfg, args.recurrent).to(args.device).eval()
+        result["recurrent_agreement"] = recurrent.agreement(model, head, stream, 512, 64, device=args.device)
+        print(f"recurrent head, by depth: {result['recurrent_agreement']}")
     if args.out:
         with open(args.out, "w") as f:
             json.dump(result, f, indent=2)
@@ -164,11 +186,14 @@ def stage_sample(args):
 
 
 def stage_export(args):
-    size = export.write(load_model(args.model), os.path.join(args.data, "tokenizer.json"), args.out, not args.float32)
-    print(f"{args.out}/model.safetensors: {size} bytes")
-    if args.medusa:
-        heads = medusa.load(ModelConfig.load(os.path.join(args.model, "model.json")), args.medusa)
-        print(f"{args.out}/medusa.safetensors: {medusa.write(heads, args.out, not args.float32)} bytes")
+    model = load_model(args.model)
+    if not args.heads_only:
+        size = export.write(model, os.path.join(args.data, "tokenizer.json"), args.out, not args.float32)
+        print(f"{args.out}/model.safetensors: {size} bytes")
+    for module, folder in ((medusa, args.medusa), (recurrent, args.recurrent)):
+        if folder:
+            size = module.write(module.load(model.cfg, folder), args.out, not args.float32)
+            print(f"{args.out}: {module.__name__.split('.')[-1]}, {size} bytes")
 
 
 def stage_convert_medusa(args):
@@ -208,6 +233,18 @@ def main():
     add_training_arguments(p, ("--target", dict(required=True, help="training folder of the target")))
     p.set_defaults(run=stage_medusa)
 
+    p = stages.add_parser("recurrent", help="train the recurrent draft head on a finished target")
+    add_training_arguments(p, ("--target", dict(required=True, help="training folder or exported folder of the target")))
+    p.set_defaults(run=stage_recurrent)
+    p = stages.add_parser("own-text", help="collect what a running server writes after prompts, to train drafts on")
+    p.add_argument("--server", required=True, help="http://host:port of an OpenAI-style server of the target")
+    p.add_argument("--prompts", required=True, help="text, documents separated by <|endoftext|>")
+    p.add_argument("--out", required=True, help="text, likewise")
+    p.add_argument("--minutes", type=float, default=2)
+    p.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
+    p.add_argument("--parallel", type=int, default=64, help="requests at a time")
+    p.set_defaults(run=stage_own_text)
+
     p = stages.add_parser("eval", help="perplexity, bits per byte, loss by position, copy probe")
     p.add_argument("--model", required=True, help="training folder")
     p.add_argument("--data", required=True)
@@ -219,6 +256,7 @@ def main():
     p.add_argument("--int8", action="store_true", help="with the weights as exported")
     p.add_argument("--draft", help="training folder of a draft, to report how often it agrees")
     p.add_argument("--medusa", help="training folder of Medusa heads, to report how often they agree")
+    p.add_argument("--recurrent", help="training folder of a recurrent head, likewise")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="write the figures here as JSON")
     p.set_defaults(run=stage_eval)
@@ -235,6 +273,8 @@ def main():
     p.add_argument("--data", required=True, help="folder with tokenizer.json")
     p.add_argument("--out", required=True)
     p.add_argument("--medusa", help="training folder of Medusa heads to put beside it")
+    p.add_argument("--recurrent", help="training folder of a recurrent head to put beside it")
+    p.add_argument("--heads-only", action="store_true", help="leave the target's own files alone")
     p.add_argument("--float32", action="store_true", help="keep full precision in place of 8-bit weights")
     p.set_defaults(run=stage_export)
 

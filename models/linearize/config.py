@@ -55,6 +55,13 @@ class ModelConfig:
         }
         return out
 
+    @classmethod
+    def from_hf(cls, config):
+        block = dict(config["linear_attention"])
+        block["global_branch"] = block.pop("global")
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in (config | block).items() if name in names})
+
     def save(self, path):
         with open(path, "w") as f:
             json.dump(dataclasses.asdict(self), f, indent=2)

@@ -4,9 +4,11 @@ import os
 import shutil
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from . import tokenizer as tok
+from .config import ModelConfig
+from .model import LanguageModel
 
 
 def quantize_rows(weight):
@@ -71,3 +73,20 @@ def write(model, tokenizer_path, folder, int8=True):
     save_file(exported_tensors(model, int8), path, metadata={"format": "pt"})
     os.chmod(path, 0o644)
     return os.path.getsize(path)
+
+
+def read(folder):
+    """The model of an exported folder, with the weights that a server sees."""
+    with open(os.path.join(folder, "config.json")) as f:
+        model = LanguageModel(ModelConfig.from_hf(json.load(f)))
+    stored, state = load_file(os.path.join(folder, "model.safetensors")), {}
+    for name, value in stored.items():
+        if name.endswith("_scale"):
+            continue
+        if value.dtype == torch.int8:
+            value = value.float() * stored[name + "_scale"][:, None]
+        if name.endswith("global_decay"):
+            name, value = name.replace("global_decay", "decay_logit"), torch.logit(value.double()).float()
+        state[name] = value
+    model.load_state_dict(state)
+    return model

@@ -74,6 +74,27 @@ def write_medusa(folder, cfg, weights, rng, heads, layers, own):
         f.write("\n")
 
 
+def write_recurrent(folder, cfg, weights, rng):
+    """recurrent_head.safetensors, its configuration, and the logits of three steps from four hidden states."""
+    d, m = cfg.hidden_size, 24
+    w = {"state_norm.weight": 1 + 0.2 * rng.standard_normal(d), "token_norm.weight": 1 + 0.2 * rng.standard_normal(d),
+         "gate_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
+         "up_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
+         "down_proj.weight": rng.standard_normal((d, m)) / np.sqrt(m)}
+    w = {name: value.astype(np.float32) for name, value in w.items()}
+    hidden = rng.standard_normal((4, d)).astype(np.float32)
+    tokens = rng.integers(0, cfg.vocab_size, (3, 4)).astype(np.int32)
+    unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
+    logits = reference.recurrent_logits(w, cfg.rms_norm_eps, hidden, tokens, weights["model.embed_tokens.weight"],
+                                        unembedding).astype(np.float32)
+    save_file(w, os.path.join(folder, "recurrent_head.safetensors"), metadata={"format": "pt"})
+    save_file({"hidden": hidden, "tokens": tokens, "logits": logits},
+              os.path.join(folder, "recurrent_golden.safetensors"))
+    with open(os.path.join(folder, "recurrent_head_config.json"), "w") as f:
+        json.dump({"version": 1, "intermediate_size": m, "rms_norm_eps": cfg.rms_norm_eps}, f, indent=2)
+        f.write("\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True)
@@ -94,6 +115,8 @@ def main():
         save_file({"tokens": tokens, "logits": logits}, os.path.join(folder, "golden.safetensors"))
         if name in MEDUSA:
             write_medusa(folder, cfg, weights, rng, *MEDUSA[name])
+        if name == "full":
+            write_recurrent(folder, cfg, weights, rng)
         print(f"{name}: {length} tokens, logits within +-{np.abs(logits).max():.2f}, deviation {logits.std():.2f}")
 
 

@@ -1,6 +1,8 @@
-"""The losses of the stages: language modelling, attention transfer, distillation, Medusa heads."""
+"""The losses of the stages: language modelling, attention transfer, distillation, Medusa heads, recurrent head."""
 import torch
 import torch.nn.functional as F
+
+from . import recurrent
 
 
 def language_model(model, device="cpu"):
@@ -68,4 +70,24 @@ def medusa(heads, target, device="cpu", depth_weight=0.8):
                 got = F.log_softmax(target.unembed(guess[:, :-ahead]).float().flatten(0, 1), dim=-1)
                 total = total + depth_weight ** n * F.kl_div(got, want, log_target=True, reduction="batchmean")
         return total / len(heads.heads)
+    return loss
+
+
+def recurrent_head(head, target, levels, device="cpu", depth_weight=0.8):
+    """KL from the target's own distribution to the head's at every place and depth, the tokens between given."""
+    target.eval().requires_grad_(False)
+
+    def loss(x, _):
+        with torch.autocast(device, torch.bfloat16):
+            with torch.no_grad():
+                hidden = target.hidden(x)
+                logits = target.unembed(hidden)
+            total, weights = 0.0, 0.0
+            for n, state in recurrent.unrolled(head, target, hidden, x, levels):
+                want = F.log_softmax(logits[:, n:].float().flatten(0, 1), dim=-1)
+                got = F.log_softmax(target.unembed(state).float().flatten(0, 1), dim=-1)
+                weight = depth_weight ** (n - 1)
+                total = total + weight * F.kl_div(got, want, log_target=True, reduction="batchmean")
+                weights += weight
+        return total / weights
     return loss

@@ -33,6 +33,20 @@ def medusa_logits(w, heads, layers, hidden, unembedding):
     return np.stack(out)
 
 
+def recurrent_logits(w, eps, hidden, tokens, embedding, unembedding):
+    """[steps, rows, V] after each of the tokens [steps, rows], from hidden [rows, D]."""
+    norm = lambda x, weight: x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    w = {name: value.astype(np.float64) for name, value in w.items()}
+    out, state = [], np.array(hidden, dtype=np.float64)
+    for step in tokens:
+        embedded = embedding[step].astype(np.float64)
+        u = np.concatenate((norm(state, w["state_norm.weight"]), norm(embedded, w["token_norm.weight"])), axis=-1)
+        gate, up = u @ w["gate_proj.weight"].T, u @ w["up_proj.weight"].T
+        state = state + (gate / (1 + np.exp(-gate)) * up) @ w["down_proj.weight"].T
+        out.append(state @ unembedding.astype(np.float64).T)
+    return np.stack(out)
+
+
 class LayerHistory:
     def __init__(self):
         self.k, self.v = [], []

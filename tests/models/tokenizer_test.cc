@@ -14,7 +14,7 @@
 namespace linspec {
 namespace {
 
-const std::string kGpt2 = LINSPEC_SOURCE_DIR "/tests/data/tokenizers/gpt2/";
+const std::string kGpt2 = LINSPEC_TEST_DATA_DIR "/tokenizers/gpt2/";
 
 std::string ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);

@@ -10,6 +10,7 @@
 #include "models/draft_model_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
+#include "models/recurrent_drafter.h"
 #include "models/tokenizer.h"
 #include "scheduler/engine.h"
 
@@ -32,7 +33,8 @@ struct Said {
 
 class BundledModelsTest : public ::testing::Test {
  protected:
-  // kind: "", "draft", "draft tree", "medusa", "medusa static", "ngram" or "auto" (all of them).
+  // kind: "", "draft", "draft tree", "medusa", "medusa static", "recurrent", "recurrent tree", "ngram"
+  // or "auto" (all of them).
   std::unique_ptr<Engine> MakeEngine(const std::string& kind, bool adaptive) {
     const std::shared_ptr<CpuOps> ops = *CpuOps::Create({.num_threads = 2});
     auto target = LoadModel({.path = kFolder + "target", .ops = ops});
@@ -49,6 +51,13 @@ class BundledModelsTest : public ::testing::Test {
       EXPECT_TRUE(heads.ok()) << heads.status().message();
       const MedusaTree tree = kind == "medusa static" ? MedusaTree::kMcSim7b63 : MedusaTree::kDynamic;
       drafters.push_back(*MedusaDrafter::Create(*std::move(heads), target->get(), {.tree = tree}));
+    }
+    if (kind.starts_with("recurrent") || kind == "auto") {
+      auto head = RecurrentHead::Load(kFolder + "target", (*target)->config(), "auto", ops);
+      EXPECT_TRUE(head.ok()) << head.status().message();
+      const bool tree = kind == "recurrent tree";
+      drafters.push_back(
+          *RecurrentDrafter::Create(*std::move(head), target->get(), {.top_k = tree ? 3 : 1, .min_confidence = 0}));
     }
     if (kind == "ngram" || kind == "auto") drafters.push_back(std::make_unique<NgramDrafter>());
     EngineOptions options;
@@ -114,7 +123,8 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecoding) {
   const std::map<uint64_t, Said> plain = RunAll(MakeEngine("", false).get(), false);
   ASSERT_EQ(plain.size(), 4u);
   for (const auto& [id, said] : plain) EXPECT_EQ(said.accepted, 0);
-  for (const std::string kind : {"draft", "draft tree", "medusa", "medusa static", "ngram", "auto"}) {
+  for (const std::string kind :
+       {"draft", "draft tree", "medusa", "medusa static", "recurrent", "recurrent tree", "ngram", "auto"}) {
     for (const bool adaptive : {false, true}) {
       const bool crowded = adaptive;
       SCOPED_TRACE(fmt::format("{}, adaptive {}", kind, adaptive));

@@ -10,7 +10,7 @@ from jinja2 import Environment
 from safetensors.numpy import load_file
 
 from linearize import __main__ as cli
-from linearize import medusa, reference
+from linearize import data, medusa, own_text, recurrent, reference
 from linearize import tokenizer as tok
 
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -23,6 +23,7 @@ RECIPE = {
     "distill": {"kl_share": 0.5},
     "draft": {"kl_share": 0.9},
     "medusa_heads": {"count": 2, "layers": 1},
+    "recurrent_head": {"intermediate_size": 24, "levels": 3},
 }
 
 
@@ -128,6 +129,97 @@ def test_medusa_head_is_scored_at_the_place_it_guesses():
 
     stream = np.arange(400).astype(np.uint16) % 50
     assert medusa.agreement(Counting(), Ahead(), stream, 40, 10, top=(1,)) == {1: [1.0, 1.0]}
+
+
+def test_recurrent_head_learns_from_an_exported_target_and_is_exported(work):
+    train("lm", "trunk", tokens=8000)
+    run("export", "--model", "trunk", "--data", "data", "--out", "with_head")
+    before = open("with_head/model.safetensors", "rb").read()
+    train("recurrent", "head", "--target", "with_head", tokens=8000)
+    rows = [json.loads(line) for line in open("head/log.jsonl")]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    run("export", "--model", "with_head", "--recurrent", "head", "--heads-only", "--data", "data", "--out", "with_head")
+    assert open("with_head/model.safetensors", "rb").read() == before
+    assert json.load(open("with_head/recurrent_head_config.json")) == {
+        "version": 1, "intermediate_size": 24, "rms_norm_eps": 1e-5}
+    stored = load_file("with_head/recurrent_head.safetensors")
+    assert stored["gate_proj.weight"].shape == (24, 64) and stored["gate_proj.weight"].dtype == np.int8
+    assert stored["down_proj.weight_scale"].shape == (32,)
+
+
+def test_recurrent_head_says_what_the_reference_says():
+    cfg = cli.ModelConfig(**SHAPE)
+    torch.manual_seed(3)
+    target, head = cli.LanguageModel(cfg), recurrent.RecurrentHead(cfg, 24)
+    torch.nn.init.normal_(head.down_proj.weight, std=0.3)
+    hidden, tokens = torch.randn(1, 6, 32), torch.arange(6)[None] * 31 % 300
+    weights = {name: value.detach().numpy() for name, value in head.state_dict().items()}
+    embedding = target.model.embed_tokens.weight.detach().numpy()
+    with torch.no_grad():
+        for n, state in recurrent.unrolled(head, target, hidden, tokens, 3):
+            want = reference.recurrent_logits(weights, cfg.rms_norm_eps, hidden[0, :6 - n].numpy(),
+                                              [tokens[0, i:6 - n + i].numpy() for i in range(1, n + 1)], embedding, embedding)
+            assert np.abs(target.unembed(state)[0].numpy() - want[-1]).max() < 1e-4
+
+
+def test_an_exported_folder_is_read_back_as_it_was_rounded(work):
+    train("lm", "small")
+    run("export", "--model", "small", "--data", "data", "--out", "exported")
+    tokens = torch.arange(40)[None] * 7 % 300
+    with torch.no_grad():
+        want = cli.export.rounded_copy_(cli.load_model("small"))(tokens)
+        assert (cli.load_model("exported")(tokens) - want).abs().max() < 1e-4
+
+
+def test_recurrent_head_is_scored_at_the_place_it_guesses():
+    """A target that says what followed the last token plus one, and a head that adds one to the token it is shown."""
+    class Body:
+        @staticmethod
+        def embed_tokens(tokens):
+            return torch.nn.functional.one_hot(tokens % 50, 50).float()
+
+    class Counting:
+        model = Body
+
+        def hidden(self, tokens):
+            return self.model.embed_tokens(tokens + 1)
+
+        def unembed(self, hidden):
+            return hidden * 50
+
+    stream = np.arange(400).astype(np.uint16) ** 2 % 50
+    result = recurrent.agreement(Counting(), lambda state, embedded: embedded.roll(1, dims=-1), stream, 40, 10, levels=3)
+    assert result == {"first choice": [1.0] * 3, "overlap": [1.0] * 3}
+    result = recurrent.agreement(Counting(), lambda state, embedded: embedded, stream, 40, 10, levels=3)
+    assert max(result["first choice"]) == 0
+
+
+def test_own_text_keeps_prompt_and_reply_and_passes_errors_on(work, monkeypatch):
+    asked = []
+
+    def reply(server, prompt, temperature, seed):
+        asked.append((temperature, seed))
+        return " REPLY"
+
+    monkeypatch.setattr(own_text, "complete", reply)
+    count = own_text.collect("http://server", long_text(), "own.txt", 0.2, [0.0, 1.0], 2)
+    documents = data.read_documents("own.txt")
+    assert len(documents) == count and all(d.endswith(" REPLY") for d in documents)
+    assert {t for t, _ in asked} == {0.0, 1.0} and len({s for _, s in asked}) == len(asked)
+
+    def fail(*_):
+        raise OSError("refused")
+
+    monkeypatch.setattr(own_text, "complete", fail)
+    with pytest.raises(OSError, match="refused"):
+        own_text.collect("http://server", "text_long.txt", "own.txt", 5, [0.0], 2)
+
+
+def long_text():
+    line = "The ravens sat upon the gate and talked of the weather. " * 8
+    with open("text_long.txt", "w") as f:
+        f.write("\n".join([line] * 20) + "\n<|endoftext|>\n")
+    return "text_long.txt"
 
 
 def test_the_whole_pipeline_runs_once_and_ships_the_better_target(work, monkeypatch, capfd):
