@@ -1,6 +1,7 @@
 # The CUDA backend (LINSPEC_CUDA=ON): kernels, device test and benchmark. Nothing of CUDA is linked into the server.
 # CMake 3.25 does not know nvcc 13's C++20 flag: enable the language, then name the flag, then ask for the standard.
 set(LINSPEC_CUDA_ARCHITECTURES "90" CACHE STRING "e.g. 90, or 80;86;89;90;100;120 for a release")
+list(TRANSFORM LINSPEC_CUDA_ARCHITECTURES REPLACE "^90$" "90a")  # wgmma; there is no other chip that runs sm_90 code
 set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
 find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin)

@@ -1,11 +1,13 @@
 // The forward pass of DeviceModel: which kernels a step queues, in the order of docs/cuda.md.
 #include "kernels/cuda/device_model.h"
+#include "kernels/cuda/gemm_wgmma.h"
 
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
-constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
+constexpr int kMaxRingRows = 2;                              // of bf16 weights, beyond: warpgroup instructions
+constexpr int kMaxOwnRows = 64, kMaxOwnRowsBf16Below90 = 8;  // beyond: cuBLASLt, where it may be used
+constexpr int kMaxStreamedRows = 64;                         // of our kernels without those instructions, beyond: tiled
 
 }  // namespace
 
@@ -13,13 +15,20 @@ constexpr int kMaxStreamedRows = 64;                      // of our kernels, bey
 // the number of rows.
 bool DeviceModel::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
   if (deterministic_ || context_->cublas() == nullptr) return false;
-  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
+  return rows > (w.type != kLinspecCudaBf16 || WgmmaGemmRuns() ? kMaxOwnRows : kMaxOwnRowsBf16Below90);
+}
+
+// Of our kernels the fastest, or in deterministic mode the one whose bits are the same for any number of rows.
+void DeviceModel::LaunchOwn(const GemmParams& product, int rows) {
+  const bool wgmma = product.w.type == kLinspecCudaBf16 && (deterministic_ || rows > kMaxRingRows);
+  if (wgmma && LaunchWgmmaGemm(product, rows, context_->stream())) return;
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
 }
 
 void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
   const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()};
   if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+  LaunchOwn(product, rows);
 }
 
 void DeviceModel::GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows) {
@@ -28,14 +37,14 @@ void DeviceModel::GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int r
     LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, context_->stream());
     return;
   }
-  const GemmParams product{.w = layer.gate_up,
-                           .x = x,
-                           .y = nullptr,
-                           .accumulate = false,
-                           .y_bf16 = activated_.as<uint16_t>(),
-                           .silu_mul = true,
-                           .workspace = gemm_workspace_.as<void>()};
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+  LaunchOwn({.w = layer.gate_up,
+             .x = x,
+             .y = nullptr,
+             .accumulate = false,
+             .y_bf16 = activated_.as<uint16_t>(),
+             .silu_mul = true,
+             .workspace = gemm_workspace_.as<void>()},
+            rows);
 }
 
 LayerParams DeviceModel::ShapeOf(int index) const {

@@ -75,6 +75,7 @@ class DeviceModel {
   void Head(const StepInput& input);
   void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
   void GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows);  // silu(gate) * up into activated_
+  void LaunchOwn(const GemmParams& product, int rows);
   bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
   LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
