@@ -6,6 +6,7 @@
 
 #include <fmt/format.h>
 
+#include <array>
 #include <atomic>
 #include <boost/asio.hpp>
 #include <boost/asio/ssl.hpp>
@@ -160,13 +161,15 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
         buffer_.size() > kMaxPipelinedBytes + static_cast<size_t>(shared_->options.max_header_bytes))
       return;
     reading_ = true;
-    stream_.async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t size) {
+    // Not into buffer_: what is parsed while this read is under way moves the place that it would write to.
+    stream_.async_read_some(net::buffer(incoming_), [self = this->shared_from_this()](Error error, size_t size) {
       self->reading_ = false;
       if (error) return self->Close();  // also a half-closed client: it is treated as gone
+      if (self->lingering_) return self->Read();
       if (self->receiving_ && self->buffer_.size() == 0 && !self->parser_->got_some()) {
         self->SetDeadline(self->shared_->options.header_timeout_s);
       }
-      self->buffer_.commit(size);
+      self->buffer_.commit(net::buffer_copy(self->buffer_.prepare(size), net::buffer(self->incoming_, size)));
       if (self->receiving_)
         self->Parse();
       else
@@ -315,19 +318,10 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   void LingeringClose() {
     Error ignored;
     socket().shutdown(tcp::socket::shutdown_send, ignored);
+    lingering_ = true;
     buffer_.consume(buffer_.size());
     SetDeadline(1.0);
-    Drain();
-  }
-
-  void Drain() {
-    if (reading_ || closed_) return;
-    reading_ = true;
-    socket().async_read_some(buffer_.prepare(kReadBytes), [self = this->shared_from_this()](Error error, size_t) {
-      self->reading_ = false;
-      if (error) return self->Close();
-      self->Drain();
-    });
+    Read();
   }
 
   void Close() {
@@ -368,7 +362,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   Shared* const shared_;
   net::basic_waitable_timer<SteadyClock, net::wait_traits<SteadyClock>, Socket::executor_type> timer_;
   SteadyClock::time_point deadline_ = SteadyClock::time_point::max(), timer_at_ = SteadyClock::time_point::max();
-  beast::flat_buffer buffer_;
+  beast::flat_buffer buffer_;                // read, not yet parsed
+  std::array<char, kReadBytes> incoming_{};  // of the read under way
   std::optional<http::request_parser<http::string_body>> parser_;
   std::unique_ptr<HttpOperation> operation_;
   HttpRequest request_;
@@ -376,7 +371,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   SteadyClock::time_point started_;
   int status_ = 0;
   bool over_limit_ = false, receiving_ = false, continued_ = false, reading_ = false, writing_ = false;
-  bool head_sent_ = false, streaming_ = false, http_1_0_ = false, keep_alive_ = true, closed_ = false;
+  bool head_sent_ = false, streaming_ = false, http_1_0_ = false, keep_alive_ = true, lingering_ = false;
+  bool closed_ = false;
 };
 
 }  // namespace linspec::http_internal

@@ -50,6 +50,17 @@ def test_pipelined_requests_all_answered(server):
     assert answer.count("HTTP/1.1 200 OK") == 4 and answer.rindex('"version"') > answer.index("[DONE]")
 
 
+def test_body_that_comes_after_its_head_was_read_ahead(server):
+    body = json.dumps({"prompt": "x", "max_tokens": 2, "temperature": 0})
+    whole = request("POST", "/v1/completions", body, close=False)
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=10) as sock:
+        sock.sendall((whole + whole[:-len(body)]).encode())
+        first = sock.recv(65536)  # answered with the second head already read
+        sock.sendall(body.encode())
+        second = sock.recv(65536)
+    assert first.startswith(b"HTTP/1.1 200 OK") and second.startswith(b"HTTP/1.1 200 OK")
+
+
 def test_head_expect_and_1_0(server):
     answer = talk(server, request("HEAD", "/v1/models"))
     assert status_of(answer) == 200 and answer.endswith("\r\n\r\n") and "Content-Length: 0" not in answer

@@ -227,7 +227,7 @@ def start_stream(server, tokens):
 
 
 def test_sigterm_finishes_what_runs(make_server):
-    server = make_server("--drain-timeout", "60")
+    server = make_server("--drain-timeout", "300")
     channel = grpc.insecure_channel(server.grpc_address)
     health = health_pb2_grpc.HealthStub(channel)
     health.Check(health_pb2.HealthCheckRequest())
@@ -239,7 +239,7 @@ def test_sigterm_finishes_what_runs(make_server):
     assert health.Check(health_pb2.HealthCheckRequest()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     refused = complete(server)
     assert refused.status_code == 503 and "Retry-After" in refused.headers
-    thread.join(60)
+    thread.join(300)
     assert out["lines"][-1] == "data: [DONE]" and '"finish_reason":"length"' in out["lines"][-2]
     assert server.process.wait(10) == 0
 

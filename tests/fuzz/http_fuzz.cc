@@ -1,5 +1,6 @@
 // Bytes that a client sends to a real connection over a socket, on one thread without a clock: the connection may answer
-// and may close, but what it writes must be HTTP, and what reaches the handler must be a complete request.
+// and may close, but what it writes must be HTTP, and the requests that reach the handler must be complete, and the same
+// wherever the bytes were parted on their way.
 #include <sys/socket.h>
 
 #include <cstddef>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "server/http_connection.h"
 
@@ -46,17 +48,20 @@ struct Harness {
     shared.options.error_reply = ErrorReply;
     shared.options.observer = [](const HttpRequest&, int status, double) { Require(status >= 100 && status < 600); };
     shared.options.write_observer = [](double) {};
-    shared.handler = [](HttpRequest request, HttpNotify) {
+    shared.handler = [this](HttpRequest request, HttpNotify) {
       Require(!request.method.empty() && request.body.size() <= 4096);
+      handled.push_back(request.method + " " + request.path + "?" + request.query + "\n" + request.body);
       return std::make_unique<Echo>(std::move(request));
     };
   }
 
   net::io_context context;
   Shared shared;
+  std::vector<std::string> handled;
 };
 
-std::string Exchange(Harness* harness, const uint8_t* data, size_t size) {
+// The bytes come in two pieces, parted at `split`: what came before is dealt with first.
+void Exchange(Harness* harness, const uint8_t* data, size_t size, size_t split) {
   // Not over TCP: thousands of exchanges a second would leave no port that is not in TIME-WAIT.
   int ends[2];
   Require(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) == 0);
@@ -68,8 +73,7 @@ std::string Exchange(Harness* harness, const uint8_t* data, size_t size) {
   client.non_blocking(true);
   std::string answer;
   Error error;
-  // In two pieces, so that a request that arrives in parts is a common case.
-  for (const auto& [begin, end] : {std::pair(size_t{0}, size / 2), std::pair(size / 2, size)}) {
+  for (const auto& [begin, end] : {std::pair(size_t{0}, split), std::pair(split, size)}) {
     client.write_some(net::buffer(data + begin, end - begin), error);
     harness->context.restart();
     harness->context.poll();
@@ -83,15 +87,19 @@ std::string Exchange(Harness* harness, const uint8_t* data, size_t size) {
   connection.reset();
   harness->context.restart();
   harness->context.poll();
-  return answer;
+  Require(answer.empty() || answer.starts_with("HTTP/1.1 "));
+  Require(harness->shared.live.empty() && harness->shared.open == 0);  // nothing is left of a closed connection
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   static auto* const harness = new Harness;
-  const std::string answer = Exchange(harness, data, std::min<size_t>(size, 16384));
-  Require(answer.empty() || answer.starts_with("HTTP/1.1 "));
-  Require(harness->shared.live.empty() && harness->shared.open == 0);  // nothing is left of a closed connection
+  size = std::min<size_t>(size, 4096);  // of one read, so that the pieces are what the connection sees
+  harness->handled.clear();
+  Exchange(harness, data, size, size);
+  const std::vector<std::string> at_once = std::exchange(harness->handled, {});
+  Exchange(harness, data, size, size / 2);
+  Require(harness->handled == at_once);
   return 0;
 }
