@@ -57,6 +57,7 @@ class GemmCase {
 
   void Run() {
     CheckKernel("streaming", &LaunchStreamingGemm, Launch(&LaunchTiledGemm, Params(), kMaxRows));
+    CheckKernel("small", &LaunchSmallGemm, Launch(&LaunchTiledGemm, Params(), kMaxRows));
     if (n_ % 16 == 0) MultipliesSilu("tiled", &LaunchTiledGemm);
     if (matrix_.type == kLinspecCudaBf16 && WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmma, Launch(&LaunchWgmma, Params(), kMaxRows));
