@@ -1,6 +1,7 @@
 # The CUDA backend (LINSPEC_CUDA=ON): kernels, device test and benchmark. Nothing of CUDA is linked into the server.
 # CMake 3.25 does not know nvcc 13's C++20 flag: enable the language, then name the flag, then ask for the standard.
 set(LINSPEC_CUDA_ARCHITECTURES "90" CACHE STRING "e.g. 90, or 80;86;89;90;100;120 for a release")
+list(TRANSFORM LINSPEC_CUDA_ARCHITECTURES REPLACE "^90$" "90a")  # wgmma; there is no other chip that runs sm_90 code
 set(CMAKE_CUDA_HOST_COMPILER ${CMAKE_CXX_COMPILER} CACHE FILEPATH "")
 set(CMAKE_CUDA_ARCHITECTURES ${LINSPEC_CUDA_ARCHITECTURES})
 find_program(CMAKE_CUDA_COMPILER nvcc HINTS /usr/local/cuda/bin)
@@ -51,20 +52,23 @@ linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/
 # The plugin that the server loads at start when it is there (kernels/cuda_device.h). It holds cudart and needs nothing
 # but glibc and, to find a GPU, the driver.
 add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc
-  kernels/cuda/device_forward.cc)
+  kernels/cuda/device_forward.cc kernels/cuda/device_drafter.cc kernels/cuda/graph_cache.cc kernels/cuda/products.cc)
 target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_static)
 target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
 set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
 install(TARGETS linspec_cuda LIBRARY DESTINATION lib)
 
 # The model and the engine on the GPU: needs the shared libraries that the bundle carries, and the plugin beside it.
-add_executable(cuda_model_test tests/cuda/model_test.cc)
-target_link_libraries(cuda_model_test PRIVATE linspec_scheduler)
-set_target_properties(cuda_model_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device
-  INSTALL_RPATH "$ORIGIN/../../lib")
+foreach(name model draft)
+  add_executable(cuda_${name}_test tests/cuda/${name}_test.cc)
+  target_link_libraries(cuda_${name}_test PRIVATE linspec_scheduler)
+  set_target_properties(cuda_${name}_test PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device
+    INSTALL_RPATH "$ORIGIN/../../lib")
+endforeach()
 set(gpu_check libexec/linspec-gpu-check)
-install(TARGETS cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test RUNTIME DESTINATION ${gpu_check})
+install(TARGETS cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test
+  cuda_draft_test RUNTIME DESTINATION ${gpu_check})
 install(PROGRAMS tests/cuda/run_on_gpu.sh DESTINATION ${gpu_check})
 install(DIRECTORY tests/data/tiny DESTINATION ${gpu_check})
 add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench
-  cuda_model_test)
+  cuda_model_test cuda_draft_test)

@@ -34,6 +34,7 @@ class CudaModel final : public Model {
   DType weight_dtype() const override { return weights_.lm_head->dtype(); }
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
+  CudaHandle cuda() const override { return {device_, model_}; }
   bool chooses_tokens() const override { return true; }
   bool exact_across_groups() const override { return false; }
   absl::Status health() const override { return device_->health(); }

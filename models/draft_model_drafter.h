@@ -45,6 +45,7 @@ class DraftModelDrafter final : public Drafter {
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t sequence_id) override;
   int64_t bytes_per_request() const override { return pool_->bytes_per_slot(); }
+  bool catches_up() const override { return true; }
   const StatePool& pool() const { return *pool_; }
 
  private:

@@ -23,6 +23,11 @@ struct DraftTree {
 
   static DraftTree Root(int32_t pending_token) { return {{pending_token}, {-1}}; }
   int num_nodes() const { return static_cast<int>(tokens.size()); }
+  void Reserve(int num_nodes) {
+    tokens.reserve(num_nodes);
+    parents.reserve(num_nodes);
+    probabilities.reserve(num_nodes);
+  }
   int Add(int32_t token, int parent) {  // returns the new node's index
     tokens.push_back(token);
     parents.push_back(parent);

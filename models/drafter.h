@@ -29,6 +29,7 @@ struct DraftContext {
   int64_t num_prompt_tokens;
   const SamplingParams* sampling;
   std::span<const float> hidden;  // [D] target's hidden state at the last committed token; empty if unknown
+  int hidden_row = -1;            // the row of the target's last Verify that has it; -1: none
   int max_nodes;                  // root included; 1 means "do not draft"
   float min_probability = 0;      // paths that the drafter holds less likely are not worth proposing
   DraftDraw draw = DraftDraw::kCoupled;
@@ -40,8 +41,14 @@ class Drafter {
   virtual std::string_view name() const = 0;  // "draft", "medusa", "recurrent", "ngram"
   // One tree per context, root = its pending token; a one-node tree is "no draft".
   virtual absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) = 0;
+  // Levels that the last Propose computed, where they can be more than its trees are deep.
+  virtual int levels_computed() const { return 0; }
   virtual void Forget(uint64_t sequence_id) = 0;  // the sequence ended: free what was kept for it
   virtual int64_t bytes_per_request() const { return 0; }
+  // Has to read a sequence's tokens before it can draft for it.
+  virtual bool catches_up() const { return false; }
+  // Uses DraftContext::hidden. The engine asks the target for it only when a drafter does.
+  virtual bool reads_hidden() const { return false; }
   virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused
 };
 

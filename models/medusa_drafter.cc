@@ -36,43 +36,78 @@ int FirstChild(int place) {
   return 1 + std::accumulate(kMcSim7b63Children.begin(), end, 0);
 }
 
+class HostGuesser final : public DraftGuesser {
+ public:
+  HostGuesser(std::unique_ptr<MedusaHeads> heads, Model* target) : heads_(std::move(heads)), target_(target) {}
+
+  int max_levels() const override { return heads_->num_heads(); }
+  int max_top_k() const override { return kMaxTreeNodes - 1; }
+  bool reads_hidden() const override { return true; }
+  bool CanGuess(const DraftContext& context) const override {
+    return std::ssize(context.hidden) == target_->config().hidden_size;
+  }
+
+  absl::StatusOr<DraftGuesses> Guess(std::span<const DraftContext* const> contexts, int num_levels,
+                                     int top_k) override {
+    std::vector<float> hidden;
+    for (const DraftContext* context : contexts) {
+      hidden.insert(hidden.end(), context->hidden.begin(), context->hidden.end());
+    }
+    const absl::StatusOr<std::span<const float>> logits = heads_->Logits(hidden, num_levels, target_);
+    if (!logits.ok()) return logits.status();
+    const size_t vocab = target_->config().vocab_size;
+    DraftGuesses guesses{num_levels, top_k, {}};
+    guesses.candidates.resize(contexts.size() * num_levels * top_k, {.token = -1, .probability = 0});
+    for (size_t r = 0; r < contexts.size(); ++r) {
+      const DraftContext& context = *contexts[r];
+      for (int n = 0; n < num_levels; ++n) {
+        // Without noise a guess is certain, given the hidden state: that serves rejection sampling too.
+        const std::vector<DraftCandidate> choices =
+            LikelyChoices(logits->subspan((n * contexts.size() + r) * vocab, vocab), *context.sampling,
+                          std::ssize(context.tokens) + n, top_k, context.draw == DraftDraw::kCoupled);
+        std::ranges::copy(choices, guesses.Slots(r, n).begin());
+      }
+    }
+    return guesses;
+  }
+
+ private:
+  const std::unique_ptr<MedusaHeads> heads_;
+  Model* const target_;
+};
+
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<MedusaDrafter>> MedusaDrafter::Create(std::unique_ptr<MedusaHeads> heads, Model* target,
+std::unique_ptr<DraftGuesser> MakeMedusaGuesser(std::unique_ptr<MedusaHeads> heads, Model* target) {
+  return std::make_unique<HostGuesser>(std::move(heads), target);
+}
+
+absl::StatusOr<std::unique_ptr<MedusaDrafter>> MedusaDrafter::Create(std::unique_ptr<DraftGuesser> heads,
                                                                      MedusaOptions options) {
-  if (options.top_k < 1 || options.top_k >= kMaxTreeNodes) {
+  if (options.top_k < 1 || options.top_k > heads->max_top_k()) {
     return absl::InvalidArgumentError(
-        fmt::format("medusa options out of range: top_k {} (1 to {})", options.top_k, kMaxTreeNodes - 1));
+        fmt::format("medusa options out of range: top_k {} (1 to {})", options.top_k, heads->max_top_k()));
   }
-  return std::unique_ptr<MedusaDrafter>(new MedusaDrafter(std::move(heads), target, options));
+  return std::unique_ptr<MedusaDrafter>(new MedusaDrafter(std::move(heads), options));
 }
 
 absl::StatusOr<std::vector<DraftTree>> MedusaDrafter::Propose(std::span<const DraftContext> contexts) {
-  const size_t dim = target_->config().hidden_size, vocab = target_->config().vocab_size;
   std::vector<DraftTree> trees;
-  std::vector<size_t> drafted;  // contexts
-  std::vector<float> hidden;
+  std::vector<size_t> indices;
+  std::vector<const DraftContext*> drafted;
   int depth = 0;
   for (size_t i = 0; i < contexts.size(); ++i) {
     trees.push_back(DraftTree::Root(contexts[i].tokens.back()));
-    if (contexts[i].max_nodes <= 1 || contexts[i].hidden.size() != dim) continue;
-    drafted.push_back(i);
-    hidden.insert(hidden.end(), contexts[i].hidden.begin(), contexts[i].hidden.end());
-    depth = std::max(depth, std::min(contexts[i].max_nodes - 1, heads_->num_heads()));
+    if (contexts[i].max_nodes <= 1 || !heads_->CanGuess(contexts[i])) continue;
+    indices.push_back(i);
+    drafted.push_back(&contexts[i]);
+    depth = std::max(depth, std::min(contexts[i].max_nodes - 1, heads_->max_levels()));
   }
   if (drafted.empty()) return trees;
-  const absl::StatusOr<std::span<const float>> logits = heads_->Logits(hidden, depth, target_);
-  if (!logits.ok()) return logits.status();
+  const absl::StatusOr<DraftGuesses> guesses = heads_->Guess(drafted, depth, options_.top_k);
+  if (!guesses.ok()) return guesses.status();
   for (size_t r = 0; r < drafted.size(); ++r) {
-    const DraftContext& context = contexts[drafted[r]];
-    const auto position = static_cast<int64_t>(context.tokens.size());
-    Guesses guesses;
-    for (int n = 0; n < std::min(depth, context.max_nodes - 1); ++n) {
-      // Without noise a guess is certain, given the hidden state: that serves rejection sampling too.
-      guesses.push_back(LikelyChoices(logits->subspan((n * drafted.size() + r) * vocab, vocab), *context.sampling,
-                                      position + n, options_.top_k, context.draw == DraftDraw::kCoupled));
-    }
-    trees[drafted[r]] = Grow(context, guesses);
+    trees[indices[r]] = Grow(*drafted[r], *guesses, r, std::min(depth, drafted[r]->max_nodes - 1));
   }
   return trees;
 }
@@ -83,24 +118,24 @@ int MedusaDrafter::MaxChildren(int place) const {
 }
 
 // Best first: whoever is taken offers its first child and its next sibling, both no likelier than itself.
-DraftTree MedusaDrafter::Grow(const DraftContext& context, const Guesses& guesses) const {
+DraftTree MedusaDrafter::Grow(const DraftContext& context, const DraftGuesses& guesses, size_t index, int depth) const {
   DraftTree tree = DraftTree::Root(context.tokens.back());
   const int max_nodes = std::min(context.max_nodes, kMaxTreeNodes);
   tree.probabilities = {1.0f};
   std::vector<int> places = {0};  // [node] in the static tree
   std::priority_queue<Step> open;
-  const auto offer = [&](int parent, int rank, int depth) {
-    if (depth > std::ssize(guesses) || rank >= std::ssize(guesses[depth - 1]) || rank >= MaxChildren(places[parent])) {
-      return;
-    }
-    const float probability = tree.probabilities[parent] * guesses[depth - 1][rank].probability;
-    if (probability >= context.min_probability) open.push({probability, parent, rank, depth});
+  const auto offer = [&](int parent, int rank, int level) {
+    if (level > depth || rank >= MaxChildren(places[parent])) return;
+    const std::span<const DraftCandidate> choices = guesses.At(index, level - 1);
+    if (rank >= std::ssize(choices)) return;
+    const float probability = tree.probabilities[parent] * choices[rank].probability;
+    if (probability >= context.min_probability) open.push({probability, parent, rank, level});
   };
   offer(0, 0, 1);
   while (!open.empty() && tree.num_nodes() < max_nodes) {
     const Step best = open.top();
     open.pop();
-    const int node = tree.Add(guesses[best.depth - 1][best.rank].token, best.parent);
+    const int node = tree.Add(guesses.At(index, best.depth - 1)[best.rank].token, best.parent);
     tree.probabilities.push_back(best.probability);
     places.push_back(options_.tree == MedusaTree::kDynamic ? 0 : FirstChild(places[best.parent]) + best.rank);
     offer(node, 0, best.depth + 1);

@@ -5,7 +5,7 @@
 // Costs one small forward of the heads a step, whatever the tree; keeps nothing per sequence. Sequences whose hidden
 // state is not known yet (before their first step) are not drafted for.
 //
-// Ownership: owns the heads, borrows the target for its unembedding. Threads: engine thread only.
+// Ownership: owns what guesses. Threads: engine thread only.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "models/draft_candidates.h"
+#include "models/draft_guesser.h"
 #include "models/drafter.h"
 #include "models/medusa_heads.h"
 #include "models/model.h"
@@ -32,26 +32,28 @@ struct MedusaOptions {
   int top_k = 10;  // guesses per head
 };
 
+// Heads on the CPU. target lends its unembedding and must outlive the guesser.
+std::unique_ptr<DraftGuesser> MakeMedusaGuesser(std::unique_ptr<MedusaHeads> heads, Model* target);
+
 class MedusaDrafter final : public Drafter {
  public:
-  // target must outlive the drafter. INVALID_ARGUMENT: options out of range.
-  static absl::StatusOr<std::unique_ptr<MedusaDrafter>> Create(std::unique_ptr<MedusaHeads> heads, Model* target,
+  // INVALID_ARGUMENT: options out of range.
+  static absl::StatusOr<std::unique_ptr<MedusaDrafter>> Create(std::unique_ptr<DraftGuesser> heads,
                                                                MedusaOptions options);
 
   std::string_view name() const override { return "medusa"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t) override {}
+  bool reads_hidden() const override { return heads_->reads_hidden(); }
 
  private:
-  using Guesses = std::vector<std::vector<DraftCandidate>>;  // [depth - 1]
-
-  MedusaDrafter(std::unique_ptr<MedusaHeads> heads, Model* target, MedusaOptions options)
-      : heads_(std::move(heads)), target_(target), options_(options) {}
-  DraftTree Grow(const DraftContext& context, const Guesses& guesses) const;
+  MedusaDrafter(std::unique_ptr<DraftGuesser> heads, MedusaOptions options)
+      : heads_(std::move(heads)), options_(options) {}
+  // From the guesses for context `index` of the first `depth` heads.
+  DraftTree Grow(const DraftContext& context, const DraftGuesses& guesses, size_t index, int depth) const;
   int MaxChildren(int place) const;  // of the node at `place` of the static tree; top_k in a dynamic tree
 
-  std::unique_ptr<MedusaHeads> heads_;
-  Model* target_;
+  std::unique_ptr<DraftGuesser> heads_;
   const MedusaOptions options_;
 };
 

@@ -45,9 +45,8 @@ absl::StatusOr<MedusaConfig> ParseConfig(const std::string& text) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<MedusaHeads>> MedusaHeads::Load(const std::string& folder, const ModelConfig& target,
-                                                               const std::string& weight_dtype,
-                                                               std::shared_ptr<CpuOps> ops) {
+absl::StatusOr<MedusaWeights> MedusaWeights::Load(const std::string& folder, const ModelConfig& target,
+                                                  const std::string& weight_dtype, MatrixPacker* packer) {
   const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(weight_dtype);
   if (!dtype.ok()) return dtype.status();
   const std::string config_path = (std::filesystem::path(folder) / kMedusaConfigFile).string();
@@ -61,7 +60,7 @@ absl::StatusOr<std::unique_ptr<MedusaHeads>> MedusaHeads::Load(const std::string
   if (!weights.ok()) return weights.status();
 
   const int64_t dim = target.hidden_size;
-  TensorReader reader(weights->get(), ops.get(), *dtype);
+  TensorReader reader(weights->get(), packer, *dtype);
   // In the published layout a head's last member is its own unembedding; all heads have one or none has.
   const bool own = reader.Has(fmt::format("0.{}.weight", config->num_layers));
   std::vector<Head> heads(config->num_heads);
@@ -78,13 +77,22 @@ absl::StatusOr<std::unique_ptr<MedusaHeads>> MedusaHeads::Load(const std::string
   }
   if (!reader.status().ok()) return reader.status();
   if (absl::Status all = (*weights)->CheckAllTaken(); !all.ok()) return all;
-  return std::unique_ptr<MedusaHeads>(new MedusaHeads(dim, target.vocab_size, std::move(heads), std::move(ops)));
+  return MedusaWeights{std::move(heads)};
+}
+
+absl::StatusOr<std::unique_ptr<MedusaHeads>> MedusaHeads::Load(const std::string& folder, const ModelConfig& target,
+                                                               const std::string& weight_dtype,
+                                                               std::shared_ptr<CpuOps> ops) {
+  auto weights = MedusaWeights::Load(folder, target, weight_dtype, MakeCpuPacker(ops.get()).get());
+  if (!weights.ok()) return weights.status();
+  return std::unique_ptr<MedusaHeads>(
+      new MedusaHeads(target.hidden_size, target.vocab_size, *std::move(weights), std::move(ops)));
 }
 
 int64_t MedusaHeads::weight_bytes() const {
   int64_t bytes = 0;
-  for (const Head& head : heads_) {
-    for (const Block& block : head.blocks) {
+  for (const MedusaWeights::Head& head : heads_) {
+    for (const MedusaWeights::Block& block : head.blocks) {
       bytes += block.weight->bytes() + static_cast<int64_t>(block.bias.size() * sizeof(float));
     }
     if (head.unembedding != nullptr) bytes += head.unembedding->bytes();
@@ -103,7 +111,7 @@ absl::StatusOr<std::span<const float>> MedusaHeads::Logits(std::span<const float
   for (int n = 0; n < num_heads; ++n) {
     float* x = states_.data() + n * hidden.size();
     std::copy(hidden.begin(), hidden.end(), x);
-    for (const Block& block : heads_[n].blocks) ApplyBlock(block, x, num_rows);
+    for (const MedusaWeights::Block& block : heads_[n].blocks) ApplyBlock(block, x, num_rows);
   }
   if (shares_unembedding()) return target->Unembed(states_);
   logits_.resize(num_heads * num_rows * vocab_size_);
@@ -117,7 +125,7 @@ absl::StatusOr<std::span<const float>> MedusaHeads::Logits(std::span<const float
 }
 
 // x += SiLU(W x + b), with the gated activation of the MLP and a gate of one.
-void MedusaHeads::ApplyBlock(const Block& block, float* x, int64_t num_rows) {
+void MedusaHeads::ApplyBlock(const MedusaWeights::Block& block, float* x, int64_t num_rows) {
   const int64_t dim = hidden_size_;
   gate_up_.assign(num_rows * 2 * dim, 1.0f);
   activation_.resize(num_rows * dim);

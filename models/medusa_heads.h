@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
+#include "models/matrix_packer.h"
 #include "models/model.h"
 #include "models/model_config.h"
 
@@ -23,10 +24,27 @@ namespace linspec {
 inline constexpr char kMedusaConfigFile[] = "medusa_config.json";
 inline constexpr char kMedusaWeightsFile[] = "medusa.safetensors";
 
+// The heads' weights, packed for some machine.
+struct MedusaWeights {
+  struct Block {
+    std::unique_ptr<PackedWeight> weight;  // [D, D]
+    std::vector<float> bias;               // [D]
+  };
+  struct Head {
+    std::vector<Block> blocks;                  // as many in every head
+    std::unique_ptr<PackedWeight> unembedding;  // [V, D]; null: the target's. All heads have one or none has
+  };
+  std::vector<Head> heads;
+
+  // Reads both files of `folder` for a target of this shape, strictly. Errors name file and field or tensor; NOT_FOUND
+  // without files.
+  static absl::StatusOr<MedusaWeights> Load(const std::string& folder, const ModelConfig& target,
+                                            const std::string& weight_dtype, MatrixPacker* packer);
+};
+
 class MedusaHeads {
  public:
-  // Reads both files of `folder` for a target of this shape, strictly. weight_dtype as in LoadOptions. Errors name file
-  // and field or tensor; NOT_FOUND without files.
+  // As MedusaWeights::Load. weight_dtype as in LoadOptions.
   static absl::StatusOr<std::unique_ptr<MedusaHeads>> Load(const std::string& folder, const ModelConfig& target,
                                                            const std::string& weight_dtype,
                                                            std::shared_ptr<CpuOps> ops);
@@ -40,21 +58,12 @@ class MedusaHeads {
   absl::StatusOr<std::span<const float>> Logits(std::span<const float> hidden, int num_heads, Model* target);
 
  private:
-  struct Block {
-    std::unique_ptr<PackedWeight> weight;  // [D, D]
-    std::vector<float> bias;               // [D]
-  };
-  struct Head {
-    std::vector<Block> blocks;
-    std::unique_ptr<PackedWeight> unembedding;  // [V, D]; null: the target's
-  };
-
-  MedusaHeads(int64_t hidden_size, int64_t vocab_size, std::vector<Head> heads, std::shared_ptr<CpuOps> ops)
-      : hidden_size_(hidden_size), vocab_size_(vocab_size), heads_(std::move(heads)), ops_(std::move(ops)) {}
-  void ApplyBlock(const Block& block, float* x, int64_t num_rows);
+  MedusaHeads(int64_t hidden_size, int64_t vocab_size, MedusaWeights weights, std::shared_ptr<CpuOps> ops)
+      : hidden_size_(hidden_size), vocab_size_(vocab_size), heads_(std::move(weights.heads)), ops_(std::move(ops)) {}
+  void ApplyBlock(const MedusaWeights::Block& block, float* x, int64_t num_rows);
 
   const int64_t hidden_size_, vocab_size_;
-  const std::vector<Head> heads_;
+  const std::vector<MedusaWeights::Head> heads_;
   const std::shared_ptr<CpuOps> ops_;
   std::vector<float> states_;      // [num_heads, rows, D]
   std::vector<float> gate_up_;     // [rows, 2 D]: W x + b, then ones

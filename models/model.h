@@ -48,7 +48,7 @@ struct VerifyBatch {
   // For models that choose tokens: how, for every row, or empty. Others leave them alone.
   std::vector<RowSampling> sampling;  // [num_rows]
   std::vector<LogitEdit> edits;
-  bool want_logits = true, want_hidden = true;
+  bool want_logits = true, want_hidden = true;  // on the host
 
   void Add(int32_t slot, const DraftTree& tree);
   int num_requests() const { return static_cast<int>(slots.size()); }
@@ -67,6 +67,12 @@ struct VerifyResult {
                                      // no token to choose. Then logits are those after the edits
 };
 
+// The object behind a model that computes on a GPU, for what computes there beside it.
+struct CudaHandle {
+  std::shared_ptr<CudaDevice> device;
+  LinspecCudaModel* model = nullptr;
+};
+
 class Model {
  public:
   virtual ~Model() = default;
@@ -83,7 +89,8 @@ class Model {
   virtual absl::Status health() const { return absl::OkStatus(); }
   // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
   virtual std::vector<DeviceStats> device_stats() const { return {}; }
-  virtual std::string Describe() const = 0;  // one line for the start-up print: parameters, dtype, instruction set
+  virtual CudaHandle cuda() const { return {}; }  // null members on a CPU
+  virtual std::string Describe() const = 0;       // one line for the start-up print: parameters, dtype, instruction set
 
   // Advances each slot past its chunk's tokens. No logits: the last prompt token goes through Verify as one node.
   virtual absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 
 namespace linspec {
 namespace {
@@ -48,14 +49,17 @@ void AddContinuation(const DraftContext& context, int64_t begin, int match_lengt
 
 // An n-gram enters the index with the token that follows it, so the final tokens never match themselves.
 void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
+  const auto wanted = static_cast<int64_t>(std::bit_ceil(2 * tokens.size()));
+  if (const int64_t size = std::clamp(wanted, kSmallestTable, kTableSize); size > index->size) {
+    *index = {.num_indexed = 0, .size = size, .tables = {}};
+    for (std::vector<Entry>& table : index->tables) table.resize(size);
+  }
   index->num_indexed = std::max(index->num_indexed, std::ssize(tokens) - kMaxBacklog);
   for (; index->num_indexed < std::ssize(tokens); ++index->num_indexed) {
     const int64_t next = index->num_indexed;
     for (int n = kShortest; n <= kLongest && n <= next; ++n) {
       const uint64_t hash = Hash(tokens.subspan(next - n, n));
-      std::vector<Entry>& table = index->tables[n - kShortest];
-      table.resize(kTableSize);
-      Entry& entry = table[hash % kTableSize];
+      Entry& entry = index->tables[n - kShortest][hash % index->size];
       const uint32_t tag = static_cast<uint32_t>(hash >> 32);
       entry = {.tag = tag, .latest = static_cast<int32_t>(next), .previous = entry.tag == tag ? entry.latest : -1};
     }
@@ -64,10 +68,9 @@ void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
 
 NgramDrafter::Match NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
   for (int n = kLongest; n >= kShortest; --n) {
-    const std::vector<Entry>& table = index.tables[n - kShortest];
-    if (std::ssize(tokens) < n || table.empty()) continue;
+    if (std::ssize(tokens) < n) continue;
     const uint64_t hash = Hash(tokens.last(n));
-    const Entry& entry = table[hash % kTableSize];
+    const Entry& entry = index.tables[n - kShortest][hash % index.size];
     if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash >> 32)) return {entry, n};
   }
   return {};
@@ -82,6 +85,7 @@ absl::StatusOr<std::vector<DraftTree>> NgramDrafter::Propose(std::span<const Dra
     const auto [places, length] = Find(context.tokens, index);
     tree.probabilities = {1.0f};
     if (context.max_nodes > 1 && places.latest >= 0) {
+      tree.Reserve(context.max_nodes);
       // The latest place gets most of the nodes; a quarter is kept for the other continuation.
       const int reserved = places.previous >= 0 ? (context.max_nodes - 1) / 4 : 0;
       AddContinuation(context, places.latest, length, context.max_nodes - reserved, &tree);

@@ -24,13 +24,15 @@ class NgramDrafter : public Drafter {
   std::string_view name() const override { return "ngram"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t sequence_id) override { indices_.erase(sequence_id); }
-  int64_t bytes_per_request() const override { return kNumLengths * kTableSize * static_cast<int64_t>(sizeof(Entry)); }
+  int64_t bytes_per_request() const override {  // at most
+    return kNumLengths * kTableSize * static_cast<int64_t>(sizeof(Entry));
+  }
   bool costs_nothing() const override { return true; }
   size_t num_sequences() const { return indices_.size(); }
 
  private:
   static constexpr int kShortest = 2, kLongest = 4, kNumLengths = kLongest - kShortest + 1;
-  static constexpr int64_t kTableSize = 1 << 14;
+  static constexpr int64_t kSmallestTable = 1 << 8, kTableSize = 1 << 14;  // entries
   static constexpr int64_t kMaxBacklog = 2 * kTableSize;  // older tokens of a long prompt would be displaced anyway
   struct Entry {
     uint32_t tag = 0;                    // the hash bits that do not choose the entry
@@ -38,6 +40,7 @@ class NgramDrafter : public Drafter {
   };
   struct Index {
     int64_t num_indexed = 0;  // tokens that were looked at
+    int64_t size = 0;         // of each table, a power of two
     std::array<std::vector<Entry>, kNumLengths> tables;
   };
 

@@ -29,6 +29,7 @@ class RecurrentDrafter final : public Drafter {
   std::string_view name() const override { return "recurrent"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t) override {}
+  bool reads_hidden() const override { return true; }
 
  private:
   struct Draft {

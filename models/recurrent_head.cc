@@ -43,9 +43,8 @@ absl::StatusOr<HeadConfig> ParseConfig(const std::string& text) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<RecurrentHead>> RecurrentHead::Load(const std::string& folder, const ModelConfig& target,
-                                                                   const std::string& weight_dtype,
-                                                                   std::shared_ptr<CpuOps> ops) {
+absl::StatusOr<RecurrentWeights> RecurrentWeights::Load(const std::string& folder, const ModelConfig& target,
+                                                        const std::string& weight_dtype, MatrixPacker* packer) {
   const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(weight_dtype);
   if (!dtype.ok()) return dtype.status();
   const std::string config_path = (std::filesystem::path(folder) / kRecurrentHeadConfigFile).string();
@@ -59,22 +58,30 @@ absl::StatusOr<std::unique_ptr<RecurrentHead>> RecurrentHead::Load(const std::st
   if (!weights.ok()) return weights.status();
 
   const int64_t dim = target.hidden_size, inner = config->intermediate_size;
-  std::unique_ptr<RecurrentHead> head(new RecurrentHead(dim, ops));
-  head->intermediate_size_ = inner;
-  head->rms_norm_eps_ = config->rms_norm_eps;
-  TensorReader reader(weights->get(), ops.get(), *dtype);
-  head->state_norm_ = reader.Vector("state_norm.weight", {dim});
-  head->token_norm_ = reader.Vector("token_norm.weight", {dim});
-  head->gate_up_proj_ = reader.Fused({{"gate_proj.weight", inner}, {"up_proj.weight", inner}}, 2 * dim);
-  head->down_proj_ = reader.Fused({{"down_proj.weight", dim}}, inner);
+  TensorReader reader(weights->get(), packer, *dtype);
+  RecurrentWeights head;
+  head.intermediate_size = inner;
+  head.rms_norm_eps = config->rms_norm_eps;
+  head.state_norm = reader.Vector("state_norm.weight", {dim});
+  head.token_norm = reader.Vector("token_norm.weight", {dim});
+  head.gate_up_proj = reader.GateUp({{"gate_proj.weight", inner}, {"up_proj.weight", inner}}, 2 * dim);
+  head.down_proj = reader.Fused({{"down_proj.weight", dim}}, inner);
   if (!reader.status().ok()) return reader.status();
   if (absl::Status all = (*weights)->CheckAllTaken(); !all.ok()) return all;
   return head;
 }
 
+absl::StatusOr<std::unique_ptr<RecurrentHead>> RecurrentHead::Load(const std::string& folder, const ModelConfig& target,
+                                                                   const std::string& weight_dtype,
+                                                                   std::shared_ptr<CpuOps> ops) {
+  auto weights = RecurrentWeights::Load(folder, target, weight_dtype, MakeCpuPacker(ops.get()).get());
+  if (!weights.ok()) return weights.status();
+  return std::unique_ptr<RecurrentHead>(new RecurrentHead(target.hidden_size, *std::move(weights), std::move(ops)));
+}
+
 int64_t RecurrentHead::weight_bytes() const {
-  return gate_up_proj_->bytes() + down_proj_->bytes() +
-         static_cast<int64_t>((state_norm_.size() + token_norm_.size()) * sizeof(float));
+  return weights_.gate_up_proj->bytes() + weights_.down_proj->bytes() +
+         static_cast<int64_t>((weights_.state_norm.size() + weights_.token_norm.size()) * sizeof(float));
 }
 
 absl::StatusOr<std::span<const float>> RecurrentHead::Step(std::span<float> states, std::span<const int32_t> tokens,
@@ -90,24 +97,32 @@ absl::StatusOr<std::span<const float>> RecurrentHead::Step(std::span<float> stat
 }
 
 void RecurrentHead::Advance(std::span<float> states) {
-  const int64_t dim = hidden_size_, inner = intermediate_size_, rows = std::ssize(states) / dim;
+  const int64_t dim = hidden_size_, inner = weights_.intermediate_size, rows = std::ssize(states) / dim;
   normed_.resize(states.size());
   input_.resize(2 * states.size());
   gate_up_.resize(rows * 2 * inner);
   activated_.resize(rows * inner);
   const auto half = [&](const float* x, const std::vector<float>& weight, int64_t offset) {
-    ops_->RmsNorm(
-        {.x = x, .weight = weight.data(), .out = normed_.data(), .num_rows = rows, .dim = dim, .eps = rms_norm_eps_});
+    ops_->RmsNorm({.x = x,
+                   .weight = weight.data(),
+                   .out = normed_.data(),
+                   .num_rows = rows,
+                   .dim = dim,
+                   .eps = weights_.rms_norm_eps});
     for (int64_t r = 0; r < rows; ++r) {
       std::copy_n(normed_.data() + r * dim, dim, input_.data() + r * 2 * dim + offset);
     }
   };
-  half(states.data(), state_norm_, 0);
-  half(embedded_.data(), token_norm_, dim);
-  ops_->GatedMatmul({.product = {.x = input_.data(), .w = gate_up_proj_.get(), .y = gate_up_.data(), .num_rows = rows},
-                     .out = activated_.data()});
-  ops_->Matmul(
-      {.x = activated_.data(), .w = down_proj_.get(), .y = states.data(), .num_rows = rows, .accumulate = true});
+  half(states.data(), weights_.state_norm, 0);
+  half(embedded_.data(), weights_.token_norm, dim);
+  ops_->GatedMatmul(
+      {.product = {.x = input_.data(), .w = weights_.gate_up_proj.get(), .y = gate_up_.data(), .num_rows = rows},
+       .out = activated_.data()});
+  ops_->Matmul({.x = activated_.data(),
+                .w = weights_.down_proj.get(),
+                .y = states.data(),
+                .num_rows = rows,
+                .accumulate = true});
 }
 
 }  // namespace linspec

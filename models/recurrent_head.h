@@ -16,6 +16,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
+#include "models/matrix_packer.h"
 #include "models/model.h"
 #include "models/model_config.h"
 
@@ -24,10 +25,23 @@ namespace linspec {
 inline constexpr char kRecurrentHeadConfigFile[] = "recurrent_head_config.json";
 inline constexpr char kRecurrentHeadWeightsFile[] = "recurrent_head.safetensors";
 
-class RecurrentHead {
- public:
+// The head's weights, packed for some machine.
+struct RecurrentWeights {
+  int64_t intermediate_size = 0;
+  float rms_norm_eps = 0;
+  std::vector<float> state_norm, token_norm;   // [D]
+  std::unique_ptr<PackedWeight> gate_up_proj;  // [2 M, 2 D], in the machine's order of gate and up
+  std::unique_ptr<PackedWeight> down_proj;     // [D, M]
+
   // Reads both files of `folder` for a target of this shape, strictly. weight_dtype as in LoadOptions. Errors name file
   // and field or tensor; NOT_FOUND without files.
+  static absl::StatusOr<RecurrentWeights> Load(const std::string& folder, const ModelConfig& target,
+                                               const std::string& weight_dtype, MatrixPacker* packer);
+};
+
+class RecurrentHead {
+ public:
+  // As RecurrentWeights::Load.
   static absl::StatusOr<std::unique_ptr<RecurrentHead>> Load(const std::string& folder, const ModelConfig& target,
                                                              const std::string& weight_dtype,
                                                              std::shared_ptr<CpuOps> ops);
@@ -39,16 +53,13 @@ class RecurrentHead {
   absl::StatusOr<std::span<const float>> Step(std::span<float> states, std::span<const int32_t> tokens, Model* target);
 
  private:
-  RecurrentHead(int64_t hidden_size, std::shared_ptr<CpuOps> ops) : hidden_size_(hidden_size), ops_(std::move(ops)) {}
+  RecurrentHead(int64_t hidden_size, RecurrentWeights weights, std::shared_ptr<CpuOps> ops)
+      : hidden_size_(hidden_size), weights_(std::move(weights)), ops_(std::move(ops)) {}
   void Advance(std::span<float> states);  // embedded_ holds the tokens' embeddings
 
   const int64_t hidden_size_;
+  const RecurrentWeights weights_;
   const std::shared_ptr<CpuOps> ops_;
-  int64_t intermediate_size_ = 0;
-  float rms_norm_eps_ = 0;
-  std::vector<float> state_norm_, token_norm_;  // [D]
-  std::unique_ptr<PackedWeight> gate_up_proj_;  // [2 M, 2 D]
-  std::unique_ptr<PackedWeight> down_proj_;     // [D, M]
 
   // Scratch, [rows, ...].
   std::vector<float> embedded_, normed_;  // [D]

@@ -149,7 +149,8 @@ void EngineCore::CutAtGroups(std::vector<DraftTree>* trees) const {
   const int64_t group = model_->config().linear_attention.group_size;
   for (size_t i = 0; i < trees->size(); ++i) {
     if ((*trees)[i].num_nodes() == 1) continue;
-    (*trees)[i] = (*trees)[i].CutBelow(static_cast<int>(group - 1 - decoding_[i]->num_committed() % group));
+    const int deepest = static_cast<int>(group - 1 - decoding_[i]->num_committed() % group);
+    if ((*trees)[i].Depth() > deepest) (*trees)[i] = (*trees)[i].CutBelow(deepest);
   }
 }
 
@@ -168,7 +169,7 @@ VerifyBatch EngineCore::Pack(const StepPlan& plan, std::span<const DraftTree> tr
 }
 
 void EngineCore::AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch) {
-  batch->want_hidden = !speculator_->empty();
+  batch->want_hidden = speculator_->reads_hidden();
   batch->want_logits = !plan.score.empty();
   for (size_t i = 0; i < trees.size(); ++i) {
     batch->want_logits |= !ChosenOnDevice(decoding_[i]->sampling(), decoding_[i]->acceptance());
@@ -199,12 +200,14 @@ std::vector<std::vector<int32_t>> EngineCore::Accept(const StepPlan& plan, std::
     return there ? values.subspan(begin * width, count * width) : decltype(values.subspan(0, 0))();
   };
   int64_t row = 0;
+  for (const auto& sequence : sequences_) sequence->hidden_row = -1;
   for (size_t i = 0; i < trees.size(); ++i) {
     const int64_t num_rows = trees[i].num_nodes();
     const VerifyResult rows = {.logits = rows_of(result.logits, vocab_size, row, num_rows),
                                .hidden = rows_of(result.hidden, hidden_size, row, num_rows),
                                .sampled = rows_of(result.sampled, 1, row, num_rows)};
     AcceptOne(static_cast<int>(i), trees[i], rows, &paths[i], stats);
+    if (!paths[i].empty()) decoding_[i]->hidden_row = static_cast<int>(row) + paths[i].back();
     row += num_rows;
   }
   for (const PromptChunk& chunk : plan.score) {
@@ -225,7 +228,7 @@ void EngineCore::AcceptOne(int index, const DraftTree& tree, const VerifyResult&
   const bool ok = walk.ok;
   if (ok) speculator_->ObserveWalk(index, *sequence, tree, walk, stats);
   stats->num_output_tokens += static_cast<int>(walk.tokens.size());
-  if (ok && !speculator_->empty() && !rows.hidden.empty()) {
+  if (ok && speculator_->reads_hidden() && !rows.hidden.empty()) {
     const auto last = rows.hidden.subspan(walk.path.back() * config.hidden_size, config.hidden_size);
     sequence->hidden.assign(last.begin(), last.end());
   }

@@ -47,6 +47,8 @@ class Sequence {
 
   // The target's hidden state at the last committed token; empty before the first decode step.
   std::vector<float> hidden;
+  // The row of the model's last Verify that has it; -1: not among them.
+  int hidden_row = -1;
 
   // Prompt scores wait for the first generated token, so that one output starts with the whole prompt.
   bool has_news() const { return !closed_ && (finished() || output_.num_output_tokens > num_delivered_); }

@@ -66,7 +66,8 @@ double SpeculationController::ExpectedTokens(const SpeculationProposal& proposal
 
 void SpeculationController::Learn(const SpeculationProposal& proposal) {
   const std::vector<double> paths = PathProbabilities(proposal.sequence_id, proposal.drafter, *proposal.tree);
-  Profile profile{.paths = {paths.begin() + 1, paths.end()}, .levels = std::max(proposal.tree->Depth(), 1)};
+  Profile profile{.paths = {paths.begin() + 1, paths.end()},
+                  .levels = std::max({proposal.tree->Depth(), proposal.levels, 1})};
   std::sort(profile.paths.rbegin(), profile.paths.rend());
   std::deque<Profile>& profiles = drafters_[proposal.drafter].profiles;
   profiles.push_back(std::move(profile));
@@ -117,7 +118,8 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
     kept[nodes[n].node] = n < best;
   }
   for (size_t i = 0; i < proposals.size(); ++i) {
-    if (!keep[i].empty()) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
+    const bool cut = std::find(keep[i].begin(), keep[i].end(), false) != keep[i].end();
+    if (cut) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
   }
 }
 
@@ -181,7 +183,8 @@ SpeculationController::Estimate SpeculationController::EstimateStep(int drafter,
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
   const int64_t tokens = request.catch_up_tokens[drafter];
-  return tokens > DraftCosts::kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens) : 0;
+  return tokens > DraftCosts::kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens)
+                                           : 0;
 }
 
 std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const SpeculationRequest> requests,

@@ -61,6 +61,7 @@ struct SpeculationProposal {
   int drafter;
   bool probe;
   DraftTree* tree;
+  int levels = 0;  // that were computed for it, if more than it is deep
 };
 
 class SpeculationController {

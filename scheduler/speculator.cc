@@ -25,6 +25,10 @@ DraftDraw DrawFor(AcceptanceMode mode) {
   }
 }
 
+constexpr double kNegligible = 0.01;  // of a step's time
+constexpr int kLongestPause = 16;     // steps
+constexpr double kGainSmoothing = 0.2;
+
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 bool Usable(const DraftTree& tree, const Sequence& sequence, int max_nodes, int64_t vocab_size) {
@@ -58,10 +62,20 @@ absl::Status Speculator::CheckMode(SpeculationMode mode) const {
       fmt::format("speculation = {} is not available; available: {}", DrafterName(mode), available));
 }
 
+bool Speculator::reads_hidden() const {
+  return std::any_of(drafters_.begin(), drafters_.end(), [](const auto& drafter) { return drafter->reads_hidden(); });
+}
+
 std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, int max_draft_rows, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   if (drafters_.empty() || sequences.empty()) return trees;
+  if (pause_left_ > 0) {
+    --pause_left_;
+    choices_.assign(sequences.size(), {});
+    return trees;
+  }
+  const Clock::time_point start = Clock::now();
   const std::vector<SpeculationRequest> requests = Describe(sequences);
   choices_ = Choose(requests, max_draft_rows);
   drafted_.assign(sequences.size(), false);
@@ -69,7 +83,6 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     AskChosenDrafters(sequences, requests, &trees, stats);
     return trees;
   }
-  const Clock::time_point start = Clock::now();
   int rows = max_draft_rows;
   for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
   AskFreeDrafters(sequences, requests, rows, &trees, stats);
@@ -81,7 +94,23 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     }
   }
   controller_.Prune(proposals, static_cast<int>(trees.size()), SecondsSince(start));
+  PauseIfUseless(proposals, static_cast<int>(trees.size()), SecondsSince(start));
   return trees;
+}
+
+// Prune takes the time that drafting took as spent; whether it was worth spending is for this to say.
+void Speculator::PauseIfUseless(std::span<const SpeculationProposal> proposals, int num_requests, double seconds) {
+  double tokens = 0, rows = num_requests;
+  for (const SpeculationProposal& proposal : proposals) {
+    tokens += controller_.ExpectedTokens(proposal, 0);
+    rows += proposal.tree->num_nodes() - 1;
+  }
+  const double step = controller_.step_costs().Estimate(num_requests, num_requests);
+  if (step <= 0) return;
+  const double cost = (seconds + controller_.step_costs().Estimate(rows, num_requests) - step) / step;
+  net_gain_ += kGainSmoothing * (tokens / num_requests - cost - net_gain_);
+  pause_ = net_gain_ < 0 && cost > kNegligible ? std::min(2 * pause_ + 1, kLongestPause) : 0;
+  pause_left_ = pause_;
 }
 
 std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences) const {
@@ -99,7 +128,8 @@ std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> 
     request.max_nodes = off ? 1 : static_cast<int>(std::min<int64_t>(options_.max_draft_nodes, request.tokens_left));
     const auto seen = seen_.find(sequence->id());
     for (size_t d = 0; d < drafters_.size(); ++d) {
-      request.catch_up_tokens.push_back(std::ssize(sequence->tokens()) - (seen == seen_.end() ? 0 : seen->second[d]));
+      const int64_t shown = seen == seen_.end() ? 0 : seen->second[d];
+      request.catch_up_tokens.push_back(drafters_[d]->catches_up() ? std::ssize(sequence->tokens()) - shown : 0);
     }
     requests.push_back(std::move(request));
   }
@@ -130,6 +160,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
                         .num_prompt_tokens = sequence.num_prompt_tokens(),
                         .sampling = &sequence.sampling(),
                         .hidden = sequence.hidden,
+                        .hidden_row = sequence.hidden_row,
                         .max_nodes = nodes[i],
                         .min_probability = choices_[indices[i]].min_probability,
                         .draw = DrawFor(sequence.acceptance())});
@@ -146,7 +177,8 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     ++stats->num_drafter_errors;
     return trees;
   }
-  int levels = 0;
+  int levels = drafters_[drafter]->levels_computed();
+  const int computed = levels;
   for (size_t i = 0; i < contexts.size(); ++i) {
     DraftTree& tree = (*proposed)[i];
     if (!Usable(tree, *sequences[indices[i]], contexts[i].max_nodes, vocab_size_)) {
@@ -154,7 +186,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
       continue;
     }
     levels = std::max(levels, tree.Depth());
-    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree});
+    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree, computed});
     trees[i] = std::move(tree);
   }
   controller_.draft_costs(drafter).Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);

@@ -27,6 +27,7 @@ class Speculator {
   // INVALID_ARGUMENT names the mode and what is available. Constant after construction: any thread.
   absl::Status CheckMode(SpeculationMode mode) const;
   bool empty() const { return drafters_.empty(); }
+  bool reads_hidden() const;  // a drafter needs hidden states on the host
 
   // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
   absl::Status Calibrate(Model* model, StatePool* pool);
@@ -50,8 +51,12 @@ class Speculator {
                        std::vector<DraftTree>* trees, StepStats* stats);
   void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                          std::vector<DraftTree>* trees, StepStats* stats);
+  // seconds: that drafting took in this step; proposals: as they are verified.
+  void PauseIfUseless(std::span<const SpeculationProposal> proposals, int num_requests, double seconds);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
+  absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
+  void TimeDrafts(int drafter, int count, std::span<const float> hidden, bool counted);
 
   std::vector<std::unique_ptr<Drafter>> drafters_;
   const EngineOptions options_;
@@ -60,6 +65,10 @@ class Speculator {
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
+  // Of speculation as a whole, as a share of a plain step: expected tokens less the time it adds. While it is negative, steps go
+  // without, more and more of them between two attempts.
+  double net_gain_ = 0;
+  int pause_ = 0, pause_left_ = 0;  // steps
 };
 
 }  // namespace linspec

@@ -11,7 +11,9 @@
 #include <sstream>
 
 #include "kernels/ops.h"
+#include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
+#include "models/head_chain_drafter.h"
 #include "models/medusa_drafter.h"
 #include "models/ngram_drafter.h"
 #include "models/recurrent_drafter.h"
@@ -61,7 +63,7 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
 absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
   CpuOps::Options ops;
   ops.num_threads = options.threads;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kIsas) {
     if (options.isa == IsaName(isa)) ops.isa = isa;
   }
   auto made = CpuOps::Create(ops);
@@ -110,30 +112,46 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
+// Heads run where their target does.
+absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadMedusaGuesser(const ModelFiles& files, const std::string& dtype) {
+  if (files.machine.cuda != nullptr) return LoadCudaMedusaGuesser(files.path, files.model.get(), dtype);
+  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  if (!heads.ok()) return heads.status();
+  return MakeMedusaGuesser(*std::move(heads), files.model.get());
+}
+
 // The heads beside the target; null if there are none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
-  // The heads run on the CPU, whatever the target runs on.
-  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
-  auto heads = MedusaHeads::Load(files.path, files.model->config(), dtype, files.machine.ops);
+  auto heads = LoadMedusaGuesser(files, config.model.weight_dtype);
   if (!heads.ok()) return heads.status();
   MedusaOptions options;
   if (config.engine.medusa_tree == "mc_sim_7b_63") options.tree = MedusaTree::kMcSim7b63;
-  auto drafter = MedusaDrafter::Create(*std::move(heads), files.model.get(), options);
+  auto drafter = MedusaDrafter::Create(*std::move(heads), options);
   if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
+// Rows are nearly free on a GPU: beside the chain, the other tokens that the head thought possible are worth verifying.
+constexpr int kSiblingsOnGpu = 4;
+
 // The recurrent head beside the target; null if there is none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
-  // The head runs on the CPU, whatever the target runs on.
-  const std::string dtype = config.model.weight_dtype == "fp8" ? "auto" : config.model.weight_dtype;
+  const std::string& dtype = config.model.weight_dtype;
+  const int depth = config.engine.draft_depth, top_k = config.engine.draft_top_k;
+  if (files.machine.cuda != nullptr) {
+    auto head = LoadCudaRecurrentGuesser(files.path, files.model.get(), dtype);
+    if (!head.ok()) return head.status();
+    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head),
+                                            {.max_depth = depth, .top_k = std::max(top_k, kSiblingsOnGpu)});
+    if (!drafter.ok()) return drafter.status();
+    return std::unique_ptr<Drafter>(*std::move(drafter));
+  }
   auto head = RecurrentHead::Load(files.path, files.model->config(), dtype, files.machine.ops);
   if (!head.ok()) return head.status();
-  auto drafter = RecurrentDrafter::Create(
-      *std::move(head), files.model.get(),
-      {.max_depth = config.engine.draft_depth, .top_k = config.engine.draft_top_k, .min_confidence = 0});
+  auto drafter = RecurrentDrafter::Create(*std::move(head), files.model.get(),
+                                          {.max_depth = depth, .top_k = top_k, .min_confidence = 0});
   if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }

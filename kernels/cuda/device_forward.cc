@@ -2,42 +2,6 @@
 #include "kernels/cuda/device_model.h"
 
 namespace linspec::cuda {
-namespace {
-
-constexpr int kMaxOwnRowsBf16 = 8, kMaxOwnRows8Bit = 64;  // beyond: cuBLASLt, where it may be used
-constexpr int kMaxStreamedRows = 64;                      // of our kernels, beyond: tiled
-
-}  // namespace
-
-// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
-// the number of rows.
-bool DeviceModel::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
-  if (deterministic_ || context_->cublas() == nullptr) return false;
-  return rows > (w.type == kLinspecCudaBf16 ? kMaxOwnRowsBf16 : kMaxOwnRows8Bit);
-}
-
-void DeviceModel::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
-  const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = gemm_workspace_.as<void>()};
-  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
-}
-
-void DeviceModel::GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows) {
-  if (UsesCublas(layer.gate_up, rows)) {
-    Matmul(layer.gate_up, x, gate_up_.as<float>(), false, rows);
-    LaunchSiluMul(gate_up_.as<float>(), activated_.as<uint16_t>(), shape_.intermediate_size, rows, context_->stream());
-    return;
-  }
-  const GemmParams product{.w = layer.gate_up,
-                           .x = x,
-                           .y = nullptr,
-                           .accumulate = false,
-                           .y_bf16 = activated_.as<uint16_t>(),
-                           .silu_mul = true,
-                           .workspace = gemm_workspace_.as<void>()};
-  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
-}
-
 LayerParams DeviceModel::ShapeOf(int index) const {
   const LinspecCudaLayer& layer = layers_[index];
   return {.num_heads = shape_.num_heads,
@@ -89,7 +53,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
                     rows, stream);
     };
     norm(layer.attention_norm);
-    Matmul(layer.qkv, normed, qkv, false, rows);
+    products_.Matmul(layer.qkv, normed, qkv, false, rows);
     LaunchRopeNormalize({.qkv = qkv,
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
@@ -103,12 +67,12 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     params.max_rows = input.max_rows;
     params.scratch = prefill_states_.as<float>();
     params.num_groups = input.num_groups;
-    params.exact_prefill = deterministic_;
+    params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
-    Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
+    products_.Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
     norm(layer.mlp_norm);
-    GateUp(layer, normed, rows);
-    Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
+    products_.GateUp(layer.gate_up, normed, gate_up_.as<float>(), activated_.as<uint16_t>(), rows);
+    products_.Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
   }
 }
 
@@ -122,7 +86,7 @@ void DeviceModel::Head(const StepInput& input) {
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
                 input.num_rows, stream);
-  Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
   if (input.sampling == nullptr) return;
   LaunchSample({.logits = logits_.as<float>(),
                 .sampling = input.sampling,

@@ -9,18 +9,14 @@ namespace {
 
 constexpr int kMaxGraphRows = 1024;  // larger steps are launched kernel by kernel: the gaps no longer matter
 
-// Few sizes, so that few graphs serve all steps; steps of 8 where products cost the same for each 8 rows.
-int RowBucket(int rows) {
-  if (rows <= 4) return rows <= 2 ? rows : 4;
-  const int step = rows <= 64 ? 8 : rows <= 128 ? 16 : rows <= 256 ? 32 : 64;
-  return (rows + step - 1) / step * step;
-}
-
 int PowerOfTwo(int at_least) {
   int power = 1;
   while (power < at_least) power *= 2;
   return power;
 }
+
+// Rows of the largest tree of a step, of which a block takes eight: more sizes would only make more graphs.
+int TreeBucket(int rows) { return rows <= 1 ? 1 : std::max(PowerOfTwo(rows), 8); }
 
 constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
@@ -51,23 +47,16 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
       shape_(shape),
       weights_(weights),
       layers_(weights.layers, weights.layers + shape.num_layers),
-      deterministic_(deterministic) {
+      products_(context, deterministic),
+      graphs_(context) {
   weights_.layers = layers_.data();
 }
 
 DeviceModel::~DeviceModel() {
   cudaStreamSynchronize(context_->stream());
-  DropGraphs();
   for (const cudaEvent_t event : {prefill_uploaded_, prefill_begin_, prefill_end_, verify_begin_, verify_end_}) {
     if (event != nullptr) cudaEventDestroy(event);
   }
-}
-
-void DeviceModel::DropGraphs() {
-  for (auto& [key, graph] : graphs_) {
-    if (graph.exec != nullptr) cudaGraphExecDestroy(graph.exec);
-  }
-  graphs_.clear();
 }
 
 int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
@@ -77,11 +66,7 @@ int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
 
 int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
   const int64_t rows = num_rows, f32 = sizeof(float), bf16 = sizeof(uint16_t);
-  if (gemm_workspace_.as<void>() == nullptr) {
-    LINSPEC_CUDA_TRY(gemm_workspace_.Reserve(context_, StreamingGemmWorkspaceBytes()));
-    LINSPEC_CUDA_TRY(context_->Check(
-        cudaMemsetAsync(gemm_workspace_.as<void>(), 0, StreamingGemmWorkspaceBytes(), context_->stream()), "zero"));
-  }
+  LINSPEC_CUDA_TRY(products_.Reserve());
   LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
   LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
@@ -128,7 +113,7 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   static_assert(sizeof(Task) == sizeof(LinspecCudaTask));
   int max_rows = 1;
   for (int i = 0; i < step.num_tasks; ++i) max_rows = std::max(max_rows, step.tasks[i].num_rows);
-  max_rows = PowerOfTwo(max_rows);
+  max_rows = TreeBucket(max_rows);
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
   std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));
@@ -186,6 +171,7 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
                          : EnqueueVerify(input, block_bytes, step.states));
   LINSPEC_CUDA_TRY(EnqueueResults(step));
   pending_ = true;
+  hidden_rows_ = step.num_rows;
   return context_->Check(cudaEventRecord(verify_end_, context_->stream()), "event");
 }
 
@@ -198,30 +184,16 @@ int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, 
   return context_->CheckLaunch("verify");
 }
 
-// The first step of a bucket is launched kernel by kernel (which also loads the kernels), the second is captured.
 int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
-  int generation = 0;
+  uint64_t stamp = reinterpret_cast<uintptr_t>(states.base);
   for (const Buffer* buffer : {&x_, &normed_, &kept_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
                                &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
-    generation += buffer->generation();
+    stamp += buffer->generation();
   }
-  if (generation != graph_generation_ || states.base != graph_states_) DropGraphs();
-  graph_generation_ = generation;
-  graph_states_ = states.base;
-  Graph& graph = graphs_[{input.num_tasks, input.num_rows, input.max_rows, input.sampling != nullptr}];
-  if (graph.uses++ == 0) return EnqueueVerify(input, block_bytes, states);
-  const cudaStream_t stream = context_->stream();
-  if (graph.exec == nullptr) {
-    cudaGraph_t captured = nullptr;
-    LINSPEC_CUDA_TRY(context_->Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture"));
-    const int32_t queued = EnqueueVerify(input, block_bytes, states);
-    LINSPEC_CUDA_TRY(context_->Check(cudaStreamEndCapture(stream, &captured), "end of capture"));
-    const cudaError_t made = cudaGraphInstantiate(&graph.exec, captured, 0);
-    cudaGraphDestroy(captured);
-    LINSPEC_CUDA_TRY(queued);
-    LINSPEC_CUDA_TRY(context_->Check(made, "instantiate a graph"));
-  }
-  return context_->Check(cudaGraphLaunch(graph.exec, stream), "launch a graph");
+  const int sampling = input.sampling != nullptr;
+  const int kernels = input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
+  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling}, kernels, stamp,
+                     [&] { return EnqueueVerify(input, block_bytes, states); });
 }
 
 int32_t DeviceModel::EnqueueResults(const LinspecCudaStep& step) {
@@ -324,7 +296,7 @@ int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
-  Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(logits, logits_.as<void>(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
       "download"));

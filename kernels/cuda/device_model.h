@@ -9,14 +9,14 @@
 // context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <vector>
 
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/graph_cache.h"
 #include "kernels/cuda/launch.h"
+#include "kernels/cuda/products.h"
 #include "kernels/cuda/sampling.h"
 
 namespace linspec::cuda {
@@ -35,6 +35,12 @@ class DeviceModel {
   int32_t Unembed(const float* hidden, int rows, float* logits);
 
   Context* context() const { return context_; }
+  const LinspecCudaShape& shape() const { return shape_; }
+  const LinspecCudaWeights& weights() const { return weights_; }
+  Products& products() { return products_; }
+  // The states after the final norm of the last verify [hidden_rows, D], fp32; both change with the next one.
+  const float* hidden() const { return hidden_.as<float>(); }
+  int hidden_rows() const { return hidden_rows_; }
 
  private:
   // Device views of one step's input block, and its size in tasks and rows (padding included).
@@ -51,10 +57,6 @@ class DeviceModel {
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
-  };
-  struct Graph {
-    cudaGraphExec_t exec = nullptr;
-    int uses = 0;
   };
   enum class Attention : uint8_t { kVerify, kPrefill };
 
@@ -73,12 +75,8 @@ class DeviceModel {
   int32_t EnqueueResults(const LinspecCudaStep& step);
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
-  void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
-  void GateUp(const LinspecCudaLayer& layer, const uint16_t* x, int rows);  // silu(gate) * up into activated_
-  bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
   LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
-  void DropGraphs();
 
   int64_t qkv_width() const { return int64_t{shape_.num_heads + 2 * shape_.num_kv_heads} * shape_.head_dim; }
   int64_t attention_width() const { return int64_t{shape_.num_heads} * shape_.head_dim; }
@@ -87,11 +85,12 @@ class DeviceModel {
   const LinspecCudaShape shape_;
   LinspecCudaWeights weights_;
   std::vector<LinspecCudaLayer> layers_;
-  const bool deterministic_;
+  Products products_;
 
   // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
   Buffer x_, normed_, kept_qkv_, prefill_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
-      hidden_, sampled_, gemm_workspace_;
+      hidden_, sampled_;
+  int hidden_rows_ = 0;
   int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
@@ -100,9 +99,7 @@ class DeviceModel {
   cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
   bool prefilled_ = false;  // since the verify before
 
-  std::map<std::array<int, 4>, Graph> graphs_;  // by tasks, rows, rows of one task, sampling
-  int graph_generation_ = 0;                    // of all buffers that graphs point into, when they were captured
-  const float* graph_states_ = nullptr;
+  GraphCache graphs_;  // by tasks, rows, rows of one task, sampling
 
   LinspecCudaVerifyResult result_ = {};
   bool pending_ = false;  // verify_start without verify_finish

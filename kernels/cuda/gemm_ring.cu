@@ -25,6 +25,7 @@
 
 #include "kernels/cuda/gemm_ring.h"
 #include "kernels/cuda/gemm_tile.h"
+#include "kernels/cuda/mbarrier.h"
 #include "kernels/cuda/pdl.h"
 
 namespace linspec::cuda {
@@ -39,27 +40,6 @@ constexpr int kReservedBytes = 1024;  // of shared memory, by the system for eac
 struct WarpBarriers {
   uint64_t full[kMaxSlots], tokens;
 };
-
-[[maybe_unused]] __device__ __forceinline__ void BarrierInit(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(SharedAddress(barrier)) : "memory");
-}
-
-[[maybe_unused]] __device__ __forceinline__ void BarrierExpect(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(SharedAddress(barrier)), "r"(bytes)
-               : "memory");
-}
-
-[[maybe_unused]] __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-      "@!done bra again;\n"
-      "}" ::"r"(SharedAddress(barrier)),
-      "r"(parity)
-      : "memory");
-}
 
 // Weights are read once: first to leave the L2.
 [[maybe_unused]] __device__ __forceinline__ void CopyWeights(void* to, const void* from, int bytes, uint64_t* barrier,
@@ -162,9 +142,9 @@ __global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, c
   const int token_pitch = TokenPitch((NumSteps(p.w) + kSplit - 1) / kSplit, kParts);
   uint8_t* tokens = shared + kWarps * num_slots * kSlotBytes + warp * rows * token_pitch;
   if (lane == 0) {
-    for (uint64_t& full : barriers.full) BarrierInit(&full);
-    BarrierInit(&barriers.tokens);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    for (uint64_t& full : barriers.full) BarrierInit(&full, 1);
+    BarrierInit(&barriers.tokens, 1);
+    BarrierMade();
   }
   __syncwarp();
   for (int slot = 0; slot < num_slots; ++slot) ring.Order(slot);

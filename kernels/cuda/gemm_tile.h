@@ -119,7 +119,7 @@ struct OutputTile {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t n = row + i / 2 * 8, m = token + i % 2;
-      old[i] = p.accumulate && Inside(n, m) ? p.y[m * p.w.rows + n] : 0.0f;
+      old[i] = p.accumulate && Inside(n, m) ? __ldcg(p.y + m * p.w.rows + n) : 0.0f;
     }
   }
 

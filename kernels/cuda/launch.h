@@ -85,6 +85,8 @@ constexpr int64_t PackedGateUpRow(int64_t r, int64_t intermediate) {
 // of a row depend on that row alone: not on the number of rows, and not on which kernel ran.
 int64_t StreamingGemmWorkspaceBytes();
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
+// A matrix that fits in the L2, up to a few hundred rows: the same product and bits, without a workspace.
+void LaunchSmallGemm(const GemmParams& params, int rows, cudaStream_t stream);
 // Many rows (from about 128): the same product and bits, bound by arithmetic.
 void LaunchTiledGemm(const GemmParams& params, int rows, cudaStream_t stream);
 

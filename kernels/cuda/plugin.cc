@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/device_drafter.h"
 #include "kernels/cuda/device_model.h"
 #include "kernels/cuda/weights.h"
 
@@ -19,6 +20,10 @@ struct LinspecCudaContext {
 };
 struct LinspecCudaModel {
   std::unique_ptr<linspec::cuda::DeviceModel> impl;
+};
+
+struct LinspecCudaDrafter {
+  std::unique_ptr<linspec::cuda::DeviceDrafter> impl;
 };
 
 namespace linspec::cuda {
@@ -213,6 +218,28 @@ int32_t Unembed(LinspecCudaModel* model, const float* hidden, int32_t rows, floa
   return model->impl->Unembed(hidden, rows, logits);
 }
 
+int32_t CreateRecurrentDrafter(LinspecCudaModel* target, const LinspecCudaRecurrentHead* head,
+                               LinspecCudaDrafter** drafter) {
+  std::unique_ptr<DeviceDrafter> made;
+  LINSPEC_CUDA_TRY(DeviceDrafter::CreateRecurrent(target->impl.get(), *head, &made));
+  *drafter = new LinspecCudaDrafter{.impl = std::move(made)};
+  return kLinspecCudaOk;
+}
+
+int32_t CreateMedusaDrafter(LinspecCudaModel* target, const LinspecCudaMedusaHeads* heads,
+                            LinspecCudaDrafter** drafter) {
+  std::unique_ptr<DeviceDrafter> made;
+  LINSPEC_CUDA_TRY(DeviceDrafter::CreateMedusa(target->impl.get(), *heads, &made));
+  *drafter = new LinspecCudaDrafter{.impl = std::move(made)};
+  return kLinspecCudaOk;
+}
+
+void DestroyDrafter(LinspecCudaDrafter* drafter) { delete drafter; }
+
+int32_t Draft(LinspecCudaDrafter* drafter, const LinspecCudaDraftStep* step, LinspecCudaDraftResult* result) {
+  return drafter->impl->Draft(*step, result);
+}
+
 constexpr LinspecCudaApi kApi = {
     .abi_version = LINSPEC_CUDA_ABI_VERSION,
     .size = sizeof(LinspecCudaApi),
@@ -235,6 +262,10 @@ constexpr LinspecCudaApi kApi = {
     .verify_finish = VerifyFinish,
     .commit = Commit,
     .unembed = Unembed,
+    .create_recurrent_drafter = CreateRecurrentDrafter,
+    .create_medusa_drafter = CreateMedusaDrafter,
+    .destroy_drafter = DestroyDrafter,
+    .draft = Draft,
 };
 
 }  // namespace

@@ -2,13 +2,13 @@
 //
 // Every function returns a LinspecCudaCode; last_error(context) says more. After kLinspecCudaDeviceError the context is
 // poisoned: every later call returns the same code, and the process must make a new context or stop. Work is queued on
-// the context's stream in call order; only verify_finish, download and measure wait for it. Threads: one at a time per
+// the context's stream in call order; only verify_finish, draft, download and measure wait for it. Threads: one at a time per
 // context. Pointers marked "host" are read before the function returns.
 #pragma once
 
 #include <stdint.h>
 
-#define LINSPEC_CUDA_ABI_VERSION 2
+#define LINSPEC_CUDA_ABI_VERSION 3
 #define LINSPEC_CUDA_ENTRY "linspec_cuda_api"
 
 #ifdef __cplusplus
@@ -34,6 +34,7 @@ enum LinspecCudaType {
 
 typedef struct LinspecCudaContext LinspecCudaContext;
 typedef struct LinspecCudaModel LinspecCudaModel;
+typedef struct LinspecCudaDrafter LinspecCudaDrafter;
 
 typedef struct LinspecCudaMatrix {  // row-major, device memory
   const void* data;
@@ -132,6 +133,56 @@ typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid unt
   float verify_ms, prefill_ms;            // device time of this step, and of the prefills since the verify before it
 } LinspecCudaVerifyResult;
 
+// Draft heads beside a target model, whose embedding and unembedding they use and whose hidden states they start from.
+// All pointers are device memory and outlive the drafter.
+
+// A recurrent head, its state s [D] beginning with the target's hidden state; token x_1 is the root of the draft:
+//   u = [RMSNorm(s; state_norm), RMSNorm(E[x_i]; token_norm)],  s += down (silu(gate u) * (up u)),  logits = unembed s
+typedef struct LinspecCudaRecurrentHead {
+  const float *state_norm, *token_norm;  // [D]
+  LinspecCudaMatrix gate_up;             // [2 M, 2 D], interleaved as for a layer
+  LinspecCudaMatrix down;                // [D, M]
+  float rms_norm_eps;
+  int32_t reserved;
+} LinspecCudaRecurrentHead;
+
+typedef struct LinspecCudaMedusaBlock {  // x += silu(weight x + bias)
+  LinspecCudaMatrix weight;              // [D, D]
+  const float* bias;                     // [D]
+} LinspecCudaMedusaBlock;
+typedef struct LinspecCudaMedusaHeads {
+  const LinspecCudaMedusaBlock* blocks;   // host [num_heads][num_blocks]
+  const LinspecCudaMatrix* unembeddings;  // host [num_heads] of [V, D], or null: the target's
+  int32_t num_heads, num_blocks;
+} LinspecCudaMedusaHeads;
+
+typedef struct LinspecCudaDraftRow {  // one request
+  uint64_t seed;
+  int64_t position;  // of the token that level 0 guesses; level n guesses the one n further
+  float temperature;
+  int32_t coupled;     // guesses by the target's noise (models/draft_candidates.h)
+  int32_t token;       // the pending one, root of the draft
+  int32_t hidden_row;  // of the target's last verify: the hidden state that the pending token was chosen from
+} LinspecCudaDraftRow;
+
+#define LINSPEC_CUDA_MAX_DRAFT_CANDIDATES 16
+#define LINSPEC_CUDA_MAX_DRAFT_LEVELS 16  // of a recurrent head
+
+typedef struct LinspecCudaDraftCandidate {
+  int32_t token;      // -1: there are no more
+  float probability;  // that the target chooses it, as models/draft_candidates.h estimates it
+} LinspecCudaDraftCandidate;
+
+typedef struct LinspecCudaDraftStep {
+  const LinspecCudaDraftRow* rows;  // host [num_rows]
+  int32_t num_rows, num_levels, top_k;
+} LinspecCudaDraftStep;
+
+typedef struct LinspecCudaDraftResult {         // host memory of the drafter, valid until its next draft
+  const LinspecCudaDraftCandidate* candidates;  // [num_levels][row_stride][top_k], best first
+  int32_t row_stride, reserved;
+} LinspecCudaDraftResult;
+
 typedef struct LinspecCudaApi {
   uint32_t abi_version, size;
   int32_t (*create)(int32_t device, LinspecCudaContext** context);
@@ -162,6 +213,14 @@ typedef struct LinspecCudaApi {
                     const int32_t* paths, int32_t num_paths);
   // logits [rows, V] = lm_head * hidden [rows, D], both host: Medusa heads share the unembedding.
   int32_t (*unembed)(LinspecCudaModel*, const float* hidden, int32_t rows, float* logits);
+
+  // Drafters end before their target.
+  int32_t (*create_recurrent_drafter)(LinspecCudaModel* target, const LinspecCudaRecurrentHead*, LinspecCudaDrafter**);
+  int32_t (*create_medusa_drafter)(LinspecCudaModel* target, const LinspecCudaMedusaHeads*, LinspecCudaDrafter**);
+  void (*destroy_drafter)(LinspecCudaDrafter*);
+  // Guesses for all rows and levels in one launch. A recurrent head follows its best guess from level to level; the
+  // guesses of Medusa heads do not depend on each other. Not between verify_start and verify_finish of the target.
+  int32_t (*draft)(LinspecCudaDrafter*, const LinspecCudaDraftStep*, LinspecCudaDraftResult*);
 } LinspecCudaApi;
 
 // Null if the plugin does not speak abi_version.

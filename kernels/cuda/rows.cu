@@ -4,11 +4,9 @@
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 8 F + 2 F; RoPE 8 (H + Hkv) d;
 // argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <climits>
 
+#include "kernels/cuda/embedding.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/pdl.h"
 
@@ -33,29 +31,12 @@ __device__ float BlockSum(float value) {
   return sum;
 }
 
-__device__ float Bf16ToFloat(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-
 __global__ void EmbedKernel(const EmbedParams p) {
   GridLaunchDependents();
   GridWait();
   const int64_t dim = p.table.cols, token = p.tokens[blockIdx.x];
   for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
-    const int64_t at = token * dim + i;
-    float value = 0.0f;
-    switch (p.table.type) {
-      case kLinspecCudaF32:
-        value = static_cast<const float*>(p.table.data)[at];
-        break;
-      case kLinspecCudaF16:
-        value = __half2float(static_cast<const __half*>(p.table.data)[at]);
-        break;
-      case kLinspecCudaBf16:
-        value = Bf16ToFloat(static_cast<const uint16_t*>(p.table.data)[at]);
-        break;
-      default:
-        value = static_cast<float>(static_cast<const int8_t*>(p.table.data)[at]) * p.table.scales[token];
-    }
-    p.out[blockIdx.x * dim + i] = value;
+    p.out[blockIdx.x * dim + i] = EmbeddingValue(p.table, token, i);
   }
 }
 

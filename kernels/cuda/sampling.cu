@@ -9,6 +9,7 @@
 #include <cfloat>
 #include <climits>
 
+#include "kernels/cuda/noise.h"
 #include "kernels/cuda/pdl.h"
 #include "kernels/cuda/sampling.h"
 
@@ -20,51 +21,23 @@ constexpr int kWarps = kSampleThreads / 32;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 constexpr float kLn2 = 0.69314718f;
 
-// As kernels/philox.h.
-__device__ uint4 Philox(uint4 counter, uint2 key) {
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint32_t a_high = __umulhi(0xD2511F53u, counter.x), a_low = 0xD2511F53u * counter.x;
-    const uint32_t b_high = __umulhi(0xCD9E8D57u, counter.z), b_low = 0xCD9E8D57u * counter.z;
-    counter = make_uint4(b_high ^ counter.y ^ key.x, b_low, a_high ^ counter.w ^ key.y, a_low);
-    key.x += 0x9E3779B9u;
-    key.y += 0xBB67AE85u;
-  }
-  return counter;
-}
-
-// E = -log(1 - u) keeps full precision where G is large, so rare tokens are not cut off. In double, as on the CPU.
-__device__ float GumbelFromBits(uint32_t bits) {
-  const double u = (bits + 0.5) * 0x1p-32;
-  return static_cast<float>(-log(-log1p(-u)));
-}
-
 // An upper bound without a logarithm, so that few elements need the noise itself.
 __device__ float GumbelBound(uint32_t bits) { return static_cast<float>(__clz(bits) + 1) * kLn2 + 1e-4f; }
 
-struct Candidate {
-  float score;
-  int token;
-};
-
-__device__ bool Better(const Candidate& a, const Candidate& b) {
-  return a.score > b.score || (a.score == b.score && a.token < b.token);
-}
-
 struct RowShared {
-  Candidate best[kWarps];
+  ScoredToken best[kWarps];
   double sums[kWarps];
 };
 
-__device__ Candidate BlockBest(Candidate mine, RowShared& shared) {
+__device__ ScoredToken BlockBest(ScoredToken mine, RowShared& shared) {
   for (int offset = 16; offset > 0; offset /= 2) {
-    const Candidate other{__shfl_xor_sync(kAll, mine.score, offset), __shfl_xor_sync(kAll, mine.token, offset)};
+    const ScoredToken other{__shfl_xor_sync(kAll, mine.score, offset), __shfl_xor_sync(kAll, mine.token, offset)};
     if (Better(other, mine)) mine = other;
   }
   __syncthreads();
   if (threadIdx.x % 32 == 0) shared.best[threadIdx.x / 32] = mine;
   __syncthreads();
-  Candidate best = shared.best[0];
+  ScoredToken best = shared.best[0];
   for (int i = 1; i < kWarps; ++i) {
     if (Better(shared.best[i], best)) best = shared.best[i];
   }
@@ -93,10 +66,10 @@ struct Row {
   const float* logits;
   int vocab;
   float max, temperature;
-  Candidate cut;  // the last one kept
+  ScoredToken cut;  // the last one kept
 
-  __device__ Candidate At(int v) const { return {(logits[v] - max) / temperature, v}; }
-  __device__ bool Kept(const Candidate& c) const { return c.score > -INFINITY && !Better(cut, c); }
+  __device__ ScoredToken At(int v) const { return {(logits[v] - max) / temperature, v}; }
+  __device__ bool Kept(const ScoredToken& c) const { return c.score > -INFINITY && !Better(cut, c); }
 };
 
 // Weight of a token in what is summed: 1 for top_k, its probability (times the normaliser) for top_p.
@@ -110,7 +83,7 @@ __device__ void Truncate(Row& row, bool mass, double target, RowShared& shared) 
   const auto weight_from = [&](uint32_t key) {  // of kept tokens with a key of at least `key`
     double sum = 0;
     for (int v = threadIdx.x; v < row.vocab; v += kSampleThreads) {
-      const Candidate c = row.At(v);
+      const ScoredToken c = row.At(v);
       if (row.Kept(c) && OrderedKey(c.score) >= key) sum += Weight(mass, c.score);
     }
     return BlockSum(sum, shared);
@@ -137,7 +110,7 @@ __device__ void Truncate(Row& row, bool mass, double target, RowShared& shared) 
       const int v = begin + static_cast<int>(threadIdx.x);
       bool equal = false;
       if (v < row.vocab) {
-        const Candidate c = row.At(v);
+        const ScoredToken c = row.At(v);
         equal = c.score == score && row.Kept(c);
       }
       unsigned found = __ballot_sync(kAll, equal);
@@ -164,23 +137,20 @@ __device__ int Draw(Row row, const LinspecCudaSampling& s, RowShared& shared) {
   if (s.top_p < 1.0f) {
     double sum = 0;
     for (int v = threadIdx.x; v < row.vocab; v += kSampleThreads) {
-      const Candidate c = row.At(v);
+      const ScoredToken c = row.At(v);
       if (row.Kept(c)) sum += Weight(true, c.score);
     }
     Truncate(row, true, s.top_p * BlockSum(sum, shared), shared);
   }
-  const uint2 key = make_uint2(static_cast<uint32_t>(s.seed), static_cast<uint32_t>(s.seed >> 32));
-  const auto position = static_cast<uint64_t>(s.position);
-  Candidate best{-INFINITY, INT_MAX};
+  ScoredToken best{-INFINITY, INT_MAX};
   for (int block = threadIdx.x; block * 4 < row.vocab; block += kSampleThreads) {
-    const uint4 noise =
-        Philox(make_uint4(block, 0, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32)), key);
+    const uint4 noise = NoiseBits(s.seed, s.position, block);
     const uint32_t words[4] = {noise.x, noise.y, noise.z, noise.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int v = block * 4 + i;
       if (v >= row.vocab) break;
-      Candidate c = row.At(v);
+      ScoredToken c = row.At(v);
       if (!row.Kept(c) || c.score + GumbelBound(words[i]) < best.score) continue;
       c.score += GumbelFromBits(words[i]);
       if (Better(c, best)) best = c;
@@ -209,10 +179,10 @@ __global__ void __launch_bounds__(kSampleThreads) SampleKernel(const SampleParam
     __syncthreads();
   }
   const int vocab = static_cast<int>(p.vocab);
-  Candidate max{-INFINITY, INT_MAX};
+  ScoredToken max{-INFINITY, INT_MAX};
   bool bad = false;
   for (int v = threadIdx.x; v < vocab; v += kSampleThreads) {
-    const Candidate c{logits[v], v};
+    const ScoredToken c{logits[v], v};
     bad |= isnan(c.score);
     if (c.score > max.score || (c.score == max.score && c.token < max.token)) max = c;
   }

@@ -99,8 +99,83 @@ void BenchVerify(const char* name, decltype(&LaunchVerify) launch, int requests,
   const double bytes = 4.0 * kHeads * (requests * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows * 4.0 * kDim);
   const double floor = bytes / bandwidth * 1e-6;
   const double node_bytes = static_cast<double>(rows + requests) * kHeads * kDim * kDim * 4;
-  std::printf("%s (%3d,%2d): %8.2f us, floor %7.2f us, %5.1f %%; per-node states move %.1f x the bytes\n", name,
-              requests, nodes, us, floor, 100.0 * floor / us, node_bytes / bytes);
+  const DeviceArray<float> node_states(int64_t{rows} * kHeads * kDim * kDim);
+  const double node_us = GraphMicroseconds([&](int i, cudaStream_t stream) {
+    LaunchPerNodeVerify(states->get() + i % copies * requests * kStateFloats, node_states.get(), qkv.get(), out.get(),
+                        requests, nodes, kHeads, stream);
+  });
+  std::printf("%s (%3d,%2d): %8.2f us, floor %7.2f us, %5.1f %%; a state per node: %8.2f us, %4.1f x the bytes\n", name,
+              requests, nodes, us, floor, 100.0 * floor / us, node_us, node_bytes / bytes);
+}
+
+// 64 tokens of one request taken one by one into S, and appended and folded once: the same S.
+void CheckEagerCommit() {
+  std::mt19937 random(4);
+  Layer layer(random);
+  layer.params.decay = nullptr;
+  const std::unique_ptr<DeviceArray<float>> states(States(random, 2));
+  const DeviceArray<float> qkv(Normal(random, int64_t{kGroup} * 3 * kHeads * kDim, 0.088f));
+  std::vector<int32_t> path(kGroup);
+  for (int i = 0; i < kGroup; ++i) path[i] = i;
+  const DeviceArray<int32_t> paths(path);
+  const DeviceArray<Task> tasks(std::vector<Task>{{int64_t{kGroup} * 15, 0, 0, kGroup, 0, kGroup}});
+  LaunchCommit({.layer = layer.params,
+                .states = {states->get(), kStateFloats, 0},
+                .tasks = tasks.get(),
+                .qkv = qkv.get(),
+                .ancestors = nullptr,
+                .paths = paths.get(),
+                .out = nullptr,
+                .out_bf16 = nullptr},
+               1, nullptr);
+  LaunchEagerCommit(states->get() + kStateFloats, kStateFloats, qkv.get(), 1, kGroup, kHeads, nullptr);
+  Sync();
+  const std::vector<float> both = states->Read();
+  const std::vector<float> lazy(both.begin(), both.begin() + kHeads * kDim * kDim);
+  const std::vector<float> eager(both.begin() + kStateFloats, both.begin() + kStateFloats + kHeads * kDim * kDim);
+  const double error = RelativeError(lazy, eager);
+  std::printf("eager and lazy commit of %d tokens: S differs by %.1e\n", kGroup, error);
+  if (error > 1e-5) std::exit(1);
+}
+
+// Requests at all phases of their groups, so that the mean share of folds is in it.
+void BenchLazyCommit(int requests, int tokens) {
+  constexpr int kLayers = 8;
+  std::mt19937 random(5);
+  const Layer layer(random);
+  const DeviceArray<float> states(int64_t{requests} * kLayers * kStateFloats);
+  Check(cudaMemset(states.get(), 0x3D, states.size() * sizeof(float)), "fill");
+  const int64_t rows = int64_t{requests} * tokens;
+  const DeviceArray<float> qkv(Normal(random, rows * 3 * kHeads * kDim, 0.088f));
+  std::vector<Task> tasks;
+  std::vector<int32_t> path;
+  for (int r = 0; r < requests; ++r) {
+    tasks.push_back({64 * 15 + r % kGroup, r, r * tokens, tokens, r * tokens, tokens});
+    for (int i = 0; i < tokens; ++i) path.push_back(i);
+  }
+  const DeviceArray<Task> device_tasks(tasks);
+  const DeviceArray<int32_t> paths(path);
+  std::vector<AttentionParams> layers;
+  for (int i = 0; i < kLayers; ++i) {
+    layers.push_back({.layer = layer.params,
+                      .states = {states.get(), kLayers * kStateFloats, i * kStateFloats},
+                      .tasks = device_tasks.get(),
+                      .qkv = qkv.get(),
+                      .ancestors = nullptr,
+                      .paths = paths.get(),
+                      .out = nullptr,
+                      .out_bf16 = nullptr});
+  }
+  const DeviceArray<AttentionParams> device_layers(layers);
+  const double lazy = GraphMicroseconds([&](int, cudaStream_t stream) {
+    LaunchCommitLayers(layer.params, device_layers.get(), kLayers, requests, stream);
+  });
+  const double eager = GraphMicroseconds([&](int i, cudaStream_t stream) {
+    LaunchEagerCommit(states.get() + i % kLayers * kStateFloats, kLayers * kStateFloats, qkv.get(), requests, tokens,
+                      kHeads, stream);
+  });
+  std::printf("commit (%3d) of %d tokens, a layer: lazy %8.2f us, eager %8.2f us\n", requests, tokens, lazy / kLayers,
+              eager);
 }
 
 void BenchCommit(int requests, int phase, double bandwidth) {
@@ -195,6 +270,10 @@ int main(int argc, char** argv) {
   }
   for (const int phase : {0, kGroup - 1, -1}) {
     for (const int requests : {1, 64, 256}) BenchCommit(requests, phase, bandwidth);
+  }
+  CheckEagerCommit();
+  for (const auto& [requests, tokens] : {std::pair{1, 1}, {16, 4}, {64, 1}, {64, 4}, {256, 1}}) {
+    BenchLazyCommit(requests, tokens);
   }
   for (const auto& [requests, tokens] : {std::pair{1, 512}, {1, 2048}, {1, 8192}, {8, 512}, {64, 64}}) {
     BenchPrefill(requests, tokens, false, bandwidth);

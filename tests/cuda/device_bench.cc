@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/cuda/cublas_gemm.h"
+#include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/gemm_reference.h"
@@ -74,7 +75,7 @@ double GraphMicroseconds(const std::function<void(cudaStream_t)>& work) {
   return times[times.size() / 2];
 }
 
-enum class Kernel { kStreaming, kTiled, kCublas };
+enum class Kernel { kStreaming, kTiled, kWgmma, kCublas };
 
 class GemmBench {
  public:
@@ -145,7 +146,8 @@ class GemmBench {
     return elements * bytes_;
   }
   static const char* Name(Kernel kernel) {
-    return kernel == Kernel::kStreaming ? "streaming" : kernel == Kernel::kTiled ? "tiled" : "cublasLt";
+    constexpr const char* kNames[] = {"streaming", "tiled", "wgmma", "cublasLt"};
+    return kNames[static_cast<int>(kernel)];
   }
   const char* TypeName() const {
     return type_ == kLinspecCudaBf16 ? "bf16" : type_ == kLinspecCudaI8 ? "int8" : "fp8 ";
@@ -165,6 +167,10 @@ class GemmBench {
         return LaunchStreamingGemm(params, rows, stream);
       case Kernel::kTiled:
         return LaunchTiledGemm(params, rows, stream);
+      case Kernel::kWgmma:
+        if (LaunchWgmmaGemm(params, rows, stream)) return;
+        std::fprintf(stderr, "the warpgroup kernel does not run here\n");
+        std::exit(2);
       case Kernel::kCublas:
         if (cublas_->Launch(params, rows, stream) == kLinspecCudaOk) return;
         std::fprintf(stderr, "%s\n", cublas_->last_error().c_str());
@@ -183,12 +189,16 @@ class GemmBench {
 
 void Bench(int32_t type, double bandwidth, CublasGemm* cublas) {
   GemmBench bench(type, bandwidth, cublas);
+  const bool wgmma = type == kLinspecCudaBf16 && WgmmaGemmRuns();
   bench.Shapes(Kernel::kStreaming, {1, 2, 4, 8, 16, 32, 64});
+  if (wgmma) bench.Shapes(Kernel::kWgmma, {1, 8, 16, 32, 64, 128});
   if (cublas != nullptr && type == kLinspecCudaBf16) bench.Shapes(Kernel::kCublas, {8, 16, 32, 64, 128, 256});
   bench.Step(Kernel::kStreaming, {1, 2, 4, 8, 16, 32, 64});
+  if (wgmma) bench.Step(Kernel::kWgmma, {1, 2, 4, 8, 16, 32, 64, 128, 256});
   if (cublas != nullptr && type == kLinspecCudaBf16) bench.Step(Kernel::kCublas, {8, 16, 32, 64, 128, 256});
   bench.Step(Kernel::kTiled, {64, 128, 256});
   if (cublas != nullptr) bench.ManyRows(Kernel::kCublas);
+  if (wgmma) bench.ManyRows(Kernel::kWgmma);
   bench.ManyRows(Kernel::kTiled);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "kernels/cuda/cublas_gemm.h"
+#include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/gemm_reference.h"
@@ -55,27 +56,39 @@ class GemmCase {
   }
 
   void Run() {
-    const std::vector<float> all = Launch(&LaunchTiledGemm, Params(), kMaxRows);
-    Report(name_ + " tiled", RelativeError(all, reference_), 1e-5);
-    for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 29, 33, 64, 65, kMaxRows}) {
-      const std::vector<float> out = Launch(&LaunchStreamingGemm, Params(), rows);
-      const std::string name = name_ + " rows " + std::to_string(rows);
-      Report(name, RelativeError(out, Head(reference_, rows * n_)), 1e-5);
-      Report(name + ": bits of the tiled kernel", out == Head(all, rows * n_) ? 0.0 : 1.0, 0.0);
+    CheckKernel("streaming", &LaunchStreamingGemm, Launch(&LaunchTiledGemm, Params(), kMaxRows));
+    CheckKernel("small", &LaunchSmallGemm, Launch(&LaunchTiledGemm, Params(), kMaxRows));
+    if (n_ % 16 == 0) MultipliesSilu("tiled", &LaunchTiledGemm);
+    if (matrix_.type == kLinspecCudaBf16 && WgmmaGemmRuns()) {
+      CheckKernel("wgmma", &LaunchWgmma, Launch(&LaunchWgmma, Params(), kMaxRows));
     }
-    Accumulates();
-    RoundsToBf16();
-    if (n_ % 16 == 0) MultipliesSilu();
     if (cublas_ != nullptr && k_ % 8 == 0 && n_ % 8 == 0) Cublas();
   }
 
  private:
   using Launcher = void (*)(const GemmParams&, int, cudaStream_t);
 
+  static void LaunchWgmma(const GemmParams& params, int rows, cudaStream_t stream) {
+    LaunchWgmmaGemm(params, rows, stream);  // false: y stays poisoned
+  }
   GemmParams Params() const { return {matrix_, x_.get(), y_.get(), false, nullptr, false, workspace_}; }
   static std::vector<float> Head(std::vector<float> values, int64_t size) {
     values.resize(size);
     return values;
+  }
+
+  // `all`: of kMaxRows tokens, by a kernel that must give each row the same bits.
+  void CheckKernel(const std::string& kernel, Launcher launch, const std::vector<float>& all) {
+    Report(name_ + " all rows for " + kernel, RelativeError(all, reference_), 1e-5);
+    for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 29, 33, 64, 65, 128, 129, kMaxRows}) {
+      const std::vector<float> out = Launch(launch, Params(), rows);
+      const std::string name = name_ + " " + kernel + " rows " + std::to_string(rows);
+      Report(name, RelativeError(out, Head(reference_, rows * n_)), 1e-5);
+      Report(name + ": bits of all rows", out == Head(all, rows * n_) ? 0.0 : 1.0, 0.0);
+    }
+    Accumulates(kernel, launch);
+    RoundsToBf16(kernel, launch);
+    if (n_ % 16 == 0) MultipliesSilu(kernel, launch);
   }
 
   // y of `rows` tokens; the row after them must stay as it was, a NaN pattern.
@@ -90,34 +103,35 @@ class GemmCase {
     return Head(std::move(out), int64_t{rows} * n_);
   }
 
-  void Accumulates() {
-    for (const int rows : {3, 21}) {
+  void Accumulates(const std::string& kernel, Launcher launch) {
+    for (const int rows : {3, 21, 100}) {
       std::vector<float> expected = Normal(random_, int64_t{rows} * n_, 1.0f);
       const DeviceArray<float> y(expected);
       for (size_t i = 0; i < expected.size(); ++i) expected[i] += reference_[i];
       GemmParams params = Params();
       params.y = y.get();
       params.accumulate = true;
-      LaunchStreamingGemm(params, rows, nullptr);
+      launch(params, rows, nullptr);
       Sync();
-      Report(name_ + " accumulate rows " + std::to_string(rows), RelativeError(y.Read(), expected), 1e-5);
+      Report(name_ + " " + kernel + " accumulate rows " + std::to_string(rows), RelativeError(y.Read(), expected),
+             1e-5);
     }
   }
 
-  void RoundsToBf16() {
+  void RoundsToBf16(const std::string& kernel, Launcher launch) {
     for (const int rows : {2, 40}) {
       const DeviceArray<uint16_t> y(int64_t{rows} * n_);
       GemmParams params = Params();
       params.y_bf16 = y.get();
-      LaunchStreamingGemm(params, rows, nullptr);
+      launch(params, rows, nullptr);
       Sync();
-      Report(name_ + " bf16 rows " + std::to_string(rows),
+      Report(name_ + " " + kernel + " bf16 rows " + std::to_string(rows),
              RelativeError(Widen(y.Read()), Head(reference_, int64_t{rows} * n_)), 4e-3);
     }
   }
 
   // Rows r and r + 8 of each 16 are gate and up of one output.
-  void MultipliesSilu() {
+  void MultipliesSilu(const std::string& kernel, Launcher launch) {
     const int half = n_ / 2;
     for (const int rows : {1, 17, 100}) {
       std::vector<float> expected(int64_t{rows} * half);
@@ -129,15 +143,14 @@ class GemmCase {
           expected[int64_t{m} * half + source] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
         }
       }
-      for (const Launcher launch : {&LaunchStreamingGemm, &LaunchTiledGemm}) {
-        const DeviceArray<uint16_t> y(expected.size());
-        GemmParams params = Params();
-        params.y_bf16 = y.get();
-        params.silu_mul = true;
-        launch(params, rows, nullptr);
-        Sync();
-        Report(name_ + " silu rows " + std::to_string(rows), RelativeError(Widen(y.Read()), expected), 4e-3);
-      }
+      const DeviceArray<uint16_t> y(expected.size());
+      GemmParams params = Params();
+      params.y_bf16 = y.get();
+      params.silu_mul = true;
+      launch(params, rows, nullptr);
+      Sync();
+      Report(name_ + " " + kernel + " silu rows " + std::to_string(rows), RelativeError(Widen(y.Read()), expected),
+             4e-3);
     }
   }
 
@@ -175,6 +188,9 @@ int main(int argc, char** argv) {
   std::string why;
   const std::unique_ptr<CublasGemm> cublas = CublasGemm::Open("", &why);
   std::printf("cuBLASLt: %s\n", cublas != nullptr ? cublas->path().c_str() : why.c_str());
+  int major = 0;
+  Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "compute capability");
+  Report("warpgroup instructions on sm_90, and only there", WgmmaGemmRuns() == (major == 9) ? 0.0 : 1.0, 0.0);
   const DeviceArray<uint8_t> workspace(static_cast<size_t>(StreamingGemmWorkspaceBytes()));
   Check(cudaMemset(workspace.get(), 0, workspace.size()), "zero the workspace");
   for (const int32_t type : {int{kLinspecCudaBf16}, int{kLinspecCudaI8}, int{kLinspecCudaFp8}}) {

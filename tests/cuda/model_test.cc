@@ -6,49 +6,17 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <memory>
 #include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "models/draft_model_drafter.h"
-#include "models/ngram_drafter.h"
 #include "models/sampler.h"
-#include "scheduler/engine.h"
+#include "tests/cuda/model_checks.h"
 
 namespace linspec {
 namespace {
-
-int checks = 0, failures = 0;
-
-void Report(const std::string& name, bool ok, const std::string& detail = "") {
-  ++checks;
-  failures += !ok;
-  fmt::print("{:<4} {:<64} {}\n", ok ? "ok" : "FAIL", name, detail);
-  std::fflush(stdout);
-}
-
-template <typename T>
-T Must(absl::StatusOr<T> value, const std::string& what) {
-  if (value.ok()) return *std::move(value);
-  fmt::print("FAIL {}: {}\n", what, value.status().ToString());
-  std::exit(2);
-}
-
-void Must(const absl::Status& status, const std::string& what) {
-  if (status.ok()) return;
-  fmt::print("FAIL {}: {}\n", what, status.ToString());
-  std::exit(2);
-}
-
-std::vector<int32_t> Tokens(int count, int64_t vocab, uint32_t seed) {
-  std::mt19937 random(seed);
-  std::vector<int32_t> tokens(count);
-  for (int32_t& token : tokens) token = static_cast<int32_t>(random() % vocab);
-  return tokens;
-}
 
 // A model, its pool and one slot.
 struct Session {
@@ -95,14 +63,6 @@ void AgreesWithCpu(const std::string& name, Model* cuda, Model* cpu, double tole
                      RelativeError(a.Verify(DraftTree::Root(tokens.back())), b.Verify(DraftTree::Root(tokens.back()))));
   }
   Report(name + ": logits as the CPU's", worst <= tolerance, fmt::format("worst {:.1e} of {:.0e}", worst, tolerance));
-}
-
-DraftTree RandomTree(int nodes, int64_t vocab, std::mt19937* random) {
-  DraftTree tree = DraftTree::Root(static_cast<int32_t>((*random)() % vocab));
-  while (tree.num_nodes() < nodes) {
-    tree.Add(static_cast<int32_t>((*random)() % vocab), static_cast<int>((*random)() % tree.num_nodes()));
-  }
-  return tree;
 }
 
 std::vector<int> PathTo(const DraftTree& tree, int node) {
@@ -241,72 +201,6 @@ void SamplesAsTheHost(const std::string& name, Model* model) {
          fmt::format("{} of {} differ", different, rows));
 }
 
-using Texts = std::map<uint64_t, std::vector<int32_t>>;
-
-Texts Generate(std::unique_ptr<Model> model, std::vector<std::unique_ptr<Drafter>> drafters, SpeculationMode mode,
-               int requests, int tokens) {
-  const int64_t vocab = model->config().vocab_size;
-  EngineOptions options;
-  options.max_requests = requests;
-  options.speculation = mode;
-  options.calibrate = false;
-  auto engine = Must(Engine::Create(std::move(model), std::move(drafters), options, nullptr), "engine");
-  Texts texts;
-  for (int id = 1; id <= requests; ++id) {
-    Request request;
-    request.id = id;
-    request.prompt_tokens = Tokens(10 + 13 * (id % 9), vocab, id);
-    request.sampling.max_tokens = tokens;
-    request.sampling.ignore_eos = true;
-    request.sampling.temperature = id % 2 == 0 ? 0.0f : 0.8f;
-    request.sampling.seed = id;
-    if (id % 3 == 0) request.sampling.top_p = 0.9f;
-    if (id % 4 == 0) request.sampling.repetition_penalty = 1.2f;
-    if (id % 5 == 0) request.sampling.logprobs = 2;
-    request.sink = [&texts, id](RequestOutput&& output) {
-      for (const SampledToken& token : output.tokens) texts[id].push_back(token.token);
-      if (!output.status.ok()) Report("request failed", false, std::string(output.status.message()));
-      return true;
-    };
-    Must(engine->Submit(std::move(request)), "submit");
-  }
-  while (engine->Step()) {
-  }
-  const EngineStats stats = engine->stats();
-  if (stats.slots_free != stats.slots_total) Report("slots leaked", false);
-  return texts;
-}
-
-void SpeculationChangesNothing(const std::string& folder, const std::shared_ptr<CudaDevice>& device, int requests) {
-  const auto load = [&](const std::string& name) {
-    LoadOptions options;
-    options.path = folder + "/" + name;
-    options.cuda = device;
-    options.deterministic = true;
-    return Must(LoadModel(options), name);
-  };
-  const int tokens = requests > 8 ? 60 : 300;
-  const Texts plain = Generate(load("target"), {}, SpeculationMode::kOff, requests, tokens);
-  for (const char* kind : {"ngram", "draft"}) {
-    std::vector<std::unique_ptr<Drafter>> drafters;
-    const bool draft = std::string(kind) == "draft";
-    if (draft) {
-      auto model = load("draft");
-      const int64_t vocab = model->config().vocab_size;
-      drafters.push_back(
-          Must(DraftModelDrafter::Create(std::move(model), vocab, {.max_sequences = requests}), "drafter"));
-    } else {
-      drafters.push_back(std::make_unique<NgramDrafter>());
-    }
-    const Texts drafted = Generate(load("target"), std::move(drafters),
-                                   draft ? SpeculationMode::kDraft : SpeculationMode::kNgram, requests, tokens);
-    int different = 0;
-    for (const auto& [id, text] : plain) different += drafted.at(id) != text;
-    Report(fmt::format("speculation {} at {} requests: same text as without", kind, requests), different == 0,
-           fmt::format("{} of {} texts differ", different, plain.size()));
-  }
-}
-
 // Greedy text of the bundled target on both machines; where they part, how close the choice was on the CPU.
 void GreedyTextAsTheCpus(const std::string& folder, const std::shared_ptr<CudaDevice>& device,
                          const std::shared_ptr<CpuOps>& ops) {
@@ -403,7 +297,5 @@ int main(int argc, char** argv) {
     OutOfMemoryIsAnError(target.get());
   }
   GreedyTextAsTheCpus(bundled, device, ops);
-  for (const int requests : {1, 4, 16}) SpeculationChangesNothing(bundled, device, requests);
-  fmt::print("cuda_model_test: {} checks, {} failed\n", checks, failures);
-  return failures == 0 ? 0 : 1;
+  return Finish("cuda_model_test");
 }

@@ -27,6 +27,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv
 run device_test 240 "$here/cuda_device_test"
 run gemm_test 120 "$here/cuda_gemm_test"
 run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
+run draft_test 120 "$here/cuda_draft_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
 run attention_test 120 "$here/cuda_attention_test"
 run attention_bench 120 "$here/cuda_attention_bench"
 run device_bench 180 "$here/cuda_device_bench"

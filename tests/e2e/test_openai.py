@@ -1,8 +1,8 @@
 """The OpenAI Python SDK, unmodified, against both routes."""
 import asyncio
 import json
+import socket
 import subprocess
-import threading
 import time
 
 import httpx
@@ -220,23 +220,25 @@ def test_sdk_timeout_frees_the_slot(server, model):
 
 def test_sdk_retries_after_an_overload(make_server):
     server = make_server("--max-requests", "1", "--max-queue-requests", "1")
-    statuses = []
-    hooks = {"response": [lambda response: statuses.append((response.status_code, response.headers.get("Retry-After")))]}
-    # Made before the server is busy: it takes a while on a slow machine.
+    body = json.dumps({"prompt": "x", "max_tokens": 10000, "ignore_eos": True})
+    busy, statuses = [], []
+
+    def note(response):
+        statuses.append((response.status_code, response.headers.get("Retry-After")))
+        while busy:  # refused once: now there is room
+            busy.pop().close()
+
     client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=20,
-                           http_client=httpx.Client(event_hooks=hooks))
-    body = {"prompt": "x", "max_tokens": 1000, "ignore_eos": True}
-    busy = [threading.Thread(target=lambda: httpx.post(server.url + "/v1/completions", json=body, timeout=60)) for _ in range(2)]
-    # One after the other: both at once may meet in the queue, which has room for one.
-    for thread, metric in zip(busy, ("linspec_num_requests_running", "linspec_num_requests_waiting")):
-        thread.start()
-        deadline = time.time() + 30
-        while server.metric(metric) == 0 and time.time() < deadline:
+                           http_client=httpx.Client(event_hooks={"response": [note]}))
+    # The second only when the first has the slot, or it would be the one that is refused.
+    for metric in ("linspec_num_requests_running", "linspec_num_requests_waiting"):
+        busy.append(socket.create_connection(("127.0.0.1", server.http_port), timeout=10))
+        busy[-1].sendall(f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                         f"Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        while server.metric(metric) == 0:
             time.sleep(0.02)
     assert client.completions.create(model="", prompt="x", max_tokens=4).choices[0].text
     assert statuses[0][0] == 503 and int(statuses[0][1]) >= 1 and statuses[-1] == (200, None)
-    for thread in busy:
-        thread.join()
 
 
 def test_async_errors_and_cancellation(server, model):

@@ -152,7 +152,7 @@ class MedusaDrafterTest : public ::testing::Test {
             .max_nodes = max_nodes};
   }
   DraftTree Propose(MedusaOptions options, int max_nodes) const {
-    const auto drafter = *MedusaDrafter::Create(Heads(), target_.get(), options);
+    const auto drafter = *MedusaDrafter::Create(MakeMedusaGuesser(Heads(), target_.get()), options);
     const std::vector<DraftContext> contexts = {Context(max_nodes)};
     const auto trees = drafter->Propose(contexts);
     EXPECT_TRUE(trees.ok()) << trees.status().message();
@@ -234,7 +234,7 @@ TEST_F(MedusaDrafterTest, PublishedTreeHasItsShape) {
 }
 
 TEST_F(MedusaDrafterTest, SomeContextsSitOut) {
-  const auto drafter = *MedusaDrafter::Create(Heads(), target_.get(), {});
+  const auto drafter = *MedusaDrafter::Create(MakeMedusaGuesser(Heads(), target_.get()), {});
   std::vector<DraftContext> contexts = {Context(4), Context(1), Context(6), Context(3)};
   contexts[2].hidden = {};
   const auto trees = *drafter->Propose(contexts);
@@ -246,7 +246,7 @@ TEST_F(MedusaDrafterTest, SomeContextsSitOut) {
 }
 
 TEST_F(MedusaDrafterTest, UnlikelyPathsAreLeftOut) {
-  const auto drafter = *MedusaDrafter::Create(Heads(), target_.get(), {});
+  const auto drafter = *MedusaDrafter::Create(MakeMedusaGuesser(Heads(), target_.get()), {});
   std::vector<DraftContext> contexts = {Context(64), Context(64)};
   contexts[0].min_probability = 0.01f;
   contexts[1].min_probability = 1.0f;
@@ -254,7 +254,7 @@ TEST_F(MedusaDrafterTest, UnlikelyPathsAreLeftOut) {
   for (const float probability : trees[0].probabilities) EXPECT_GE(probability, 0.01f);
   EXPECT_GT(trees[0].num_nodes(), 1);
   EXPECT_EQ(trees[1].num_nodes(), 1);
-  const auto error = MedusaDrafter::Create(Heads(), target_.get(), {.top_k = 64}).status();
+  const auto error = MedusaDrafter::Create(MakeMedusaGuesser(Heads(), target_.get()), {.top_k = 64}).status();
   ExpectError(error, StatusCode::kInvalidArgument, "top_k 64");
 }
 

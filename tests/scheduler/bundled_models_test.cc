@@ -50,7 +50,7 @@ class BundledModelsTest : public ::testing::Test {
       auto heads = MedusaHeads::Load(kFolder + "target", (*target)->config(), "auto", ops);
       EXPECT_TRUE(heads.ok()) << heads.status().message();
       const MedusaTree tree = kind == "medusa static" ? MedusaTree::kMcSim7b63 : MedusaTree::kDynamic;
-      drafters.push_back(*MedusaDrafter::Create(*std::move(heads), target->get(), {.tree = tree}));
+      drafters.push_back(*MedusaDrafter::Create(MakeMedusaGuesser(*std::move(heads), target->get()), {.tree = tree}));
     }
     if (kind.starts_with("recurrent") || kind == "auto") {
       auto head = RecurrentHead::Load(kFolder + "target", (*target)->config(), "auto", ops);

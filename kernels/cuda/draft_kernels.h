@@ -1,0 +1,62 @@
+// Kernels of the draft heads that no transformer layer has: their inputs, their blocks, and the choice of candidates.
+// Launched overlapped (pdl.h); a row's results depend on that row alone.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/plugin_api.h"
+
+namespace linspec::cuda {
+
+// A step's requests on the device. `hidden` is read through one more pointer, so that a captured graph serves steps
+// whose target keeps its hidden states elsewhere.
+struct DraftInput {
+  const LinspecCudaDraftRow* rows;  // [num_rows]
+  const float* const* hidden;       // [.., D] of the target
+  int num_rows;
+};
+
+// out = [RMSNorm(state), RMSNorm(embedding of the token)] in bf16. At level 0 the state is the target's hidden state,
+// which is stored, and the token is the row's own.
+struct RecurrentInputParams {
+  DraftInput input;
+  LinspecCudaMatrix embedding;  // [V, D]
+  const int32_t* tokens;        // [num_rows] chosen at the level before; null: level 0
+  float* state;                 // [num_rows, D]
+  const float *state_norm, *token_norm;
+  uint16_t* out;  // [num_rows, 2 D]
+  float eps;
+};
+void LaunchRecurrentInput(const RecurrentInputParams& params, cudaStream_t stream);
+
+// out = x rounded to bf16; count % 4 == 0.
+void LaunchRound(const float* x, uint16_t* out, int64_t count, cudaStream_t stream);
+
+// out [num_rows, D] = the rows' hidden states in bf16, and in fp32 in state; dim % 4 == 0.
+void LaunchGatherHidden(const DraftInput& input, float* state, uint16_t* out, int64_t dim, cudaStream_t stream);
+
+// state += silu(product + bias), also in bf16 to out: [rows, dim], dim % 4 == 0.
+struct MedusaBlockParams {
+  const float* product;
+  const float* bias;  // [dim]
+  float* state;
+  uint16_t* out;
+  int64_t dim;
+};
+void LaunchMedusaBlock(const MedusaBlockParams& params, int rows, cudaStream_t stream);
+
+// The contract of LikelyChoices in models/draft_candidates.h. Logits are [num_levels, num_rows, V] of the levels from
+// first_level on; the best token of each goes to next_tokens too (0 where there is none).
+struct ChooseDraftParams {
+  DraftInput input;
+  float* logits;  // overwritten
+  int64_t vocab;
+  int first_level, num_levels, top_k;
+  LinspecCudaDraftCandidate* candidates;  // [num_levels, num_rows, top_k]
+  int32_t* next_tokens;                   // [num_rows] or null
+};
+void LaunchChooseDraft(const ChooseDraftParams& params, cudaStream_t stream);
+
+}  // namespace linspec::cuda

@@ -1,0 +1,74 @@
+#include "kernels/cuda/products.h"
+
+#include "kernels/cuda/gemm_wgmma.h"
+
+namespace linspec::cuda {
+namespace {
+
+constexpr int kMaxRingRows = 2;                              // of bf16 weights, beyond: warpgroup instructions
+constexpr int kMaxOwnRows = 64, kMaxOwnRowsBf16Below90 = 8;  // beyond: cuBLASLt, where it may be used
+constexpr int kMaxStreamedRows = 64;                         // of our kernels without those instructions, beyond: tiled
+// Matrices that stay in the L2 have a kernel of their own, as long as its blocks are not too many for one wave or so
+// (docs/cuda.md).
+constexpr int64_t kSmallElements = int64_t{1} << 22, kSmallElementsFewRows = int64_t{1} << 20;
+constexpr int kFewRows = 8, kMostSmallRows = 256, kMostSmallBlocks = 768;
+
+bool IsSmall(const LinspecCudaMatrix& w) { return w.rows * w.cols <= kSmallElements; }
+
+bool IsSmall(const LinspecCudaMatrix& w, int rows) {
+  const int64_t blocks = (w.rows + 15) / 16 * ((rows + 63) / 64);
+  return w.rows * w.cols <= (rows <= kFewRows ? kSmallElementsFewRows : kSmallElements) && rows <= kMostSmallRows &&
+         blocks <= kMostSmallBlocks;
+}
+
+}  // namespace
+
+int32_t Products::Reserve() {
+  if (workspace_.as<void>() != nullptr) return kLinspecCudaOk;
+  LINSPEC_CUDA_TRY(workspace_.Reserve(context_, StreamingGemmWorkspaceBytes()));
+  return context_->Check(cudaMemsetAsync(workspace_.as<void>(), 0, StreamingGemmWorkspaceBytes(), context_->stream()),
+                         "zero");
+}
+
+// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
+// the number of rows.
+bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
+  if (deterministic_ || context_->cublas() == nullptr || IsSmall(w, rows)) return false;
+  return rows > (w.type != kLinspecCudaBf16 || WgmmaGemmRuns() ? kMaxOwnRows : kMaxOwnRowsBf16Below90);
+}
+
+// Of our kernels the fastest, or in deterministic mode one whose bits are the same for any number of rows: those of the
+// warpgroup kernel are its own, all others agree.
+void Products::LaunchOwn(const GemmParams& product, int rows) {
+  if (IsSmall(product.w, rows)) {
+    LaunchSmallGemm(product, rows, context_->stream());
+    return;
+  }
+  const bool wgmma = product.w.type == kLinspecCudaBf16 && (deterministic_ ? !IsSmall(product.w) : rows > kMaxRingRows);
+  if (wgmma && LaunchWgmmaGemm(product, rows, context_->stream())) return;
+  (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
+}
+
+void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows) {
+  const GemmParams product{.w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = workspace_.as<void>()};
+  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
+  LaunchOwn(product, rows);
+}
+
+void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows) {
+  if (UsesCublas(w, rows)) {
+    Matmul(w, x, scratch, false, rows);
+    LaunchSiluMul(scratch, activated, w.rows / 2, rows, context_->stream());
+    return;
+  }
+  const GemmParams product{.w = w,
+                           .x = x,
+                           .y = nullptr,
+                           .accumulate = false,
+                           .y_bf16 = activated,
+                           .silu_mul = true,
+                           .workspace = workspace_.as<void>()};
+  LaunchOwn(product, rows);
+}
+
+}  // namespace linspec::cuda

@@ -1,0 +1,34 @@
+// Which kernel computes a matrix product of how many rows: our own, or cuBLASLt where it may be used and is faster.
+//
+// deterministic: no bit of a row depends on the number of rows beside it (docs/cuda.md). Owns the workspace of the split
+// products, one for everything on the context's stream. Threads: one at a time per context.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/launch.h"
+
+namespace linspec::cuda {
+
+class Products {
+ public:
+  Products(Context* context, bool deterministic) : context_(context), deterministic_(deterministic) {}
+
+  int32_t Reserve();  // before the first product
+  // y [rows, N] (+)= x [rows, K] w^T
+  void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows);
+  // activated [rows, N / 2] = silu(gate) * up of w x, w in the order of PackedGateUpRow. scratch: [rows, N] floats.
+  void GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows);
+  bool deterministic() const { return deterministic_; }
+
+ private:
+  bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
+  void LaunchOwn(const GemmParams& product, int rows);
+
+  Context* const context_;
+  const bool deterministic_;
+  Buffer workspace_;
+};
+
+}  // namespace linspec::cuda
