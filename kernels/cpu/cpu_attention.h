@@ -11,7 +11,7 @@
 
 namespace linspec::cpu {
 
-// Memory that one thread's calls reuse: a head of one row takes half a microsecond, of which allocating would be a third.
+// Memory that one thread's calls reuse: a head of one row takes half a microsecond, of which allocating took a sixth.
 struct AttentionScratch {
   AlignedVector<float> weights;                       // AttentionTile::scratch
   std::vector<int32_t> nodes;                         // of all paths
