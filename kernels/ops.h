@@ -21,8 +21,10 @@
 
 namespace linspec {
 
-enum class Isa : uint8_t { kScalar, kAvx2, kAvx512 };  // kAvx512 needs F, BW, VL, DQ, VNNI (and uses BF16 if there)
-Isa DetectIsa();                                       // the best this machine runs
+// In ascending order. kAvx512 needs F, BW, VL, DQ and VNNI; kAmx is kAvx512 with int8 products in AMX tiles.
+enum class Isa : uint8_t { kScalar, kAvx2, kAvx512, kAmx };
+inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAmx};
+Isa DetectIsa();  // the best that this machine runs and its system permits
 const char* IsaName(Isa isa);
 
 // A weight matrix [rows, cols] (y = W x), repacked once at load for the chosen instruction set. Immutable after Pack.

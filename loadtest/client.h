@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "loadtest/options.h"
+#include "loadtest/tls.h"
 #include "loadtest/workload.h"
 
 namespace boost::asio {
@@ -41,6 +42,7 @@ struct Target {
   std::string host, path, model, bearer_token;
   std::string prefix;  // before every path of this server
   int port = 0;
+  std::shared_ptr<const Tls> tls;  // null: plain
 };
 
 // What `done` receives has ok, cancelled, error, ttft, latency, itls, tokens and text set.

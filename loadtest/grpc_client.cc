@@ -94,6 +94,15 @@ class GrpcExchange : public grpc::ClientReadReactor<v1::GenerateResponse> {
   StreamMeter meter_;
 };
 
+std::shared_ptr<grpc::ChannelCredentials> Credentials(const Target& target) {
+  if (target.tls == nullptr) return grpc::InsecureChannelCredentials();
+  grpc::SslCredentialsOptions options;
+  options.pem_root_certs = target.tls->ca;
+  options.pem_cert_chain = target.tls->cert;
+  options.pem_private_key = target.tls->key;
+  return grpc::SslCredentials(options);
+}
+
 class GrpcClient : public Client {
  public:
   GrpcClient(asio::io_context* loop, Target target, const Options* options)
@@ -104,7 +113,7 @@ class GrpcClient : public Client {
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
     for (int i = 0; i < kChannels; ++i) {
       stubs_.push_back(v1::LinSpec::NewStub(grpc::CreateCustomChannel(fmt::format("{}:{}", target_.host, target_.port),
-                                                                      grpc::InsecureChannelCredentials(), arguments)));
+                                                                      Credentials(target_), arguments)));
     }
   }
 

@@ -87,6 +87,9 @@ absl::StatusOr<nlohmann::ordered_json> Run(const Options& options) {
     std::ifstream key(options.api_key_file);
     if (!std::getline(key, rest.bearer_token)) return absl::NotFoundError("cannot read " + options.api_key_file);
   }
+  auto tls = LoadTls(options);
+  if (!tls.ok()) return tls.status();
+  rest.tls = *std::move(tls);
   rest.model = options.model;
   if (rest.model.empty()) {
     absl::StatusOr<std::string> model = FirstModel(rest);

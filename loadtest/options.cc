@@ -23,13 +23,17 @@ struct Flag {
 std::vector<Flag> Flags(Options* o) {
   return {
       {"backend", &o->backend, "openai (completions), openai-chat, grpc (linspec.v1)"},
-      {"base-url", &o->base_url, "http://host:port[/path before the endpoint] instead of --host and --port"},
+      {"base-url", &o->base_url, "http[s]://host:port[/path before the endpoint] instead of --host and --port"},
       {"host", &o->host, "server to load; only what you name is ever contacted"},
       {"port", &o->port, "0: 8000, or 50051 for grpc"},
       {"metrics-port", &o->metrics_port, "HTTP port of /metrics when the backend is grpc"},
       {"endpoint", &o->endpoint, "path, when it is not the usual one"},
       {"model", &o->model, "empty: the first model the server lists"},
       {"api-key-file", &o->api_key_file, "file with the bearer token"},
+      {"tls", &o->tls, "speak TLS, as https:// in --base-url and each of the next three says too"},
+      {"tls-ca", &o->tls_ca, "PEM certificates that must have signed the server's; default: those of the system"},
+      {"tls-cert", &o->tls_cert, "PEM certificate chain of this client (mutual TLS)"},
+      {"tls-key", &o->tls_key, "its PEM private key"},
       {"dataset-name", &o->dataset_name,
        "random, custom (jsonl), sharegpt (json), trace (csv: arrival, prompt, output tokens)"},
       {"dataset-path", &o->dataset_path, "file of custom, sharegpt or trace"},
@@ -106,19 +110,19 @@ bool ParseGoodput(std::string_view text, Goodput* out) {
   return out->any();
 }
 
-// "http://host:port/prefix": the prefix goes before the endpoint.
+// "http[s]://host:port/prefix": the prefix goes before the endpoint.
 absl::Status ApplyBaseUrl(Options* o) {
-  constexpr std::string_view kScheme = "http://";
+  constexpr std::string_view kPlain = "http://", kTls = "https://";
   std::string_view rest = o->base_url;
-  if (!rest.starts_with(kScheme)) {
-    return Bad("base-url", o->base_url, "starts with http:// (for a server behind TLS, put a local proxy in between)");
-  }
-  rest.remove_prefix(kScheme.size());
+  const bool tls = rest.starts_with(kTls);
+  if (!tls && !rest.starts_with(kPlain)) return Bad("base-url", o->base_url, "starts with http:// or https://");
+  o->tls |= tls;
+  rest.remove_prefix(tls ? kTls.size() : kPlain.size());
   const size_t slash = std::min(rest.find('/'), rest.size());
   const std::string_view authority = rest.substr(0, slash), prefix = rest.substr(slash);
   const size_t colon = authority.rfind(':');
   o->host = authority.substr(0, colon);
-  o->port = 80;
+  o->port = tls ? 443 : 80;
   if (colon != std::string_view::npos && !ParseNumber(authority.substr(colon + 1), &o->port)) {
     return Bad("base-url", o->base_url, "has no port after ':'");
   }
@@ -171,6 +175,7 @@ absl::Status Validate(const Options& o) {
     return Bad("ramp-up-strategy", o.ramp_up_strategy, "needs --ramp-up-start-rps and --ramp-up-end-rps above 0");
   }
   if (o.dataset_name != "random" && o.dataset_path.empty()) return Bad("dataset-path", "", "is needed by this dataset");
+  if (o.tls_cert.empty() != o.tls_key.empty()) return Bad("tls-cert", o.tls_cert, "goes together with --tls-key");
   if (o.port < 0 || o.port > 65535) return Bad("port", std::to_string(o.port), "is not a port");
   const struct {
     std::string_view name;
@@ -241,6 +246,7 @@ absl::StatusOr<Options> ParseOptions(std::span<const std::string> args) {
   if (!options.base_url.empty()) {
     if (const absl::Status status = ApplyBaseUrl(&options); !status.ok()) return status;
   }
+  options.tls |= !options.tls_ca.empty() || !options.tls_cert.empty();
   if (const absl::Status status = Validate(options); !status.ok()) return status;
   if (options.port == 0) options.port = options.backend == "grpc" ? 50051 : 8000;
   return options;

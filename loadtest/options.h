@@ -20,7 +20,7 @@ struct Goodput {  // milliseconds; infinity: no bound
 
 struct Options {
   std::string backend = "openai";  // openai, openai-chat, grpc
-  std::string base_url;            // "http://host:port" instead of host and port
+  std::string base_url;            // "http[s]://host:port" instead of host and port
   std::string path_prefix;         // from base_url; before every path
   std::string host = "127.0.0.1";
   int port = 0;             // 0: 8000, or 50051 for grpc
@@ -28,6 +28,8 @@ struct Options {
   std::string endpoint;     // empty: the backend's usual path
   std::string model;        // empty: the first one the server lists
   std::string api_key_file;
+  bool tls = false;                       // also by https:// or any of the next
+  std::string tls_ca, tls_cert, tls_key;  // PEM files; empty: the system's roots, no certificate of ours
 
   std::string dataset_name = "random";  // random, custom, sharegpt, trace
   std::string dataset_path;

@@ -210,7 +210,9 @@ class Coordinator {
     std::sort(lags.begin(), lags.end());
     std::sort(lateness.begin(), lateness.end());
     result_.duration = last_end_;
-    result_.cpu_per_thread = cpu_used_ / std::max(run_time_, 1e-9) / static_cast<double>(workers_.size());
+    double threads = static_cast<double>(workers_.size());
+    if (options_.backend == "grpc") threads = std::max<double>(threads, std::thread::hardware_concurrency());
+    result_.cpu_per_thread = cpu_used_ / std::max(run_time_, 1e-9) / threads;
     result_.loop_lag_p99 = Percentile(lags, 99);
     result_.loop_lag_max = lags.empty() ? 0 : lags.back();
     result_.start_lateness_p99 = Percentile(lateness, 99);

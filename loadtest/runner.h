@@ -23,7 +23,9 @@ struct RunResult {
   // How late this client was: its timers, and the requests themselves. Large values mean that it, not the server, was
   // measured.
   double loop_lag_p99 = 0, loop_lag_max = 0, start_lateness_p99 = 0;
-  double cpu_per_thread = 0;  // processor seconds of this client per second and event loop; 1: no loop had a pause
+  // Processor seconds of this client per second and thread: event loops, or for gRPC, which brings threads of its own,
+  // processors. 1: no pause anywhere.
+  double cpu_per_thread = 0;
   bool client_was_bottleneck() const {
     return loop_lag_p99 > 0.02 || start_lateness_p99 > 0.05 || cpu_per_thread > 0.95;
   }

@@ -2,7 +2,10 @@
 
 #include <algorithm>
 #include <charconv>
+#include <limits>
+#include <nlohmann/json.hpp>
 #include <optional>
+#include <utility>
 
 namespace linspec::loadtest {
 namespace {
@@ -44,6 +47,74 @@ std::optional<size_t> Position(std::string_view labels) {
   return position;
 }
 
+// Keeps the few values of an event that matter, by where they are: error; choices[].text; choices[].delta.content;
+// usage.prompt_tokens and usage.completion_tokens.
+class EventReader : public nlohmann::json_sax<nlohmann::json> {
+ public:
+  explicit EventReader(StreamEvent* event) : event_(event) {}
+  bool is_object() const { return is_object_; }
+
+  bool key(string_t& name) override {
+    if (depth_ <= kDeepest) keys_[depth_] = KeyOf(name);
+    if (depth_ == 1 && keys_[1] == Key::kError) event_->is_error = true;
+    return true;
+  }
+  bool string(string_t& value) override {
+    const bool text = At(3, Key::kChoices) && keys_[3] == Key::kText;
+    const bool content = At(4, Key::kChoices) && keys_[3] == Key::kDelta && keys_[4] == Key::kContent;
+    if ((text || content) && !value.empty()) event_->texts.push_back(std::move(value));
+    return true;
+  }
+  bool number_integer(number_integer_t value) override { return Number(value); }
+  bool number_unsigned(number_unsigned_t value) override { return Number(static_cast<int64_t>(value)); }
+  bool number_float(number_float_t, const string_t&) override { return true; }
+  bool null() override { return true; }
+  bool boolean(bool) override { return true; }
+  bool binary(binary_t&) override { return true; }
+  bool start_object(size_t) override {
+    if (depth_ == 0) is_object_ = true;
+    if (depth_ == 1 && keys_[1] == Key::kUsage) event_->has_usage = true;
+    return Enter();
+  }
+  bool start_array(size_t) override { return Enter(); }
+  bool end_object() override { return --depth_, true; }
+  bool end_array() override { return --depth_, true; }
+  bool parse_error(size_t, const std::string&, const nlohmann::detail::exception&) override { return false; }
+
+ private:
+  enum class Key : uint8_t { kOther, kError, kChoices, kUsage, kText, kDelta, kContent, kPrompt, kCompletion };
+  static constexpr int kDeepest = 4;
+
+  static Key KeyOf(std::string_view name) {
+    constexpr std::pair<std::string_view, Key> kKeys[] = {
+        {"error", Key::kError},          {"choices", Key::kChoices},
+        {"usage", Key::kUsage},          {"text", Key::kText},
+        {"delta", Key::kDelta},          {"content", Key::kContent},
+        {"prompt_tokens", Key::kPrompt}, {"completion_tokens", Key::kCompletion}};
+    for (const auto& [known, key] : kKeys) {
+      if (known == name) return key;
+    }
+    return Key::kOther;
+  }
+  bool At(int depth, Key top) const { return depth_ == depth && is_object_ && keys_[1] == top; }
+  bool Enter() {
+    if (++depth_ <= kDeepest) keys_[depth_] = Key::kOther;
+    return true;
+  }
+  bool Number(int64_t value) {
+    if (!At(2, Key::kUsage)) return true;
+    const int count = static_cast<int>(std::clamp<int64_t>(value, 0, std::numeric_limits<int>::max()));
+    if (keys_[2] == Key::kPrompt) event_->prompt_tokens = count;
+    if (keys_[2] == Key::kCompletion) event_->completion_tokens = count;
+    return true;
+  }
+
+  StreamEvent* const event_;
+  int depth_ = 0;
+  bool is_object_ = false;
+  std::array<Key, kDeepest + 1> keys_{};  // [d] the latest key of the object at depth d
+};
+
 SpeculationCounters ParseWithPrefix(std::string_view metrics, std::string_view prefix) {
   SpeculationCounters counters;
   while (!metrics.empty()) {
@@ -76,16 +147,24 @@ SpeculationCounters ParseWithPrefix(std::string_view metrics, std::string_view p
 
 std::vector<std::string> SseParser::Push(std::string_view bytes) {
   std::vector<std::string> events;
-  for (const char c : bytes) {
-    const bool ends_pair = after_cr_ && c == '\n';
-    after_cr_ = c == '\r';
-    if (ends_pair) continue;
-    if (c == '\n' || c == '\r') {
-      Line(line_, &events);
-      line_.clear();
-    } else {
-      line_.push_back(c);
+  while (!bytes.empty()) {
+    if (std::exchange(after_cr_, false) && bytes.front() == '\n') {
+      bytes.remove_prefix(1);
+      continue;
     }
+    const size_t end = bytes.find_first_of("\r\n");
+    if (end == std::string_view::npos) {
+      line_.append(bytes);
+      break;
+    }
+    if (line_.empty()) {
+      Line(bytes.substr(0, end), &events);
+    } else {
+      Line(line_.append(bytes.substr(0, end)), &events);
+      line_.clear();
+    }
+    after_cr_ = bytes[end] == '\r';
+    bytes.remove_prefix(end + 1);
   }
   return events;
 }
@@ -105,6 +184,12 @@ void SseParser::Line(std::string_view line, std::vector<std::string>* events) {
   if (has_data_) data_.push_back('\n');
   data_.append(line);
   has_data_ = true;
+}
+
+bool ParseStreamEvent(std::string_view data, StreamEvent* event) {
+  *event = {};
+  EventReader reader(event);
+  return nlohmann::json::sax_parse(data.begin(), data.end(), &reader) && reader.is_object();
 }
 
 SpeculationCounters SpeculationCounters::Since(const SpeculationCounters& before) const {

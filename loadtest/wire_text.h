@@ -1,4 +1,4 @@
-// The two text formats a client reads: server-sent events and Prometheus metrics. No I/O.
+// The text formats a client reads: server-sent events, the JSON in them, and Prometheus metrics. No I/O.
 #pragma once
 
 #include <array>
@@ -19,6 +19,15 @@ class SseParser {
   bool has_data_ = false;
   bool after_cr_ = false;  // "\r\n" is one line end, even across pieces
 };
+
+// What one event of a streamed answer says to somebody who measures.
+struct StreamEvent {
+  std::vector<std::string> texts;  // of its choices, as far as they are strings and not empty
+  bool has_usage = false, is_error = false;
+  int prompt_tokens = 0, completion_tokens = 0;
+};
+// False when data is not a JSON object. No tree is built: a client reads tens of thousands of events a second.
+bool ParseStreamEvent(std::string_view data, StreamEvent* event);
 
 // Counters of speculative decoding, summed over labels other than position.
 struct SpeculationCounters {

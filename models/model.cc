@@ -21,13 +21,13 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
   ops_options.num_threads = options.num_threads;
   if (options.isa != "auto") {
     bool known = false;
-    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa isa : kIsas) {
       if (options.isa != IsaName(isa)) continue;
       ops_options.isa = isa;
       known = true;
     }
     if (!known) {
-      return absl::InvalidArgumentError(fmt::format("isa \"{}\": expected auto, scalar, avx2 or avx512", options.isa));
+      return absl::InvalidArgumentError(fmt::format("isa \"{}\": expected auto, scalar, avx2, avx512 or amx", options.isa));
     }
   }
   absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Create(ops_options);

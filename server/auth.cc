@@ -93,7 +93,8 @@ void Authenticator::WatchKeys(std::function<void(size_t)> watcher) {
 }
 
 bool Authenticator::IsPublicRoute(std::string_view path) const {
-  return path == "/health" || path == "/ready" || path == "/version" || (path == "/metrics" && public_metrics_);
+  return path == "/health" || path == "/ping" || path == "/ready" || path == "/version" ||
+         (path == "/metrics" && public_metrics_);
 }
 
 absl::StatusOr<std::string> Authenticator::Check(std::string_view authorization) {

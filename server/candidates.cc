@@ -63,6 +63,7 @@ absl::Status Candidates::StartPrompt(int index, const std::vector<int32_t>& toke
                       .priority = call_.priority,
                       .prompt_logprobs = call_.scores_prompt(),
                       .detokenize = call_.detokenize,
+                      .skip_special_tokens = call_.skip_special_tokens,
                       .deadline = call_.deadline,
                       .tenant = call_.tenant,
                       .name = call_.name,

@@ -41,7 +41,7 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.model.cuda_plugin);
   visit(FlagInfo{g, "deterministic", "GPU: a reply never depends on what else runs, at any batch; costs speed"},
         c.model.deterministic);
-  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512"}}, c.model.isa);
+  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}}, c.model.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
   g = "Network";
@@ -139,6 +139,8 @@ void VisitFlags(Config& c, Visit&& visit) {
   visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
   visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},
         c.operations.log_prompts);
+  visit(FlagInfo{g, "metrics", "count and time what happens; false: nothing, and /metrics is not found"},
+        c.operations.metrics);
   visit(FlagInfo{g, "metrics-alias", "vllm: export the core metrics a second time as vllm:*", 0, 0, {"", "vllm"}},
         c.operations.metrics_alias);
 }

@@ -74,6 +74,7 @@ struct ServerConfig {
     std::string log_level = "info";
     std::string log_format = "text";
     bool log_prompts = false;
+    bool metrics = true;
     std::string metrics_alias;
   } operations;
 };

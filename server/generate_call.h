@@ -38,9 +38,10 @@ struct GenerateCall {
   int n = 1, best_of = 1;            // choices returned and candidates generated, for each prompt
   bool echo = false;                 // the prompt comes first; with logprobs it is scored, too
   bool stream = false;
-  bool token_ids = false;   // choices list their token ids
-  bool detokenize = true;   // false: token ids only, no text
-  SamplingParams sampling;  // max_tokens 0: with echo, only the prompt is wanted
+  bool token_ids = false;           // choices list their token ids
+  bool detokenize = true;           // false: token ids only, no text
+  bool skip_special_tokens = true;  // in the text
+  SamplingParams sampling;          // max_tokens 0: with echo, only the prompt is wanted
   bool has_seed = false;
   SpeculationMode speculation = SpeculationMode::kDefault;
   AcceptanceMode acceptance = AcceptanceMode::kDefault;

@@ -197,6 +197,7 @@ absl::StatusOr<GenerateCall> CallFromProto(const v1::GenerateRequest& request, c
   call.n = response.has_n() ? response.n() : 1;
   call.best_of = response.has_best_of() ? response.best_of() : call.n;
   call.detokenize = !response.skip_text();
+  if (response.has_skip_special_tokens()) call.skip_special_tokens = response.skip_special_tokens();
   call.token_ids = response.token_ids() || response.skip_text();
   auto mode = ModeFromProto(request.speculation());
   if (!mode.ok()) return mode.status();

@@ -17,7 +17,7 @@ constexpr HttpApi::RouteInfo kRoutes[] = {
     {"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"}, {"/v1/models", "GET"},
     {"/tokenize", "POST"},       {"/detokenize", "POST"},          {"/health", "GET"},
     {"/ready", "GET"},           {"/health_generate", "GET"},      {"/version", "GET"},
-    {"/metrics", "GET"},         {"/openapi.json", "GET"}};
+    {"/metrics", "GET"},         {"/openapi.json", "GET"},         {"/ping", "GET"}};
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
 const HttpApi::RouteInfo* FindRoute(const std::string& path) {
@@ -121,6 +121,9 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
     if (path == "/v1/completions") return Generate(*request, false, tenant, std::move(notify));
     if (path == "/v1/chat/completions") return Generate(*request, true, tenant, std::move(notify));
   }
+  if (path == "/metrics" && !service_->config().operations.metrics) {
+    return HttpError(404, "this server keeps no metrics (--metrics false)");
+  }
   absl::StatusOr<HttpReply> reply = HttpReply{};
   if (path == "/tokenize")
     reply = Tokenize(*request);
@@ -130,7 +133,7 @@ absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* reque
     reply = Models();
   else if (path.starts_with(kModelPrefix))
     reply = Model(path.substr(kModelPrefix.size()));
-  else if (path == "/health")
+  else if (path == "/health" || path == "/ping")
     reply->body = "{\"status\":\"ok\"}";
   else if (path == "/ready")
     reply = Ready();
@@ -171,8 +174,18 @@ absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
     tokens = service_->ToTokens(call->prompt);
   }
   if (!tokens.ok()) return tokens.status();
-  return HttpReply{.body = fmt::format("{{\"count\":{},\"max_model_len\":{},\"tokens\":[{}]}}", tokens->size(),
-                                       service_->config().engine.max_prompt_tokens, fmt::join(*tokens, ","))};
+  HttpReply reply{.body = fmt::format("{{\"count\":{},\"max_model_len\":{},\"tokens\":[{}]", tokens->size(),
+                                      service_->config().engine.max_prompt_tokens, fmt::join(*tokens, ","))};
+  if (call->return_token_strs) {
+    reply.body += ",\"token_strs\":[";
+    for (size_t i = 0; i < tokens->size(); ++i) {
+      if (i > 0) reply.body += ',';
+      AppendJsonString(service_->tokenizer().IdToToken((*tokens)[i]), &reply.body);
+    }
+    reply.body += ']';
+  }
+  reply.body += '}';
+  return reply;
 }
 
 absl::StatusOr<HttpReply> HttpApi::Detokenize(const HttpRequest& request) const {

@@ -116,6 +116,12 @@ void FieldReader::TokenIds(const char* name, std::vector<int32_t>* value) {
 
 void FieldReader::Ignore(std::initializer_list<const char*> names) { read_.insert(names.begin(), names.end()); }
 
+void FieldReader::Only(const char* name, const nlohmann::json& value) {
+  const nlohmann::json* json = Find(name);
+  if (json == nullptr || *json == value) return;
+  Fail(name, fmt::format("{} is not supported by this server; only {}", Shorten(*json), value.dump()));
+}
+
 void FieldReader::Unsupported(std::initializer_list<const char*> names) {
   for (const char* name : names) {
     if (Find(name) != nullptr) Fail(name, "is not supported by this server");

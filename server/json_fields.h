@@ -38,6 +38,9 @@ class FieldReader {
   // Known to OpenAI's API, changes the result, not done here: an error when present and not null.
   void Unsupported(std::initializer_list<const char*> names);
 
+  // Known to vLLM's API, and done here in one way only: an error when present with another value.
+  void Only(const char* name, const nlohmann::json& value);
+
   void Fail(const std::string& name, const std::string& message);
   bool ok() const { return status_.ok(); }
   absl::Status Finish();  // the first error, or the first field nobody read

@@ -230,7 +230,7 @@ void AppendSamples(const std::vector<MetricSample>& samples, std::vector<prometh
 
 }  // namespace
 
-Metrics::Metrics(MetricsOptions options) : impl_(std::make_unique<Impl>(options)) {}
+Metrics::Metrics(MetricsOptions options) : observes_(options.observes), impl_(std::make_unique<Impl>(options)) {}
 Metrics::~Metrics() = default;
 
 void Metrics::AddCollector(MetricCollector collector) {
@@ -239,6 +239,7 @@ void Metrics::AddCollector(MetricCollector collector) {
 }
 
 void Metrics::OnStep(const StepStats& step) {
+  if (!observes_) return;
   Impl& m = *impl_;
   m.steps.Increment();
   m.prompt_tokens.Increment(step.num_prefill_tokens);
@@ -263,24 +264,33 @@ void Metrics::OnStep(const StepStats& step) {
 }
 
 void Metrics::OnSubmitted(int64_t max_tokens, int n) {
+  if (!observes_) return;
   impl_->params_max_tokens.Observe(static_cast<double>(max_tokens));
   impl_->params_n.Observe(n);
 }
 
 void Metrics::OnFirstToken(const StreamTimes& times) {
+  if (!observes_) return;
   impl_->first_token.Observe(Seconds(times.engine.first_token - times.engine.arrival));
   impl_->queue_time.Observe(Seconds(times.engine.scheduled - times.engine.arrival));
   impl_->prefill_time.Observe(Seconds(times.engine.first_token - times.engine.scheduled));
 }
 
 void Metrics::OnGaps(const std::vector<float>& seconds) {
+  if (!observes_) return;
   for (const float gap : seconds) impl_->gap.Observe(gap);
 }
 
-void Metrics::OnDetokenize(double seconds) { impl_->detokenize_time.Observe(seconds); }
-void Metrics::OnWrite(double seconds) { impl_->write_time.Observe(seconds); }
+void Metrics::OnDetokenize(double seconds) {
+  if (observes_) impl_->detokenize_time.Observe(seconds);
+}
+
+void Metrics::OnWrite(double seconds) {
+  if (observes_) impl_->write_time.Observe(seconds);
+}
 
 void Metrics::OnFinished(FinishReason reason, const StreamUsage& usage, const StreamTimes& times) {
+  if (!observes_) return;
   // vLLM's word for what was cancelled is "abort".
   const bool aborted = reason == FinishReason::kCancelled || reason == FinishReason::kDeadline;
   impl_->success.Add({{"finished_reason", aborted ? "abort" : FinishReasonName(reason)}}).Increment();
@@ -295,14 +305,18 @@ void Metrics::OnFinished(FinishReason reason, const StreamUsage& usage, const St
   if (usage.completion_tokens > 1) impl_->per_token.Observe(decode / static_cast<double>(usage.completion_tokens - 1));
 }
 
-void Metrics::OnRejected(const std::string& reason) { impl_->rejected.Add({{"reason", reason}}).Increment(); }
+void Metrics::OnRejected(const std::string& reason) {
+  if (observes_) impl_->rejected.Add({{"reason", reason}}).Increment();
+}
 
 void Metrics::OnHttp(const std::string& route, const std::string& method, int status, double seconds) {
+  if (!observes_) return;
   impl_->http.Add({{"handler", route}, {"method", method}, {"status", std::to_string(status)}}).Increment();
   impl_->http_time.Add({{"handler", route}}, kHttp).Observe(seconds);
 }
 
 void Metrics::OnRpc(const std::string& method, const std::string& code, double seconds) {
+  if (!observes_) return;
   impl_->rpcs.Add({{"method", method}, {"code", code}}).Increment();
   impl_->rpc_time.Add({{"method", method}}, kHttp).Observe(seconds);
 }

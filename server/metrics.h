@@ -34,6 +34,7 @@ struct MetricsOptions {
   std::string model_name;
   std::vector<std::string> drafters = {};  // the loaded ones
   bool alias_vllm = false;                 // export vLLM's core set a second time as vllm:*
+  bool observes = true;                    // false: no On... does anything
 };
 
 class Metrics {
@@ -58,6 +59,7 @@ class Metrics {
 
  private:
   struct Impl;
+  const bool observes_;
   std::unique_ptr<Impl> impl_;
 };
 

@@ -63,7 +63,7 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
 absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
   CpuOps::Options ops;
   ops.num_threads = options.threads;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kIsas) {
     if (options.isa == IsaName(isa)) ops.isa = isa;
   }
   auto made = CpuOps::Create(ops);

@@ -90,7 +90,14 @@ void ReadSampling(FieldReader* fields, const CallLimits& limits, GenerateCall* c
   fields->Bool("ignore_eos", &s.ignore_eos);
   fields->TokenIds("stop_token_ids", &s.stop_token_ids);
   fields->Bool("include_stop_str_in_output", &s.include_stop_in_output);
+  fields->Bool("skip_special_tokens", &call->skip_special_tokens);
   ReadStop(fields, &s);
+  // vLLM's, which its clients send with their defaults.
+  fields->Only("spaces_between_special_tokens", true);
+  fields->Only("use_beam_search", false);
+  fields->Only("length_penalty", 1);
+  fields->Only("return_token_ids", false);
+  fields->Only("return_tokens_as_token_ids", false);
 }
 
 void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
@@ -218,7 +225,8 @@ absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const CallLi
   fields.Int32("logprobs", 0, kMaxLogprobs, &call.sampling.logprobs);
   fields.Int32("best_of", 1, limits.max_n, &call.best_of);
   if (call.best_of > call.n && call.stream) fields.Fail("best_of", "cannot be streamed when it is more than n");
-  fields.Unsupported({"suffix"});
+  fields.Only("suffix", "");
+  fields.Only("add_special_tokens", true);
   return Checked(&fields, std::move(out), limits);
 }
 
@@ -252,8 +260,12 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const CallLimits& 
   bool parallel = false;  // there are no tools to call
   fields.Bool("parallel_tool_calls", &parallel);
   fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
-                      "web_search_options", "chat_template", "chat_template_kwargs", "add_generation_prompt",
-                      "continue_final_message"});
+                      "web_search_options", "chat_template"});
+  fields.Only("chat_template_kwargs", Json::object());
+  fields.Only("add_generation_prompt", true);
+  fields.Only("continue_final_message", false);
+  fields.Only("add_special_tokens", false);  // the template writes them
+  fields.Only("echo", false);
   return Checked(&fields, std::move(out), limits);
 }
 
@@ -264,6 +276,9 @@ absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body, const CallLi
   TokenizeCall call;
   fields.String("model", kMaxName, &call.model);
   fields.Bool("add_special_tokens", &call.add_special_tokens);
+  fields.Bool("return_token_strs", &call.return_token_strs);
+  fields.Only("add_generation_prompt", true);
+  fields.Only("continue_final_message", false);
   const Json* prompt = fields.Find("prompt");
   if (prompt != nullptr && json->contains("messages")) fields.Fail("messages", "give prompt or messages, not both");
   if (prompt != nullptr && !prompt->is_string()) fields.Fail("prompt", "is not a string");

@@ -32,7 +32,7 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const CallLimits& 
 struct TokenizeCall {
   PromptInput prompt;
   std::string model;
-  bool add_special_tokens = true;
+  bool add_special_tokens = true, return_token_strs = false;
 };
 absl::StatusOr<TokenizeCall> ParseTokenize(const std::string& body, const CallLimits& limits);
 

@@ -33,6 +33,8 @@ constexpr char kPaths[] = R"json(
    "default": {"$ref": "#/components/responses/Error"}}}},
  "/health": {"get": {"summary": "Liveness", "security": [], "responses": {"200":
    {"description": "The process lives"}}}},
+ "/ping": {"get": {"summary": "Liveness, by the name that vLLM and SageMaker use", "security": [], "responses": {"200":
+   {"description": "The process lives"}}}},
  "/ready": {"get": {"summary": "Readiness", "security": [], "responses": {"200": {"description": "Takes requests"},
    "503": {"description": "Draining"}}}},
  "/health_generate": {"get": {"summary": "Whether tokens come out", "responses": {"200":
@@ -54,7 +56,9 @@ constexpr char kCommonFields[] = R"json(
  "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
  "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
  "seed": {"type": "integer"}, "max_tokens": {"type": "integer", "minimum": 0}, "min_tokens": {"type": "integer", "minimum": 0},
- "ignore_eos": {"type": "boolean"}, "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items":
+ "skip_special_tokens": {"type": "boolean", "default": true}, "spaces_between_special_tokens": {"const": true},
+ "use_beam_search": {"const": false}, "length_penalty": {"const": 1}, "return_token_ids": {"const": false},
+ "return_tokens_as_token_ids": {"const": false}, "ignore_eos": {"type": "boolean"}, "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items":
    {"type": "string"}}]},
  "stop_token_ids": {"type": "array", "items": {"type": "integer"}}, "include_stop_str_in_output": {"type": "boolean"},
  "stream": {"type": "boolean", "default": false}, "stream_options": {"type": "object", "properties": {"include_usage":
@@ -69,7 +73,8 @@ constexpr char kCommonFields[] = R"json(
 
 constexpr char kCompletionFields[] = R"json(
  "prompt": {"oneOf": [{"type": "string"}, {"type": "array"}]}, "echo": {"type": "boolean"},
- "logprobs": {"type": "integer", "minimum": 0, "maximum": 20}, "best_of": {"type": "integer", "minimum": 1})json";
+ "logprobs": {"type": "integer", "minimum": 0, "maximum": 20}, "best_of": {"type": "integer", "minimum": 1},
+ "suffix": {"const": ""}, "add_special_tokens": {"const": true})json";
 
 constexpr char kChatFields[] = R"json(
  "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role", "content"], "properties":
@@ -77,7 +82,9 @@ constexpr char kChatFields[] = R"json(
    "refusal": {}}}},
  "max_completion_tokens": {"type": "integer", "minimum": 1}, "logprobs": {"type": "boolean"},
  "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20}, "tools": {"type": "array", "maxItems": 0},
- "tool_choice": {"const": "none"}, "modalities": {}, "parallel_tool_calls": {"type": "boolean"})json";
+ "tool_choice": {"const": "none"}, "modalities": {}, "parallel_tool_calls": {"type": "boolean"},
+ "chat_template_kwargs": {"type": "object", "maxProperties": 0}, "add_generation_prompt": {"const": true},
+ "continue_final_message": {"const": false}, "add_special_tokens": {"const": false}, "echo": {"const": false})json";
 
 // What the server says. Closed objects: a field that is not here is not sent.
 constexpr char kAnswers[] = R"json(
@@ -107,7 +114,8 @@ constexpr char kAnswers[] = R"json(
  "ModelList": {"type": "object", "additionalProperties": false, "properties": {"object": {"const": "list"}, "data":
    {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}}},
  "Tokens": {"type": "object", "additionalProperties": false, "properties": {"count": {"type": "integer"},
-   "max_model_len": {"type": "integer"}, "tokens": {"type": "array", "items": {"type": "integer"}}}},
+   "max_model_len": {"type": "integer"}, "tokens": {"type": "array", "items": {"type": "integer"}}, "token_strs":
+   {"type": "array", "items": {"type": "string"}}}},
  "Text": {"type": "object", "additionalProperties": false, "properties": {"prompt": {"type": "string"}}},
  "Error": {"type": "object", "additionalProperties": false, "required": ["error"], "properties": {"error": {"type":
    "object", "additionalProperties": false, "required": ["message", "type", "param", "code"], "properties": {"message":

@@ -44,7 +44,8 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
   if (!parts.ok()) return parts.status();
   server->metrics_ = std::make_unique<Metrics>(MetricsOptions{.model_name = parts->model_name,
                                                               .drafters = parts->drafters,
-                                                              .alias_vllm = config.operations.metrics_alias == "vllm"});
+                                                              .alias_vllm = config.operations.metrics_alias == "vllm",
+                                                              .observes = config.operations.metrics});
   server->service_ = std::make_unique<Service>(config, *std::move(parts), server->metrics_.get(), log);
   server->auth_->WatchKeys([raw, limit = config.engine.max_running_per_key](size_t num_keys) {
     raw->service_->engine().SetMaxRunningPerTenant(limit > 0 || num_keys > 1 ? limit : -1);  // a lone key may have all

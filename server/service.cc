@@ -278,6 +278,7 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
   auto stream = ResponseStream::Create(
       parts_.tokenizer.get(), {.stop = spec.sampling.stop,
                                .include_stop = spec.sampling.include_stop_in_output,
+                               .skip_special_tokens = spec.skip_special_tokens,
                                .detokenize = spec.detokenize,
                                .num_prompt_tokens = spec.prompt_logprobs ? static_cast<int64_t>(prompt.size()) : 0,
                                .last_prompt_token = prompt.back(),

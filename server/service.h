@@ -34,6 +34,7 @@ struct GenerateSpec {
   int32_t priority = 0;  // among the requests of the same key
   bool prompt_logprobs = false;
   bool detokenize = true;
+  bool skip_special_tokens = true;
   std::optional<Clock::time_point> deadline = {};
   std::string tenant = {};  // which API key asks; "" without keys
   std::string name = {};    // the claimed request id it belongs to, for Abort; "" for none

@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <cstring>
 #include <list>
-#include <memory>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -24,14 +23,21 @@ using Path = std::span<const int32_t>;
 class KvHead {
  public:
   KvHead(const IsaTable& table, const AttentionLayer& layer, const LayerState& state, int64_t length, int64_t row_begin,
-         const float* qkv, int kv_head)
-      : table_(table), layer_(layer), length_(length), d_(layer.head_dim), group_(layer.group_size), kv_head_(kv_head) {
+         const float* qkv, int kv_head, AttentionScratch* scratch)
+      : table_(table),
+        layer_(layer),
+        length_(length),
+        d_(layer.head_dim),
+        group_(layer.group_size),
+        kv_head_(kv_head),
+        scratch_(*scratch) {
     stride_ = int64_t{layer.num_heads + 2 * layer.num_kv_heads} * d_;
     rows_ = qkv + row_begin * stride_;
     s_ = state.s + int64_t{kv_head} * d_ * d_;
     ring_k_ = state.ring_k + int64_t{kv_head} * group_ * d_;
     ring_v_ = state.ring_v + int64_t{kv_head} * group_ * d_;
-    scratch_ = std::make_unique_for_overwrite<float[]>(kMaxQueryRows * (kMaxWindow + d_));
+    const size_t weights = kMaxQueryRows * (kMaxWindow + d_);
+    if (scratch_.weights.size() < weights) scratch_.weights.resize(weights);
   }
 
   // Attention of the last rows of `paths`, 1 to kMaxQueryRows of one group. s: the folded state at that group.
@@ -90,7 +96,7 @@ class KvHead {
   // Tokens of a fold, or of a tile: the shared ones, then each row's own.
   const float* k_[kMaxWindow + kMaxQueryRows * kMaxWindow];
   const float* v_[kMaxWindow + kMaxQueryRows * kMaxWindow];
-  std::unique_ptr<float[]> scratch_;
+  AttentionScratch& scratch_;
 };
 
 // Shared tokens: what is committed and the ancestors that all rows have.
@@ -135,7 +141,7 @@ void KvHead::Attend(std::span<const Path> paths, const float* s, float* out) {
   tile.rms_norm = rms_norm;
   tile.eps = layer_.global_norm_eps;
   tile.head_dim = d_;
-  tile.scratch = scratch_.get();
+  tile.scratch = scratch_.weights.data();
   const int heads_per_kv = layer_.num_heads / layer_.num_kv_heads;
   for (int h = kv_head_ * heads_per_kv; h < (kv_head_ + 1) * heads_per_kv; ++h) {
     for (size_t r = 0; r < paths.size(); ++r) {
@@ -156,52 +162,48 @@ void AttendAll(KvHead& head, std::span<const Path> paths, const float* s, float*
   }
 }
 
-// Paths of a request's rows: of a chain prefixes of one list, of a tree a list each.
-class Paths {
- public:
-  explicit Paths(const WindowRequest& request) : paths_(request.num_rows) {
-    const int n = request.num_rows;
-    if (request.parents == nullptr) {
-      nodes_.resize(n);
-      std::iota(nodes_.begin(), nodes_.end(), 0);
-      for (int i = 0; i < n; ++i) paths_[i] = Path(nodes_).first(i + 1);
-      return;
-    }
-    nodes_.reserve(int64_t{n} * (n + 1) / 2);  // a path holds smaller indices and itself: spans stay valid
-    for (int i = 0; i < n; ++i) {
-      const int parent = request.parents[i];
-      LINSPEC_CHECK(parent < i);
-      const size_t begin = nodes_.size();
-      for (int j = 0; parent >= 0 && j < static_cast<int>(paths_[parent].size()); ++j) {
-        nodes_.push_back(paths_[parent][j]);
-      }
-      nodes_.push_back(i);
-      paths_[i] = Path(nodes_).subspan(begin);
-    }
+// Paths of a request's rows, in scratch->paths: of a chain prefixes of one list, of a tree a list each.
+void FindPaths(const WindowRequest& request, AttentionScratch* scratch) {
+  const int n = request.num_rows;
+  std::vector<int32_t>& nodes = scratch->nodes;
+  std::vector<Path>& paths = scratch->paths;
+  paths.resize(n);
+  if (request.parents == nullptr) {
+    nodes.resize(n);
+    std::iota(nodes.begin(), nodes.end(), 0);
+    for (int i = 0; i < n; ++i) paths[i] = Path(nodes).first(i + 1);
+    return;
   }
-  const Path& operator[](int row) const { return paths_[row]; }
-  std::span<const Path> rows(int begin, int end) const { return std::span(paths_).subspan(begin, end - begin); }
-
- private:
-  std::vector<int32_t> nodes_;
-  std::vector<Path> paths_;
-};
+  nodes.clear();
+  nodes.reserve(int64_t{n} * (n + 1) / 2);  // a path holds smaller indices and itself: spans stay valid
+  for (int i = 0; i < n; ++i) {
+    const int parent = request.parents[i];
+    LINSPEC_CHECK(parent < i);
+    const size_t begin = nodes.size();
+    for (int j = 0; parent >= 0 && j < static_cast<int>(paths[parent].size()); ++j) nodes.push_back(paths[parent][j]);
+    nodes.push_back(i);
+    paths[i] = Path(nodes).subspan(begin);
+  }
+}
 
 }  // namespace
 
 // A row that completes a group owns a folded copy for its children, exactly what sequential decoding would have in the
 // pool.
 void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
-                  float* out, int kv_head) {
-  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
+                  float* out, int kv_head, AttentionScratch* scratch) {
+  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head, scratch);
   float* request_out = out + request.row_begin * layer.num_heads * layer.head_dim;
-  const Paths paths(request);
+  FindPaths(request, scratch);
+  const std::span<const Path> paths = scratch->paths;
   const int n = request.num_rows;
   const auto parent = [&request](int row) { return request.parents == nullptr ? row - 1 : request.parents[row]; };
 
-  std::vector<const float*> states(n, head.s());  // the folded state that the row reads
+  std::vector<const float*>& states = scratch->states;          // the folded state that the row reads
+  std::vector<const float*>& after = scratch->children_states;  // the one its children read, where that differs
+  states.assign(n, head.s());
+  after.assign(n, nullptr);
   std::list<std::vector<float>> folded;
-  std::vector<const float*> after(n, nullptr);  // the one its children read, where that differs
   for (int i = 0; i < n; ++i) {
     if (parent(i) >= 0) states[i] = after[parent(i)] != nullptr ? after[parent(i)] : states[parent(i)];
     if (!head.EndsGroup(paths[i])) continue;
@@ -215,7 +217,7 @@ void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const Wind
   for (int begin = 0; begin < n;) {  // rows that read the same state lie in the same group
     int end = begin + 1;
     while (end < n && states[end] == states[begin] && head.Group(paths[end]) == head.Group(paths[begin])) ++end;
-    AttendAll(head, paths.rows(begin, end), states[begin], request_out);
+    AttendAll(head, paths.subspan(begin, end - begin), states[begin], request_out);
     begin = end;
   }
 }
@@ -236,8 +238,8 @@ void PrefetchKvHead(const AttentionLayer& layer, const WindowRequest& request, i
 }
 
 void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const CommitRequest& request, const float* qkv,
-                  int kv_head) {
-  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
+                  int kv_head, AttentionScratch* scratch) {
+  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head, scratch);
   for (size_t i = 0; i < request.path.size(); ++i) {
     head.Append(request.length + static_cast<int64_t>(i), request.path[i]);
     const Path path = request.path.first(i + 1);
@@ -246,16 +248,17 @@ void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const Comm
 }
 
 void PrefillKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
-                   float* out, int kv_head) {
+                   float* out, int kv_head, AttentionScratch* scratch) {
   LINSPEC_CHECK(request.parents == nullptr);
-  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head);
+  KvHead head(table, layer, request.state, request.length, request.row_begin, qkv, kv_head, scratch);
   float* request_out = out + request.row_begin * layer.num_heads * layer.head_dim;
-  const Paths paths(request);
+  FindPaths(request, scratch);
+  const std::span<const Path> paths = scratch->paths;
   // The ring is written last: until then rows of this call read older positions from it.
   for (int begin = 0; begin < request.num_rows;) {
     int end = begin + 1;
     while (end < request.num_rows && !head.EndsGroup(paths[end - 1])) ++end;
-    AttendAll(head, paths.rows(begin, end), head.s(), request_out);
+    AttendAll(head, paths.subspan(begin, end - begin), head.s(), request_out);
     if (head.EndsGroup(paths[end - 1])) head.Fold(paths[end - 1], head.s());
     begin = end;
   }

@@ -1,6 +1,12 @@
 // CpuOps: packing, blocking and threads around the tables of isa_table.h.
 #include "kernels/cpu/cpu_ops.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -10,16 +16,32 @@
 #include "absl/status/status.h"
 #include "fmt/core.h"
 #include "kernels/check.h"
-#include "kernels/cpu/cpu_attention.h"
 
 namespace linspec {
 
+namespace {
+
+#if defined(__x86_64__)
+// Linux gives a process the tile registers, 8 KiB that every thread then saves, only when it asks.
+bool AmxPermitted() {
+  constexpr unsigned kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;  // CPUID leaf 7, edx
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+  if ((edx & kAmxTile) == 0 || (edx & kAmxInt8) == 0) return false;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+}  // namespace
+
 Isa DetectIsa() {
 #if defined(__x86_64__)
+  static const bool amx = AmxPermitted();
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma")) {
-    return Isa::kAvx512;
+    return amx ? Isa::kAmx : Isa::kAvx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
 #endif
@@ -34,6 +56,8 @@ const char* IsaName(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   LINSPEC_CHECK(false);
 }
@@ -55,6 +79,7 @@ namespace cpu {
 namespace {
 
 const IsaTable& TableFor(Isa isa) {
+  if (isa == Isa::kAmx) return AmxTable();
   if (isa == Isa::kAvx512) return Avx512Table();
   if (isa == Isa::kAvx2) return Avx2Table();
   return ScalarTable();
@@ -142,7 +167,7 @@ PackedMatrix CpuWeight::matrix() const { return {data_.get(), scales_.data(), ro
 int64_t CpuWeight::bytes() const { return data_bytes_ + static_cast<int64_t>(scales_.size()) * 8; }
 
 CpuOpsImpl::CpuOpsImpl(Isa isa, int num_threads)
-    : isa_(isa), table_(TableFor(isa)), pool_(num_threads), inputs_(&table_, &pool_) {}
+    : isa_(isa), table_(TableFor(isa)), pool_(num_threads), inputs_(&table_, &pool_), attention_(num_threads) {}
 
 std::unique_ptr<PackedWeight> CpuOpsImpl::Pack(const void* source, DType source_dtype, const float* row_scales,
                                                int64_t rows, int64_t cols, DType target) {
@@ -258,12 +283,13 @@ void CpuOpsImpl::UpdateRopeTable(const RopeNormalizeParams& p) {
 
 void CpuOpsImpl::VerifyAttention(const VerifyAttentionParams& p) {
   const int num_kv_heads = p.layer->num_kv_heads;
-  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(p.requests) * num_kv_heads, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (i + 1 < end) {
         PrefetchKvHead(*p.layer, p.requests[(i + 1) / num_kv_heads], static_cast<int>((i + 1) % num_kv_heads));
       }
-      VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+      VerifyKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads),
+                   &attention_[thread]);
     }
   });
 }
@@ -275,20 +301,21 @@ void CpuOpsImpl::CommitAttention(std::span<const CommitAttentionParams> layers) 
   for (const CommitAttentionParams& p : layers) {
     LINSPEC_CHECK(p.layer->num_kv_heads == num_kv_heads && std::ssize(p.requests) == num_requests);
   }
-  pool_.ParallelFor(std::ssize(layers) * per_layer, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(layers) * per_layer, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const CommitAttentionParams& p = layers[i / per_layer];
       CommitKvHead(table_, *p.layer, p.requests[i % per_layer / num_kv_heads], p.qkv,
-                   static_cast<int>(i % num_kv_heads));
+                   static_cast<int>(i % num_kv_heads), &attention_[thread]);
     }
   });
 }
 
 void CpuOpsImpl::PrefillAttention(const PrefillAttentionParams& p) {
   const int num_kv_heads = p.layer->num_kv_heads;
-  pool_.ParallelFor(static_cast<int64_t>(p.requests.size()) * num_kv_heads, [&](int64_t begin, int64_t end) {
+  pool_.ParallelForThreads(std::ssize(p.requests) * num_kv_heads, 1, [&](int thread, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      PrefillKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads));
+      PrefillKvHead(table_, *p.layer, p.requests[i / num_kv_heads], p.qkv, p.out, static_cast<int>(i % num_kv_heads),
+                    &attention_[thread]);
     }
   });
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels/aligned_vector.h"
+#include "kernels/cpu/cpu_attention.h"
 #include "kernels/cpu/isa_table.h"
 #include "kernels/cpu/product_inputs.h"
 #include "kernels/cpu/weight_arena.h"
@@ -75,6 +76,7 @@ class CpuOpsImpl : public CpuOps {
   ThreadPool pool_;
   WeightArena arena_;
   ProductInputs inputs_;
+  std::vector<AttentionScratch> attention_;  // [threads]
   struct {
     int head_dim = 0;
     float theta = 0;

@@ -76,5 +76,6 @@ struct IsaTable {
 const IsaTable& ScalarTable();
 const IsaTable& Avx2Table();
 const IsaTable& Avx512Table();
+const IsaTable& AmxTable();
 
 }  // namespace linspec::cpu

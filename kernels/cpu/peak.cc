@@ -61,6 +61,32 @@ LINSPEC_LOOP(Fma512Loop, "avx512f", LINSPEC_FMA_512, 16)
 LINSPEC_LOOP(Madd256Loop, "avx2", LINSPEC_MADD_256, 32)
 LINSPEC_LOOP(Fma256Loop, "avx2,fma", LINSPEC_FMA_256, 8)
 
+// Four accumulators of 16 by 16 sums, each of 64 products.
+__attribute__((target("amx-tile,amx-int8"))) int64_t TileLoop(int64_t steps) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+  } config;
+  uint8_t values[16 * 64];
+  std::iota(std::begin(values), std::end(values), uint8_t{1});
+  asm volatile(
+      "ldtilecfg %0\n"
+      "tileloadd (%1, %2, 1), %%tmm4\n"
+      "tileloadd (%1, %2, 1), %%tmm5\n" ::"m"(config),
+      "r"(values), "r"(int64_t{64})
+      : "memory");
+  for (int64_t i = 0; i < steps; ++i) {
+    asm volatile(
+        "tdpbusd %%tmm5, %%tmm4, %%tmm0\n"
+        "tdpbusd %%tmm5, %%tmm4, %%tmm1\n"
+        "tdpbusd %%tmm5, %%tmm4, %%tmm2\n"
+        "tdpbusd %%tmm5, %%tmm4, %%tmm3\n" ::);
+  }
+  asm volatile("tilerelease");
+  return steps * 4 * 16 * 16 * 64;
+}
+
 #endif
 
 // Reads [begin, begin + bytes) as four streams, which is how the processor's own prefetching works best; bytes is a
@@ -84,14 +110,15 @@ LINSPEC_READ(Read512, "avx512f", "vmovups (%0), %%zmm0", 64)
 #endif
 
 Reader ReaderFor(Isa isa) {
-  if (isa == Isa::kAvx512) return Read512;
+  if (isa >= Isa::kAvx512) return Read512;
   if (isa == Isa::kAvx2) return Read256;
   return Read128;
 }
 
 Loop LoopFor(Isa isa, DType dtype) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return dtype == DType::kI8 ? Vnni512Loop : Fma512Loop;
+  if (isa == Isa::kAmx && dtype == DType::kI8) return TileLoop;
+  if (isa >= Isa::kAvx512) return dtype == DType::kI8 ? Vnni512Loop : Fma512Loop;
   if (isa == Isa::kAvx2) return dtype == DType::kI8 ? Madd256Loop : Fma256Loop;
 #endif
   return ScalarLoop;

@@ -135,6 +135,23 @@ def has_chat(server):
     return httpx.post(server.url + "/v1/chat/completions", json=body, timeout=60).status_code == 200
 
 
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A folder with ca.pem, and server.pem, server.key, client.pem, client.key signed by it."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    (folder / "san").write_text("subjectAltName=IP:127.0.0.1\n")
+    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=ca")
+    for name in ("server", "client"):
+        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
+                "-out", f"{name}.pem", "-extfile", "san")
+    return folder
+
+
 def complete(server, **fields):
     body = {"prompt": "Once upon a time", "max_tokens": 16, "temperature": 0, "ignore_eos": True, **fields}
     return httpx.post(server.url + "/v1/completions", json=body, timeout=60)

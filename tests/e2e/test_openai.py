@@ -121,6 +121,55 @@ def test_echo_with_logprobs_scores_the_prompt(server):
     assert all(value <= 0 for value in choice["logprobs"]["token_logprobs"][1:])
 
 
+VLLM_DEFAULTS = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "use_beam_search": False, "length_penalty": 1.0,
+                 "return_token_ids": False, "return_tokens_as_token_ids": False, "min_p": 0.0, "top_k": -1, "min_tokens": 0,
+                 "repetition_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False,
+                 "priority": 0}
+
+
+def test_clients_of_vllm_may_send_their_defaults(server, has_chat):
+    """What changes nothing is accepted; another value is refused by name, never ignored."""
+    routes = [("/v1/completions", {"prompt": "x", "suffix": "", "add_special_tokens": True})]
+    if has_chat:
+        routes.append(("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "add_generation_prompt": True,
+                                                "continue_final_message": False, "chat_template_kwargs": {},
+                                                "add_special_tokens": False, "echo": False}))
+    for route, body in routes:
+        body = {**body, **VLLM_DEFAULTS, "max_tokens": 1}
+        assert httpx.post(server.url + route, json=body, timeout=60).status_code == 200, route
+        for name, other in (("use_beam_search", True), ("length_penalty", 0.5), ("add_special_tokens", "no"),
+                            ("return_token_ids", True)):
+            answer = httpx.post(server.url + route, json={**body, name: other})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+    if has_chat:
+        for name, other in (("continue_final_message", True), ("chat_template_kwargs", {"tokenize": True})):
+            answer = httpx.post(server.url + route, json={**body, name: other})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == name
+    assert httpx.get(server.url + "/ping").status_code == 200
+
+
+def test_special_tokens_are_left_out_of_the_text_unless_asked_for(server, stub, stubs):
+    pb, _ = stubs
+    special = None
+    for spelling in ("<|endoftext|>", "</s>", "<s>", "<|im_end|>"):
+        tokens = httpx.post(server.url + "/tokenize", json={"prompt": spelling, "add_special_tokens": False,
+                                                            "return_token_strs": True}).json()
+        assert len(tokens["token_strs"]) == tokens["count"]
+        if tokens["token_strs"] == [spelling]:
+            special = spelling, tokens["tokens"][0]
+            break
+    assert special, "the model has no special token that this test knows"
+    spelling, token = special
+    body = {"prompt": "x", "max_tokens": 2, "temperature": 0, "ignore_eos": True, "logit_bias": {str(token): 100}}
+    for skip, text in ((None, ""), (True, ""), (False, spelling * 2)):
+        fields = {} if skip is None else {"skip_special_tokens": skip}
+        assert httpx.post(server.url + "/v1/completions", json={**body, **fields}).json()["choices"][0]["text"] == text
+        request = pb.GenerateRequest(text="x", sampling=pb.SamplingParameters(temperature=0, logit_bias={token: 100}),
+                                     stopping=pb.StoppingParameters(max_tokens=2, ignore_eos=True),
+                                     response=pb.ResponseParameters(skip_special_tokens=skip))
+        assert "".join(part.text for part in stub.Generate(request)) == text
+
+
 def test_stop_strings(server):
     full = complete(server, max_tokens=48).json()["choices"][0]["text"]
     middle = full[len(full) // 2:len(full) // 2 + 5]

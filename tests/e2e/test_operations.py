@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from conftest import BINARY, complete
 
-PUBLIC = {"/health", "/ready", "/version"}
+PUBLIC = {"/health", "/ping", "/ready", "/version"}
 
 
 def test_keys_cover_every_route_of_both_protocols(make_server, stubs, tmp_path):
@@ -66,22 +66,6 @@ def test_keys_cover_every_route_of_both_protocols(make_server, stubs, tmp_path):
     assert httpx.get(server.url + "/v1/models", headers={"Authorization": "Bearer third-key"}).status_code == 200
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tls")
-
-    def openssl(*args):
-        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
-
-    (folder / "san").write_text("subjectAltName=IP:127.0.0.1\n")
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=ca")
-    for name in ("server", "client"):
-        openssl("req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", f"{name}.csr", "-subj", f"/CN={name}")
-        openssl("x509", "-req", "-in", f"{name}.csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-                "-out", f"{name}.pem", "-extfile", "san")
-    return folder
-
-
 def test_mutual_tls(make_server, stubs, certificates):
     pb, pb_grpc = stubs
     path = str(certificates)
@@ -111,6 +95,13 @@ def test_cors_is_opt_in(make_server, server):
     assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert httpx.get(open_server.url + "/v1/models").headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert "vllm:num_requests_running{" in httpx.get(open_server.url + "/metrics").text
+
+
+def test_metrics_can_be_switched_off(make_server):
+    server = make_server("--metrics", "false")
+    assert complete(server).status_code == 200
+    answer = httpx.get(server.url + "/metrics")
+    assert answer.status_code == 404 and "--metrics" in answer.json()["error"]["message"]
 
 
 def events(server):

@@ -6,6 +6,7 @@
 //
 // streams: N streams of so many tokens, all at once: ages of tokens at the client, tokens a second. idle: N connections
 // kept open. slow: N readers that never read. overload: requests at a rate. cancel: steps until a dropped slot is free.
+// serve: prints the ports and serves other clients until standard input ends.
 #include <fmt/format.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
@@ -54,7 +55,14 @@ void RaiseFileLimit() {
 // The child: waits until the server listens, loads it, says when it is done.
 int RunChild(const ScenarioOptions& options, SharedState* shared) {
   while (shared->http_port == 0 && shared->grpc_port == 0) usleep(1000);
-  RunScenario(options, shared);
+  if (options.scenario == "serve") {
+    fmt::print("{} {}\n", shared->http_port.load(), shared->grpc_port.load());
+    std::fflush(stdout);
+    while (std::getchar() != EOF) {
+    }
+  } else {
+    RunScenario(options, shared);
+  }
   std::fflush(stdout);
   shared->stop = true;
   return 0;
@@ -104,9 +112,9 @@ absl::Status Main(std::vector<std::string> args) {
   options.rate = flags.Double("rate", 100, 0.1, 1e6);
   const std::chrono::microseconds pace(flags.Int("pace-us", 0, 0, 10000000));
   options.scenario = flags.Positional();
-  const auto known = {"streams", "idle", "slow", "overload", "cancel"};
+  const auto known = {"streams", "idle", "slow", "overload", "cancel", "serve"};
   if (std::ranges::find(known, options.scenario) == known.end()) {
-    return absl::InvalidArgumentError("the first argument is one of streams, idle, slow, overload, cancel");
+    return absl::InvalidArgumentError("the first argument is one of streams, idle, slow, overload, cancel, serve");
   }
   std::vector<std::string> rest = {"--http-port=0",     "--grpc-port=0",      "--probe-interval=0",
                                    "--speculation=off", "--max-requests=512", "--max-step-tokens=2048"};

@@ -138,9 +138,7 @@ class AttentionTest : public testing::TestWithParam<std::tuple<Isa, int>> {
   std::unique_ptr<CpuOps> ops_;
 };
 
-INSTANTIATE_TEST_SUITE_P(All, AttentionTest,
-                         testing::Combine(testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512),
-                                          testing::Range(0, 5)),
+INSTANTIATE_TEST_SUITE_P(All, AttentionTest, testing::Combine(testing::ValuesIn(kIsas), testing::Range(0, 5)),
                          [](const auto& info) {
                            return fmt::format("{}_shape{}", IsaName(std::get<0>(info.param)), std::get<1>(info.param));
                          });

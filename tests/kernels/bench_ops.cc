@@ -231,7 +231,7 @@ void RegisterIsa(Isa isa) {
 
 int main(int argc, char** argv) {
   using linspec::Isa;
-  for (const Isa isa : {Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
+  for (const Isa isa : {Isa::kAmx, Isa::kAvx512, Isa::kAvx2, Isa::kScalar}) {
     if (isa <= linspec::DetectIsa()) linspec::RegisterIsa(isa);
   }
   benchmark::Initialize(&argc, argv);

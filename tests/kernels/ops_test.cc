@@ -47,7 +47,7 @@ class IsaTest : public testing::TestWithParam<Isa> {
   std::unique_ptr<CpuOps> ops_, scalar_;
 };
 
-INSTANTIATE_TEST_SUITE_P(All, IsaTest, testing::Values(Isa::kScalar, Isa::kAvx2, Isa::kAvx512),
+INSTANTIATE_TEST_SUITE_P(All, IsaTest, testing::ValuesIn(kIsas),
                          [](const auto& info) { return std::string(IsaName(info.param)); });
 
 std::vector<float> RunMatmul(CpuOps& ops, const std::vector<float>& w, const std::vector<float>& x, int64_t rows,

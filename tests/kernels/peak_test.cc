@@ -7,7 +7,7 @@ namespace {
 
 // How fast is the machine's business; that the loops run with every instruction set and count what they do is ours.
 TEST(PeakTest, EveryInstructionSetThatTheMachineHas) {
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : kIsas) {
     if (isa > DetectIsa()) continue;
     EXPECT_GT(MeasureMultiplyAddPeak(isa, DType::kF32, 1), 0) << IsaName(isa);
     EXPECT_GT(MeasureMultiplyAddPeak(isa, DType::kI8, 2), 0) << IsaName(isa);

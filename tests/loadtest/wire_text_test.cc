@@ -33,6 +33,37 @@ TEST(SseParser, AnUnfinishedEventWaits) {
   EXPECT_THAT(parser.Push("\n"), ElementsAre("x"));
 }
 
+TEST(ParseStreamEvent, TextsOfBothDialects) {
+  StreamEvent event;
+  ASSERT_TRUE(
+      ParseStreamEvent(R"({"id":"text","choices":[{"index":0,"text":"a\n","logprobs":{"text":"no"}},{"text":""},)"
+                       R"({"text":"b"}],"text":"no"})",
+                       &event));
+  EXPECT_THAT(event.texts, ElementsAre("a\n", "b"));
+  ASSERT_TRUE(ParseStreamEvent(R"({"choices":[{"delta":{"role":"assistant","content":"c"},"finish_reason":null}],)"
+                               R"("delta":{"content":"no"},"other":[{"delta":{"content":"no"}}]})",
+                               &event));
+  EXPECT_THAT(event.texts, ElementsAre("c"));
+  EXPECT_FALSE(event.has_usage);
+  EXPECT_FALSE(event.is_error);
+}
+
+TEST(ParseStreamEvent, UsageAndErrors) {
+  StreamEvent event;
+  ASSERT_TRUE(ParseStreamEvent(
+      R"({"choices":[],"usage":{"completion_tokens":5,"prompt_tokens":3,"details":{"prompt_tokens":9}}})", &event));
+  EXPECT_TRUE(event.has_usage && event.texts.empty());
+  EXPECT_EQ(event.prompt_tokens, 3);
+  EXPECT_EQ(event.completion_tokens, 5);
+  ASSERT_TRUE(ParseStreamEvent(R"({"choices":[{"text":"x"}],"usage":null})", &event));
+  EXPECT_FALSE(event.has_usage);
+  ASSERT_TRUE(ParseStreamEvent(R"({"error":{"message":"no"}})", &event));
+  EXPECT_TRUE(event.is_error);
+  for (const std::string_view bad : {"", "[]", "1", "{", "{} x", "[{\"choices\":[{\"text\":\"x\"}]}]", "\"a\""}) {
+    EXPECT_FALSE(ParseStreamEvent(bad, &event)) << bad;
+  }
+}
+
 constexpr std::string_view kMetrics = R"(# HELP linspec_spec_decode_num_drafts_total drafts
 linspec_spec_decode_num_drafts_total{model_name="a",drafter="draft"} 10
 linspec_spec_decode_num_drafts_total{model_name="a",drafter="ngram"} 2

@@ -23,7 +23,7 @@ std::string ReadFile(const std::string& path) {
 // The published renderings, by real Jinja2. "llama.cpp/x.jinja" lies in templates/x.jinja.
 TEST(ChatTemplateTest, PublishedCases) {
   const std::string folder = LINSPEC_SOURCE_DIR "/tests/data/chat/";
-  std::istringstream lines(ReadFile(folder + "template-cases.jsonl"));
+  std::istringstream lines(ReadFile(LINSPEC_TEST_DATA_DIR "/chat/template-cases.jsonl"));
   int run = 0, without_template = 0;
   for (std::string line; std::getline(lines, line);) {
     const auto test_case = ordered_json::parse(line);

@@ -22,7 +22,7 @@ struct Case {
 
 std::vector<Case> Cases() {
   std::vector<std::string> isas = {"scalar"};
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAmx}) {
     if (CpuOps::Create({.isa = isa, .num_threads = 1}).ok()) isas.push_back(IsaName(isa));
   }
   ModelConfig local = TinyConfig();
