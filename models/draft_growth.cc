@@ -10,6 +10,11 @@
 #include "models/draft_candidates.h"
 
 namespace linspec {
+namespace {
+
+constexpr float kUsualChild = 0.65f;  // how likely the best child of a node is, before its logits are known
+
+}  // namespace
 
 absl::Status GrowthOptions::Validate() const {
   if (max_depth >= 1 && max_depth < kMaxTreeNodes && top_k >= 1 && top_k < kMaxTreeNodes && min_confidence >= 0 &&
@@ -55,7 +60,8 @@ std::vector<int> DraftGrowth::NextLevel(int depth, int room) const {
   std::vector<int> level;
   if (depth >= options_.max_depth || depth >= budget()) return level;
   for (size_t i = 0; i < candidates_.size(); ++i) {
-    if (candidates_[i].depth == depth) level.push_back(static_cast<int>(i));
+    const float child = candidates_[i].probability * kUsualChild;
+    if (candidates_[i].depth == depth && child >= context_->min_level_probability) level.push_back(static_cast<int>(i));
   }
   std::stable_sort(level.begin(), level.end(),
                    [&](int a, int b) { return candidates_[a].probability > candidates_[b].probability; });

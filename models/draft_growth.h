@@ -42,7 +42,8 @@ class DraftGrowth {
 
   // What follows the candidate `parent` (or the pending token) by its logits [V].
   void AddChildren(int parent, std::span<const float> logits);
-  // The likeliest candidates of this depth, best first, at most top_k and `room`: those whose children are worth a look.
+  // The likeliest candidates of this depth, best first, at most top_k and `room`: those whose children promise to be worth
+  // the level.
   // Empty: the tree is as deep as it may be, or nothing is likely enough.
   std::vector<int> NextLevel(int depth, int room) const;
   // The most probable candidates that the budget allows, as a tree. The growth is used up.

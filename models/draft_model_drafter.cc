@@ -35,6 +35,7 @@ absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std
 void DraftModelDrafter::Forget(uint64_t sequence_id) { slots_.erase(sequence_id); }
 
 absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<const DraftContext> contexts) {
+  levels_computed_ = 0;
   std::vector<DraftTree> proposals;
   for (const DraftContext& context : contexts) proposals.push_back(DraftTree::Root(context.tokens.back()));
   if (absl::Status committed = CommitAccepted(contexts); !committed.ok()) return committed;
@@ -119,6 +120,7 @@ absl::StatusOr<std::vector<DraftModelDrafter::Draft>> DraftModelDrafter::StartDr
 // Looks at the drafts level by level, all of them in one forward each.
 absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
   for (int depth = 0; depth < options_.max_depth; ++depth) {
+    levels_computed_ = depth + 1;
     const VerifyBatch batch = Pack(drafts);
     const absl::StatusOr<VerifyResult> result =
         depth == 0 ? model_->Verify(batch, *pool_) : model_->Extend(batch, *pool_);

@@ -44,6 +44,7 @@ class DraftModelDrafter final : public Drafter {
   std::string_view name() const override { return "draft"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t sequence_id) override;
+  int levels_computed() const override { return levels_computed_; }
   int64_t bytes_per_request() const override { return pool_->bytes_per_slot(); }
   bool catches_up() const override { return true; }
   const StatePool& pool() const { return *pool_; }
@@ -74,6 +75,8 @@ class DraftModelDrafter final : public Drafter {
   std::unique_ptr<StatePool> pool_;
   const DraftModelOptions options_;
   std::unordered_map<uint64_t, StateSlot> slots_;  // by sequence
+
+  int levels_computed_ = 0;
 
   // What the model verified last, for CommitAccepted.
   VerifyBatch last_batch_;

@@ -20,15 +20,17 @@ int Budget(const DraftContext& context) { return std::min(context.max_nodes, kMa
 std::vector<Candidate> Candidates(const DraftContext& context, const DraftGuesses& guesses, size_t index,
                                   int num_levels) {
   std::vector<Candidate> candidates;
+  // All levels are computed together, so a node has to be worth its share of them too.
+  const float least = std::max(context.min_probability, context.min_level_probability);
   int parent = -1;
   float path = 1;
   for (int level = 0; level < num_levels; ++level) {
     const std::span<const DraftCandidate> choices = guesses.At(index, level);
-    if (choices.empty() || path * choices[0].probability < context.min_probability) break;
+    if (choices.empty() || path * choices[0].probability < least) break;
     const int above = std::exchange(parent, static_cast<int>(candidates.size()));
     for (size_t i = 0; i < choices.size(); ++i) {
       const float probability = path * choices[i].probability;
-      if (probability < context.min_probability) break;
+      if (probability < least) break;
       candidates.push_back({choices[i].token, above, probability});
     }
     path *= choices[0].probability;

@@ -129,7 +129,8 @@ DraftTree MedusaDrafter::Grow(const DraftContext& context, const DraftGuesses& g
     const std::span<const DraftCandidate> choices = guesses.At(index, level - 1);
     if (rank >= std::ssize(choices)) return;
     const float probability = tree.probabilities[parent] * choices[rank].probability;
-    if (probability >= context.min_probability) open.push({probability, parent, rank, level});
+    if (probability >= std::max(context.min_probability, context.min_level_probability))
+      open.push({probability, parent, rank, level});
   };
   offer(0, 0, 1);
   while (!open.empty() && tree.num_nodes() < max_nodes) {

@@ -27,7 +27,8 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
       known = true;
     }
     if (!known) {
-      return absl::InvalidArgumentError(fmt::format("isa \"{}\": expected auto, scalar, avx2, avx512 or amx", options.isa));
+      return absl::InvalidArgumentError(
+          fmt::format("isa \"{}\": expected auto, scalar, avx2, avx512 or amx", options.isa));
     }
   }
   absl::StatusOr<std::unique_ptr<CpuOps>> ops = CpuOps::Create(ops_options);

@@ -35,7 +35,9 @@ absl::Status RecurrentDrafter::Grow(std::vector<Draft>& drafts) {
     states.insert(states.end(), context.hidden.begin(), context.hidden.end());
     tokens.push_back(context.tokens.back());
   }
+  levels_computed_ = 0;
   for (int depth = 1; !tokens.empty(); ++depth) {
+    ++levels_computed_;
     const absl::StatusOr<std::span<const float>> logits = head_->Step(states, tokens, target_);
     if (!logits.ok()) return logits.status();
     const std::vector<float> parents = std::exchange(states, {});

@@ -29,6 +29,7 @@ class RecurrentDrafter final : public Drafter {
   std::string_view name() const override { return "recurrent"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t) override {}
+  int levels_computed() const override { return levels_computed_; }
   bool reads_hidden() const override { return true; }
 
  private:
@@ -45,6 +46,7 @@ class RecurrentDrafter final : public Drafter {
   std::unique_ptr<RecurrentHead> head_;
   Model* target_;
   const GrowthOptions options_;
+  int levels_computed_ = 0;
 };
 
 }  // namespace linspec

@@ -11,14 +11,15 @@ constexpr double kCalibrationDecay = 0.995,
                  kCalibrationStrength = 6;  // observations that a stated probability is worth
 constexpr double kSequenceDecay = 0.95, kSequenceStrength = 3;
 constexpr double kMaxFactor = 1.2;
-constexpr size_t kProfiles = 32;       // proposals remembered per drafter
-constexpr double kUnknownLevel = 0.6;  // before anything was proposed: optimistic enough to find out
+constexpr size_t kProfiles = 32;       // proposals remembered per drafter: their mean must tell a gain of a few percent
+constexpr double kUnknownLevel = 0.6;  // stands in for proposals not seen yet: optimistic enough to find out
 constexpr int kUnknownLevels = 4;
-constexpr double kMinGain = 1.05;   // speculate only for more than the noise of the estimates
+// A drafter comes into use only for more than the noise of the estimates, and stays while it does not cost.
+constexpr double kMinGain = 1.05, kKeepGain = 1.02;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
-constexpr double kProbeShare = 0.01;  // of the time, for trying what is not in use
-constexpr double kMaxCredit = 0.25;   // seconds
-constexpr int kProbeNodes = 4;
+constexpr double kProbeShare = 0.015;  // of the time, for trying what is not in use
+constexpr double kMaxCredit = 0.25;    // seconds
+constexpr int kProbeNodes = 3, kProbeSteps = 3;
 constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
 
 // A drafter that states no probabilities is taken to be this sure of each child.
@@ -123,6 +124,11 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
   }
 }
 
+void SpeculationController::ObserveStep(int rows, int requests, double seconds) {
+  const double factor = step_costs_.Observe(rows, requests, seconds);
+  for (DrafterState& drafter : drafters_) drafter.costs.Scale(factor);
+}
+
 void SpeculationController::Observe(const Outcome& outcome) {
   const DraftTree& tree = *outcome.tree;
   std::vector<Record>& records = sequences_[outcome.sequence_id];
@@ -165,20 +171,20 @@ SpeculationController::Estimate SpeculationController::EstimateStep(int drafter,
     sum.draft_seconds += draft;
   };
   for (const Profile& profile : state.profiles) add(profile.paths, profile.levels);
-  if (!state.profiles.empty()) {
-    const auto count = static_cast<double>(state.profiles.size());
-    return {sum.tokens / count, sum.seconds / count, sum.draft_seconds / count};
-  }
-  // Nothing proposed yet: a chain of the length that would pay best.
+  const Estimate seen = sum;
+  // Where fewer were seen: a chain of the length that would pay best.
   std::vector<float> unknown;
   Estimate best;
-  for (int level = 1; level <= kUnknownLevels; ++level) {
+  for (int level = 1; level <= kUnknownLevels && state.profiles.size() < kProfiles; ++level) {
     unknown.push_back(static_cast<float>(std::pow(kUnknownLevel, level)));
     sum = {};
     add(unknown, level);
     if (sum.rate() > best.rate()) best = sum;
   }
-  return best;
+  const double rest = 1 - static_cast<double>(state.profiles.size()) / kProfiles;
+  const auto mean = [&](double total, double of_unknown) { return total / kProfiles + rest * of_unknown; };
+  return {mean(seen.tokens, best.tokens), mean(seen.seconds, best.seconds),
+          mean(seen.draft_seconds, best.draft_seconds)};
 }
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
@@ -214,47 +220,67 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
     // One node more costs a row of verification and, of a chain, a level of drafting.
     const double level_seconds =
         costs_nothing_[choice.drafter] ? 0 : drafters_[choice.drafter].costs.PerLevel(num_requests) / num_requests;
-    choice.min_probability =
-        static_cast<float>(std::clamp(kPathSlack * rate * (row_seconds + level_seconds), 0.0, 1.0));
+    const auto worth = [&](double seconds) {
+      return static_cast<float>(std::clamp(kPathSlack * rate * seconds, 0.0, 1.0));
+    };
+    choice.min_probability = worth(row_seconds);
+    choice.min_level_probability = worth(row_seconds + level_seconds);
     const int64_t steps = std::max<int64_t>(std::min(request.tokens_left, kCatchUpHorizon) / 2, 1);
     const double catch_up = CatchUpCost(request, choice.drafter) / static_cast<double>(steps);
     const int share = rows_left / (num_requests - r);
     if (share < 1 || request.max_nodes <= 1) continue;
-    if (estimate.tokens / (estimate.seconds + catch_up) <= plain * kMinGain) continue;
+    const double gain = estimate.tokens / (estimate.seconds + catch_up) / plain;
+    if (gain <= (drafters_[choice.drafter].in_use ? kKeepGain : kMinGain)) continue;
     choice.nodes = 1 + std::min(share, request.max_nodes - 1);
     choice.expected_tokens = (estimate.tokens - estimate.draft_seconds * rate) / num_requests - 1;
     rows_left -= choice.nodes - 1;
   }
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    drafters_[d].in_use = std::any_of(choices.begin(), choices.end(),
+                                      [&](const SpeculationChoice& c) { return c.drafter == d && c.nodes > 1; });
     credit_[d] = std::min(credit_[d] + kProbeShare * step_seconds / static_cast<double>(drafters_.size()), kMaxCredit);
     if (rows_left >= kProbeNodes - 1) Probe(requests, d, &choices);
   }
   return choices;
 }
 
-// Lets one request that does not draft try this drafter, once its credit covers what that costs.
+// Lets one request that does not draft try this drafter, for a few steps in a row once its credit covers what they cost:
+// the first draft after a while finds cold caches and says little about the next.
 void SpeculationController::Probe(std::span<const SpeculationRequest> requests, int drafter,
                                   std::vector<SpeculationChoice>* choices) {
   const int num_requests = static_cast<int>(requests.size());
+  ProbeRun& run = probe_runs_[drafter];
+  const auto may_try = [&](int r) {
+    return (requests[r].drafter == kAnyDrafter || requests[r].drafter == drafter) && (*choices)[r].nodes <= 1 &&
+           requests[r].max_nodes >= 2;
+  };
+  const auto step_cost = [&](int r) {
+    const int extra = std::min(kProbeNodes, requests[r].max_nodes) - 1;
+    return drafters_[drafter].costs.PerLevel(1) * extra + step_costs_.Estimate(num_requests + extra, num_requests) -
+           step_costs_.Estimate(num_requests, num_requests);
+  };
   int chosen = -1;
-  double lowest = credit_[drafter];
-  for (int i = 0; i < num_requests; ++i) {
-    const int r = (i + probe_turn_) % num_requests;
-    const SpeculationRequest& request = requests[r];
-    const bool allowed = request.drafter == kAnyDrafter || request.drafter == drafter;
-    if (!allowed || (*choices)[r].nodes > 1 || request.max_nodes < 2) continue;
-    const int extra = std::min(kProbeNodes, request.max_nodes) - 1;
-    const double cost = drafters_[drafter].costs.PerLevel(1) * extra + CatchUpCost(request, drafter) +
-                        step_costs_.Estimate(num_requests + extra, num_requests) -
-                        step_costs_.Estimate(num_requests, num_requests);
-    if (cost > lowest) continue;
-    if (chosen >= 0 && cost > 0.9 * lowest) continue;  // about as cheap: whose turn it is
-    lowest = cost;
-    chosen = r;
+  for (int r = 0; r < num_requests && run.steps_left > 0; ++r) {
+    if (requests[r].sequence_id == run.sequence_id && may_try(r)) chosen = r;
   }
-  if (chosen < 0) return;
-  ++probe_turn_;
-  credit_[drafter] -= lowest;
+  if (chosen < 0) {
+    run.steps_left = 0;
+    double lowest = credit_[drafter];
+    for (int i = 0; i < num_requests; ++i) {
+      const int r = (i + probe_turn_) % num_requests;
+      if (!may_try(r)) continue;
+      const double cost = kProbeSteps * step_cost(r) + CatchUpCost(requests[r], drafter);
+      if (cost > lowest) continue;
+      if (chosen >= 0 && cost > 0.9 * lowest) continue;  // about as cheap: whose turn it is
+      lowest = cost;
+      chosen = r;
+    }
+    if (chosen < 0) return;
+    ++probe_turn_;
+    run = {requests[chosen].sequence_id, kProbeSteps};
+    credit_[drafter] -= lowest;
+  }
+  --run.steps_left;
   (*choices)[chosen] = {.drafter = drafter,
                         .nodes = std::min(kProbeNodes, requests[chosen].max_nodes),
                         .min_probability = 0,

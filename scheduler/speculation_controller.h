@@ -49,10 +49,11 @@ struct SpeculationRequest {
 
 struct SpeculationChoice {
   int drafter = 0;
-  int nodes = 1;               // to ask for; 1: do not draft
-  float min_probability = 0;   // paths less likely than this are not worth verifying
-  bool probe = false;          // tried out: not pruned
-  double expected_tokens = 0;  // beyond the pending one, less what drafting costs; to compare a free draft with
+  int nodes = 1;                    // to ask for; 1: do not draft
+  float min_probability = 0;        // paths less likely than this are not worth verifying
+  float min_level_probability = 0;  // nor are those worth computing first
+  bool probe = false;               // tried out: not pruned
+  double expected_tokens = 0;       // beyond the pending one, less what drafting costs; to compare a free draft with
 };
 
 // A tree as drafted, for one request of the step.
@@ -71,7 +72,8 @@ class SpeculationController {
   explicit SpeculationController(std::vector<bool> costs_nothing)
       : costs_nothing_(std::move(costs_nothing)),
         drafters_(costs_nothing_.size()),
-        credit_(costs_nothing_.size(), 0.0) {}
+        credit_(costs_nothing_.size(), 0.0),
+        probe_runs_(costs_nothing_.size()) {}
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
@@ -85,6 +87,9 @@ class SpeculationController {
   // Cuts the trees down to the nodes that pay. draft_seconds: spent on them already. Trees with distributions stay
   // whole: what is verified must not depend on what was drawn.
   void Prune(std::span<const SpeculationProposal> proposals, int num_requests, double draft_seconds);
+
+  // What a verify step took, and with it how the machine's costs change.
+  void ObserveStep(int rows, int requests, double seconds);
 
   // path: accepted nodes of the verified tree, the root first. rejected: the walk left the tree (false when the request
   // ended inside it, which says nothing about the children of its last node).
@@ -108,6 +113,7 @@ class SpeculationController {
     DraftCosts costs;
     Calibration calibration;
     std::deque<Profile> profiles;
+    bool in_use = false;  // in the last step, other than for a probe
   };
   // How a request's drafts compare with everybody's. Decaying sums.
   struct Record {
@@ -129,6 +135,11 @@ class SpeculationController {
   StepCosts step_costs_;
   std::vector<DrafterState> drafters_;
   std::vector<double> credit_;  // [drafter] seconds it may spend on being tried
+  struct ProbeRun {
+    uint64_t sequence_id = 0;
+    int steps_left = 0;
+  };
+  std::vector<ProbeRun> probe_runs_;  // [drafter]
   int probe_turn_ = 0;
   std::unordered_map<uint64_t, std::vector<Record>> sequences_;  // [drafter]
 };

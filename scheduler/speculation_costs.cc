@@ -7,7 +7,9 @@
 namespace linspec {
 namespace {
 
-constexpr double kStepSmoothing = 0.05;  // weight of a new verify time
+// Weights of a new verify time: for the machine as a whole, and beyond that for steps of this size. One row has no weight of
+// its own: it is what the others are measured by.
+constexpr double kMachineSmoothing = 0.05, kSizeSmoothing = 0.02;
 constexpr double kDraftSmoothing = 0.1;
 
 void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
@@ -38,15 +40,19 @@ double StepCosts::RowCost(double rows) const {
 
 double StepCosts::Estimate(double rows, int requests) const { return RowCost(rows) + per_request_ * (requests - 1); }
 
-void StepCosts::Observe(int rows, int requests, double seconds) {
+double StepCosts::Observe(int rows, int requests, double seconds) {
   const int bucket = CeilLog2(rows);
-  if (known_ == 0 || bucket >= kBuckets) return;
+  if (known_ == 0 || bucket >= kBuckets) return 1;
   for (; known_ <= bucket; ++known_) {  // the estimate up to here becomes the sample it will be corrected from
     seconds_[known_] = RowCost(std::ldexp(1.0, known_));
   }
   const double expected = Estimate(rows, requests);
-  if (expected <= 0) return;
-  Smooth(&seconds_[bucket], seconds_[bucket] * std::clamp(seconds / expected, 0.5, 2.0), kStepSmoothing);
+  if (expected <= 0) return 1;
+  const double change = std::clamp(seconds / expected, 0.5, 2.0) - 1, machine = 1 + kMachineSmoothing * change;
+  for (double& known : seconds_) known *= machine;
+  per_request_ *= machine;
+  if (bucket > 0) seconds_[bucket] *= 1 + kSizeSmoothing * change;
+  return machine;
 }
 
 void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds) {
@@ -62,6 +68,11 @@ void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, doub
     const double observed = *known == 0 ? seconds / levels : std::min(seconds / levels, 2 * *known);
     Smooth(known, observed, *known == 0 ? 1 : kDraftSmoothing);
   }
+}
+
+void DraftCosts::Scale(double factor) {
+  for (double& known : per_level_) known *= factor;
+  per_token_ *= factor;
 }
 
 double DraftCosts::PerLevel(int contexts) const {

@@ -14,7 +14,9 @@ class StepCosts {
  public:
   void Calibrate(int rows, double seconds);  // one request
   void CalibratePerRequest(double seconds) { per_request_ = seconds; }
-  void Observe(int rows, int requests, double seconds);
+  // Returns by how much the whole table was scaled. The machine as a whole gets faster and slower (other work, clock,
+  // where its processors run), and what was not measured lately must follow, or it looks wrong beside what was.
+  double Observe(int rows, int requests, double seconds);
   double Estimate(double rows, int requests) const;  // 0 while nothing is known
   bool known() const { return known_ > 0; }
 
@@ -32,6 +34,7 @@ class DraftCosts {
   static constexpr int64_t kLongCatchUp = 16;  // tokens of a context; less is part of every draft
 
   void Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds);
+  void Scale(double factor);  // as the machine's other costs changed
   double PerLevel(int contexts) const;
   double PerCatchUpToken() const { return per_token_; }
 

@@ -45,7 +45,11 @@ std::vector<bool> CostNothing(const std::vector<std::unique_ptr<Drafter>>& draft
 }  // namespace
 
 Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const EngineOptions& options, int64_t vocab_size)
-    : drafters_(std::move(drafters)), options_(options), vocab_size_(vocab_size), controller_(CostNothing(drafters_)) {}
+    : drafters_(std::move(drafters)),
+      options_(options),
+      vocab_size_(vocab_size),
+      controller_(CostNothing(drafters_)),
+      asked_(drafters_.size(), 0) {}
 
 int Speculator::FindDrafter(SpeculationMode mode) const {
   for (size_t d = 0; d < drafters_.size(); ++d) {
@@ -70,6 +74,7 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   if (drafters_.empty() || sequences.empty()) return trees;
+  ++step_;
   if (pause_left_ > 0) {
     --pause_left_;
     choices_.assign(sequences.size(), {});
@@ -163,6 +168,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
                         .hidden_row = sequence.hidden_row,
                         .max_nodes = nodes[i],
                         .min_probability = choices_[indices[i]].min_probability,
+                        .min_level_probability = choices_[indices[i]].min_level_probability,
                         .draw = DrawFor(sequence.acceptance())});
     trees.push_back(DraftTree::Root(sequence.pending_token()));
     catch_up += requests[indices[i]].catch_up_tokens[drafter];
@@ -189,7 +195,13 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree, computed});
     trees[i] = std::move(tree);
   }
-  controller_.draft_costs(drafter).Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);
+  // A drafter that was not asked in the step before finds cold caches, which says nothing about using it.
+  const bool warm = step_ - std::exchange(asked_[drafter], step_) <= 1;
+  DraftCosts& costs = controller_.draft_costs(drafter);
+  if (warm || catch_up > DraftCosts::kLongCatchUp * std::ssize(contexts) ||
+      costs.PerLevel(static_cast<int>(contexts.size())) == 0) {
+    costs.Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);
+  }
   return trees;
 }
 
@@ -266,7 +278,7 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
 }
 
 void Speculator::ObserveVerify(int rows, int requests, double seconds) {
-  if (!drafters_.empty()) controller_.step_costs().Observe(rows, requests, seconds);
+  if (!drafters_.empty()) controller_.ObserveStep(rows, requests, seconds);
 }
 
 void Speculator::Forget(uint64_t sequence_id) {

@@ -62,6 +62,8 @@ class Speculator {
   const EngineOptions options_;
   const int64_t vocab_size_;
   SpeculationController controller_;
+  int64_t step_ = 0;
+  std::vector<int64_t> asked_;                               // [drafter] last step that asked it
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown

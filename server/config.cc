@@ -41,7 +41,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.model.cuda_plugin);
   visit(FlagInfo{g, "deterministic", "GPU: a reply never depends on what else runs, at any batch; costs speed"},
         c.model.deterministic);
-  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}}, c.model.isa);
+  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}},
+        c.model.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
   g = "Network";

@@ -245,6 +245,16 @@ TEST_F(RecurrentDrafterTest, IndependentDrawsComeWithTheirDistribution) {
   }
 }
 
+TEST_F(RecurrentDrafterTest, LooksNoDeeperThanPays) {
+  std::vector<DraftContext> contexts = {Context(64)};
+  const auto drafter = Drafter({.max_depth = 5, .min_confidence = 0});
+  EXPECT_EQ(drafter->Propose(contexts)->front().Depth(), 5);
+  EXPECT_EQ(drafter->levels_computed(), 5);
+  contexts[0].min_level_probability = 0.65f;  // no child of a token can be that likely
+  EXPECT_EQ(drafter->Propose(contexts)->front().Depth(), 1);
+  EXPECT_EQ(drafter->levels_computed(), 1);
+}
+
 TEST_F(RecurrentDrafterTest, UnlikelyPathsAndWrongOptionsAreRefused) {
   std::vector<DraftContext> contexts = {Context(64)};
   contexts[0].min_probability = 1.0f;

@@ -98,7 +98,7 @@ Totals Simulate(const World& world, int batch, int steps, SpeculationController*
       controller->Observe({requests[r].sequence_id, 0, &trees[r], path, true});
     }
     const double verify = world.Verify(rows, batch);
-    controller->step_costs().Observe(rows, batch, verify);
+    controller->ObserveStep(rows, batch, verify);
     totals.seconds += draft + verify;
   }
   return totals;
@@ -298,6 +298,39 @@ TEST(StepCostsTest, InterpolatesExtrapolatesAndLearns) {
   EXPECT_NEAR(costs.Estimate(24, 1), 2.0, 0.4);
   for (int i = 0; i < 200; ++i) costs.Observe(512, 1, 9.0);
   EXPECT_NEAR(costs.Estimate(512, 1), 9.0, 0.1);
+}
+
+TEST(StepCostsTest, WhatIsNotMeasuredFollowsTheMachine) {
+  StepCosts costs;
+  for (int rows = 1; rows <= 64; rows *= 2) costs.Calibrate(rows, 1.0 + 0.1 * rows);
+  costs.CalibratePerRequest(0.2);
+  for (int i = 0; i < 300; ++i) costs.Observe(1, 1, 0.55);  // twice as fast as before
+  EXPECT_NEAR(costs.Estimate(1, 1), 0.55, 1e-3);
+  EXPECT_NEAR(costs.Estimate(8, 1), 0.9, 1e-2);
+  EXPECT_NEAR(costs.Estimate(8, 3), 1.1, 1e-2);
+
+  SpeculationController controller({false});
+  for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1.0);
+  controller.draft_costs(0).Observe(1, 2, 0, 0.4);
+  for (int i = 0; i < 300; ++i) controller.ObserveStep(1, 1, 2.0);
+  EXPECT_NEAR(controller.draft_costs(0).PerLevel(1), 0.4, 1e-2);
+}
+
+TEST(SpeculationControllerTest, ADrafterIsTriedForSomeStepsInARow) {
+  World world;
+  world.row_s = 10;  // far too expensive to be used
+  SpeculationController controller = Calibrated(world);
+  const SpeculationRequest request{
+      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {0}, .tokens_left = 1000};
+  std::vector<int> runs = {0};
+  for (int step = 0; step < 20000; ++step) {
+    const bool probe = controller.Choose({&request, 1}, 400)[0].probe;
+    if (probe) ++runs.back();
+    if (!probe && runs.back() > 0) runs.push_back(0);
+  }
+  ASSERT_GT(runs.size(), 3u);
+  runs.pop_back();
+  EXPECT_EQ(runs, std::vector<int>(runs.size(), 3));
 }
 
 }  // namespace
