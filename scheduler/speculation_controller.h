@@ -5,7 +5,7 @@
 // often a drafter is right. Drafters say how likely the target is to follow each path; what really happened corrects
 // them, over all requests and for each request. Before drafting, drafters are compared by their latest proposals. After
 // it, the nodes of all requests compete for one budget by the probability of their paths. What is not in use is tried
-// again now and then, with at most one percent of the time.
+// again now and then, for a small share of the time (kProbeShare).
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
