@@ -126,13 +126,17 @@ LoadOptions On(const std::string& path, const std::shared_ptr<CudaDevice>& devic
   return options;
 }
 
+LoadOptions OnCpu(const std::string& path, const std::shared_ptr<CpuOps>& ops) {
+  LoadOptions options;
+  options.path = path;
+  options.ops = ops;
+  options.weight_dtype = "f32";
+  return options;
+}
+
 void MedusaGuesses(const std::string& name, const std::string& folder, const std::shared_ptr<CudaDevice>& device,
                    const std::shared_ptr<CpuOps>& ops) {
-  LoadOptions on_cpu;
-  on_cpu.path = folder;
-  on_cpu.ops = ops;
-  on_cpu.weight_dtype = "f32";
-  const auto cpu = Must(LoadModel(on_cpu), name);
+  const auto cpu = Must(LoadModel(OnCpu(folder, ops)), name);
   const auto heads = Must(MedusaHeads::Load(folder, cpu->config(), "f32", ops), name);
   const auto target = Must(LoadModel(On(folder, device)), name);
   const auto guesser = Must(LoadCudaMedusaGuesser(folder, target.get(), "auto"), name);
@@ -147,11 +151,7 @@ void MedusaGuesses(const std::string& name, const std::string& folder, const std
 
 void RecurrentGuesses(const std::string& name, const std::string& folder, const std::shared_ptr<CudaDevice>& device,
                       const std::shared_ptr<CpuOps>& ops) {
-  LoadOptions on_cpu;
-  on_cpu.path = folder;
-  on_cpu.ops = ops;
-  on_cpu.weight_dtype = "f32";
-  const auto cpu = Must(LoadModel(on_cpu), name);
+  const auto cpu = Must(LoadModel(OnCpu(folder, ops)), name);
   const auto head = Must(RecurrentHead::Load(folder, cpu->config(), "f32", ops), name);
   const auto target = Must(LoadModel(On(folder, device)), name);
   const auto guesser = Must(LoadCudaRecurrentGuesser(folder, target.get(), "auto"), name);
