@@ -77,7 +77,7 @@ def stage_data(args):
             if size > recipe["tokenizer_bytes"]:
                 break
         tokenizer = tok.train(sample + chats[:len(chats) // 3], recipe["vocab_size"])
-    tokenizer.save(os.path.join(args.out, "tokenizer.json"))
+    tokenizer.save(os.path.join(args.out, "tokenizer.json"), pretty=False)
     documents = fiction + chats
     random.Random(recipe["seed"]).shuffle(documents)
     parts = [("train", documents)]
