@@ -37,6 +37,7 @@ class CudaModel final : public Model {
   CudaHandle cuda() const override { return {device_, model_}; }
   bool chooses_tokens() const override { return true; }
   bool exact_across_groups() const override { return false; }
+  bool prefills_as_it_decodes() const override { return false; }
   absl::Status health() const override { return device_->health(); }
   std::vector<DeviceStats> device_stats() const override;
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;

@@ -201,6 +201,15 @@ TEST_F(PrefixReuseTest, TheNextTurnOfAChatStartsWhereTheLastEnded) {
   EXPECT_EQ(hits, engine.results[2].last.num_cached_tokens);
 }
 
+TEST_F(PrefixReuseTest, WhatWasDecodedIsNotKeptWherePrefillRoundsDifferently) {
+  TestEngine engine(Options(4));
+  engine.model().same_bits = false;
+  const Tokens first = Upward(0, 200);
+  EXPECT_EQ(CachedTokens(&engine, first), 0);
+  EXPECT_EQ(engine->stats().prefix_cache_entries, 1);
+  EXPECT_EQ(CachedTokens(&engine, Concat(Concat(first, engine.results[1].tokens), Upward(9, 50))), 199);
+}
+
 TEST_F(PrefixReuseTest, ASharedBeginningIsKeptWhenSeenTwice) {
   TestEngine engine(Options(4));
   const Tokens system = Upward(0, 150);
