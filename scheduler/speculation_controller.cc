@@ -245,7 +245,9 @@ void SpeculationController::Evaluate(int num_requests, int max_nodes) {
     highest = rating;
     best_ = d;
   }
-  if (before == kPlain && best_ != kPlain) checks_due_ = kChecks;
+  if (before != kPlain || best_ == kPlain) return;
+  checks_due_ = kChecks;
+  after_trial_ = true;  // use it first
 }
 
 double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {

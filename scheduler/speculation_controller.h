@@ -152,11 +152,12 @@ class SpeculationController {
   double plain_seconds_ = 0;    // of a step with these requests
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
-  int checks_due_ = 0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
+  int checks_due_ =
+      0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
   int run_left_ = 0, run_requests_ = 0;  // steps until the next evaluation; what the last one was for
   Trial trial_;
-  bool after_trial_ = false;  // the run before was one
-  int turn_ = 0;  // whose requests try next
+  bool after_trial_ = false;  // no trial in the next run
+  int turn_ = 0;              // whose requests try next
 };
 
 }  // namespace linspec

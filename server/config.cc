@@ -108,7 +108,8 @@ void VisitFlags(Config& c, Visit&& visit) {
                  0,
                  {"off", "draft", "medusa", "recurrent", "ngram", "auto"}},
         c.engine.speculation);
-  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
+  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included; 0: 8 on a CPU, 16 on a GPU", 0, 64},
+        c.engine.max_draft_nodes);
   visit(FlagInfo{g,
                  "acceptance",
                  "of drafts: gumbel keeps a seed's text, rejection its distribution; typical CHANGES THE DISTRIBUTION",
@@ -121,12 +122,10 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.engine.adaptive_speculation);
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
         c.engine.draft_depth);
-  visit(
-      FlagInfo{
-          g, "draft-top-k",
-          "children of a node of their trees; 1: chains, but for the recurrent head on a GPU, which offers at least 4",
-          1, 63},
-      c.engine.draft_top_k);
+  visit(FlagInfo{g, "draft-top-k",
+                 "children of a node of their trees; 1: chains; 0: 1 on a CPU, 4 on a GPU, where rows are nearly free",
+                 0, 63},
+        c.engine.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",
                  "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",

@@ -101,6 +101,20 @@ int MaxRequests(const ServerConfig& config, const Model& model) {
                  : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
 
+// Shape of draft trees when nobody said. Rows are nearly free on a GPU: beside the likeliest path, the other tokens that a
+// drafter thought possible are worth verifying.
+int DraftTopK(const ServerConfig& config, const Machine& machine) {
+  constexpr int kOnCpu = 1, kOnGpu = 4;
+  if (config.engine.draft_top_k > 0) return config.engine.draft_top_k;
+  return machine.cuda == nullptr ? kOnCpu : kOnGpu;
+}
+
+int MaxDraftNodes(const ServerConfig& config, const Machine& machine) {
+  constexpr int kOnCpu = 8, kOnGpu = 16;
+  if (config.engine.max_draft_nodes > 0) return config.engine.max_draft_nodes;
+  return machine.cuda == nullptr ? kOnCpu : kOnGpu;
+}
+
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
@@ -108,7 +122,7 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
                                            {.max_sequences = max_sequences,
                                             .max_depth = config.engine.draft_depth,
-                                            .top_k = config.engine.draft_top_k,
+                                            .top_k = DraftTopK(config, machine),
                                             .min_confidence = 0});
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
@@ -134,19 +148,15 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
 
-// Rows are nearly free on a GPU: beside the chain, the other tokens that the head thought possible are worth verifying.
-constexpr int kSiblingsOnGpu = 4;
-
 // The recurrent head beside the target; null if there is none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
   const std::string& dtype = config.model.weight_dtype;
-  const int depth = config.engine.draft_depth, top_k = config.engine.draft_top_k;
+  const int depth = config.engine.draft_depth, top_k = DraftTopK(config, files.machine);
   if (files.machine.cuda != nullptr) {
     auto head = LoadCudaRecurrentGuesser(files.path, files.model.get(), dtype);
     if (!head.ok()) return head.status();
-    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head),
-                                            {.max_depth = depth, .top_k = std::max(top_k, kSiblingsOnGpu)});
+    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head), {.max_depth = depth, .top_k = top_k});
     if (!drafter.ok()) return drafter.status();
     return std::unique_ptr<Drafter>(*std::move(drafter));
   }
@@ -289,7 +299,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_prompt_tokens = config.engine.max_prompt_tokens;
   options.max_output_tokens = config.engine.max_output_tokens;
   options.speculation = *mode;
-  options.max_draft_nodes = config.engine.max_draft_nodes;
+  options.max_draft_nodes = MaxDraftNodes(config, files->machine);
   if (config.engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
   if (config.engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
   options.calibrate = config.engine.adaptive_speculation;
