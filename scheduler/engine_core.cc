@@ -110,7 +110,7 @@ void EngineCore::EndWaits(StepStats* stats) {
 
 // The state of a sequence that ends: where what continues it will start.
 void EngineCore::KeepState(Sequence* sequence) {
-  if (prefix_cache_.capacity() == 0) return;
+  if (prefix_cache_.capacity() == 0 || !model_->prefills_as_it_decodes()) return;
   StateSlot slot = sequence->GiveUpSlot();
   const int64_t length = pool_->length(slot.id());
   prefix_cache_.Keep(sequence->request().tenant, sequence->tokens().first(length), std::move(slot));

@@ -40,7 +40,8 @@ class PrefixCacheTest : public testing::Test {
     return slot;
   }
   void Set(int32_t slot, const Tokens& tokens) {
-    pool_->layer(slot, 0).s[0] = static_cast<float>(std::accumulate(tokens.begin(), tokens.end(), 0));
+    *static_cast<float*>(pool_->layer(slot, 0).s) =
+        static_cast<float>(std::accumulate(tokens.begin(), tokens.end(), 0));
     pool_->set_length(slot, std::ssize(tokens));
   }
   // How many tokens of the prompt were there; holds that the state is theirs.
@@ -48,7 +49,8 @@ class PrefixCacheTest : public testing::Test {
     const int64_t length = cache_.Restore(tenant, prompt, committed, work_.id());
     if (length > 0) {
       EXPECT_EQ(pool_->length(work_.id()), length);
-      EXPECT_EQ(pool_->layer(work_.id(), 0).s[0], std::accumulate(prompt.begin(), prompt.begin() + length, 0));
+      EXPECT_EQ(*static_cast<float*>(pool_->layer(work_.id(), 0).s),
+                std::accumulate(prompt.begin(), prompt.begin() + length, 0));
     }
     return length;
   }
@@ -197,6 +199,15 @@ TEST_F(PrefixReuseTest, TheNextTurnOfAChatStartsWhereTheLastEnded) {
   }
   EXPECT_EQ(queries, std::ssize(first) + std::ssize(second) - 2);
   EXPECT_EQ(hits, engine.results[2].last.num_cached_tokens);
+}
+
+TEST_F(PrefixReuseTest, WhatWasDecodedIsNotKeptWherePrefillRoundsDifferently) {
+  TestEngine engine(Options(4));
+  engine.model().same_bits = false;
+  const Tokens first = Upward(0, 200);
+  EXPECT_EQ(CachedTokens(&engine, first), 0);
+  EXPECT_EQ(engine->stats().prefix_cache_entries, 1);
+  EXPECT_EQ(CachedTokens(&engine, Concat(Concat(first, engine.results[1].tokens), Upward(9, 50))), 199);
 }
 
 TEST_F(PrefixReuseTest, ASharedBeginningIsKeptWhenSeenTwice) {
