@@ -6,14 +6,11 @@
 #include <vector>
 
 #include "models/cuda_draft.h"
+#include "models/cuda_memory.h"
 #include "models/verify_batch.h"
 
 namespace linspec {
 namespace {
-
-LinspecCudaStates StatesOf(const StatePool& pool) {
-  return {.base = pool.data(), .floats_per_slot = pool.floats_per_slot(), .floats_per_layer = pool.floats_per_layer()};
-}
 
 class CudaChains final : public DraftChains {
  public:
