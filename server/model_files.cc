@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "kernels/ops.h"
+#include "models/cuda_chains.h"
 #include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
 #include "models/head_chain_drafter.h"
@@ -119,11 +120,13 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
+  std::unique_ptr<DraftChains> chains = MakeCudaChains(**model);
   auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
                                            {.max_sequences = max_sequences,
                                             .max_depth = config.engine.draft_depth,
                                             .top_k = DraftTopK(config, machine),
-                                            .min_confidence = 0});
+                                            .min_confidence = 0},
+                                           std::move(chains));
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
