@@ -3,33 +3,21 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
-#include <numeric>
 #include <utility>
 
 namespace linspec {
 namespace {
 
 constexpr int kRunSteps = 8;
-constexpr size_t kProfiles = 96;  // proposals remembered per drafter: their mean must tell a gain of a few percent
-constexpr size_t kRecent = 24;    // of them, that are compared with the rest
-constexpr double kChanged = 2.5;  // standard deviations between the two that say that the text changed
-constexpr size_t kEnoughProfiles = 16;  // fewer are filled up with what would be worth finding out about
-constexpr float kUsualChild = 0.65f;    // of the likeliest child of a node, before it is known; drafters take the same
-constexpr double kOverstatedSmoothing = 0.02, kOnwardSmoothing = 0.02;
-constexpr double kMinGain = 1.01,
-                 kDoubt = 0.5;             // to come into use: a gain above kMinGain, and this many doubts above 1
-constexpr double kStay = 1.01;             // how much better another drafter must be than the one in use
-constexpr double kOutcomeVariance = 0.25;  // of the tokens that a draft of a token brings, given its probability
+constexpr double kMinGain = 1.01, kDoubt = 0.5;  // to come into use: a gain above this, and so many doubts above 1
+constexpr double kStay = 1.01;                   // how much better another drafter must be than the one in use
 constexpr int kChecks = 2;
-constexpr size_t kFewRows = 3;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 constexpr double kTrialShare = 0.01;     // of the time, that trials may lose
 constexpr double kLeastLoss = 0.1;       // of what a trial takes: estimates are not that sure
 constexpr double kMaxCredit = 0.1;       // seconds
 constexpr int kTriedShare = 8;           // one in so many requests tries a drafter
 constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
-
-void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
 
 }  // namespace
 
@@ -45,31 +33,8 @@ double SpeculationController::Gain(const SpeculationProposal& proposal, int num_
 }
 
 void SpeculationController::Learn(const SpeculationProposal& proposal) {
-  const DraftTree& tree = *proposal.tree;
-  DrafterState& drafter = drafters_[proposal.drafter];
-  const std::vector<double> paths = acceptance_.Paths(proposal.sequence_id, proposal.drafter, tree);
-  const std::vector<int> depths = tree.Depths();
-  Profile profile{.cut_short = proposal.cut_short};
-  double stated = 0;
-  for (int node = 1; node < tree.num_nodes(); ++node) {
-    const auto path = static_cast<float>(paths[node]);
-    profile.paths.push_back({path, depths[node]});
-    profile.deepest.resize(std::max<size_t>(profile.deepest.size(), depths[node]), 0);
-    profile.deepest[depths[node] - 1] = std::max(profile.deepest[depths[node] - 1], path);
-    profile.tokens += path;
-    stated += tree.probabilities.empty() ? path : tree.probabilities[node];
-  }
-  if (profile.tokens > 0) {
-    Smooth(&drafter.overstated, std::clamp(stated / profile.tokens, 0.5, 2.0), kOverstatedSmoothing);
-  }
-  for (size_t level = 1; level < std::min<size_t>(profile.deepest.size(), kMostLevels); ++level) {
-    Smooth(&drafter.onward[level - 1], profile.deepest[level] / std::max(profile.deepest[level - 1], 1e-6f),
-           kOnwardSmoothing);
-  }
-  std::sort(profile.paths.begin(), profile.paths.end(),
-            [](const Path& a, const Path& b) { return a.probability > b.probability; });
-  drafter.profiles.push_back(std::move(profile));
-  if (drafter.profiles.size() > kProfiles) drafter.profiles.pop_front();
+  drafters_[proposal.drafter].history.Add(
+      *proposal.tree, acceptance_.Paths(proposal.sequence_id, proposal.drafter, *proposal.tree), proposal.cut_short);
 }
 
 void SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests) const {
@@ -125,97 +90,20 @@ void SpeculationController::ObserveStep(int rows, int requests, double seconds) 
   for (DrafterState& drafter : drafters_) drafter.costs.Scale(factor);
 }
 
-// Each remembered proposal, made to every request and pruned, with no more than max_levels computed. Where it was cut
-// short, the next level is guessed by how paths usually go on.
-SpeculationController::Estimate SpeculationController::EstimateStep(const DrafterState& drafter, int max_levels,
-                                                                    int num_requests, double price) const {
-  const double level_worth = LevelWorth(drafter, num_requests, price);
-  Estimate sum;
-  double count = 0, value_sum = 0, square_sum = 0;
-  const auto add = [&](const Profile& profile, double weight) {
-    int levels = 1;
-    float guessed = 0;  // of the level below the last known one
-    while (levels < max_levels && guessed == 0) {
-      const bool known = levels <= std::ssize(profile.deepest);
-      const float path = known ? profile.deepest[levels - 1] : 0;
-      if (path * kUsualChild < level_worth) break;
-      ++levels;
-      if (levels > std::ssize(profile.deepest) && profile.cut_short) {
-        guessed = path * static_cast<float>(drafter.onward[levels - 2]);
-      }
-    }
-    const double draft = drafter.costs.Seconds(num_requests, levels);
-    double tokens = 0, best_value = 0, best_tokens = 0;
-    size_t nodes = 0, best = 0;
-    const auto consider = [&](float path) {
-      if (nodes + 1 >= verify_.size()) return;
-      tokens += path;
-      ++nodes;
-      const double value = tokens - price * (verify_[nodes] - verify_[0]) / num_requests;
-      if (value <= best_value) return;
-      best_value = value;
-      best_tokens = tokens;
-      best = nodes;
-    };
-    for (const Path& path : profile.paths) {
-      if (guessed > path.probability) consider(std::exchange(guessed, 0.0f));
-      if (path.depth <= levels) consider(path.probability);
-    }
-    if (guessed > 0) consider(guessed);
-    sum.tokens += weight * num_requests * (1 + best_tokens);
-    sum.seconds += weight * (verify_[best] + draft);
-    sum.levels += weight * levels;
-    sum.nodes += weight * static_cast<double>(best);
-    const double value = best_value - price * draft / num_requests;
-    value_sum += weight * value;
-    square_sum += weight * (value * value + kOutcomeVariance * std::min(best_tokens, 1.0));
-    count += weight;
-  };
-  for (const Profile& profile : drafter.profiles) add(profile, 1);
-  if (const size_t seen = drafter.profiles.size(); seen < kEnoughProfiles) {
-    const auto hoped = static_cast<float>(kUnknownOnward);
-    add({.paths = {{hoped, 1}}, .deepest = {hoped}, .cut_short = true, .tokens = hoped},
-        static_cast<double>(kEnoughProfiles - seen));
+// Looks one level up and down from what paid best.
+void SpeculationController::EvaluateDrafter(DrafterState* drafter, int num_requests) const {
+  const double plain = num_requests / verify_[0];
+  const SpeculationStep step{num_requests, plain * std::max(drafter->gain, 1.0), verify_};
+  const int levels = drafter->max_levels;
+  drafter->history.NoticeChange();
+  drafter->estimate = {};
+  for (int n = std::max(levels - 1, 1); n <= std::min(levels + 1, ProposalHistory::kMostLevels); ++n) {
+    const ProposalHistory::Estimate estimate = drafter->history.Evaluate(step, drafter->costs, n);
+    if (estimate.rate() <= drafter->estimate.rate()) continue;
+    drafter->estimate = estimate;
+    drafter->max_levels = n;
   }
-  const double mean = value_sum / count;
-  return {.tokens = sum.tokens / count,
-          .seconds = sum.seconds / count,
-          .levels = sum.levels / count,
-          .nodes = sum.nodes / count,
-          .doubt = std::sqrt(std::max(square_sum / count - mean * mean, 0.0) / count)};
-}
-
-// Seconds of one row more beside some drafted ones: the first takes what it takes to verify drafts at all.
-double SpeculationController::RowSeconds(int num_requests) const {
-  const size_t last = std::min<size_t>(verify_.size() - 1, kFewRows);
-  return last < 2 ? 0 : (verify_[last] - verify_[1]) / static_cast<double>(last - 1) / num_requests;
-}
-
-// Of a path's beginning, in tokens: one level more costs a row of verification and the level.
-double SpeculationController::LevelWorth(const DrafterState& drafter, int num_requests, double price) const {
-  return price * (RowSeconds(num_requests) + drafter.costs.PerLevel(num_requests) / num_requests);
-}
-
-// Forgets the older proposals when the recent ones are different.
-void SpeculationController::NoticeChange(std::deque<Profile>* profiles) {
-  if (profiles->size() < 2 * kRecent) return;
-  const auto recent = profiles->end() - kRecent;
-  const auto moments = [](auto begin, auto end) {
-    double sum = 0, squares = 0;
-    const auto count = static_cast<double>(end - begin);
-    for (auto p = begin; p != end; ++p) {
-      sum += p->tokens;
-      squares += p->tokens * p->tokens;
-    }
-    const double mean = sum / count;
-    return std::pair(mean, std::max(squares / count - mean * mean, 0.0) / count);
-  };
-  const auto [before, before_variance] = moments(profiles->begin(), recent);
-  const auto [now, now_variance] = moments(recent, profiles->end());
-  const double difference = now - before;
-  if (difference * difference > kChanged * kChanged * (before_variance + now_variance)) {
-    profiles->erase(profiles->begin(), recent);
-  }
+  drafter->gain = drafter->estimate.rate() / plain;
 }
 
 void SpeculationController::Evaluate(int num_requests, int max_nodes) {
@@ -226,18 +114,7 @@ void SpeculationController::Evaluate(int num_requests, int max_nodes) {
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     DrafterState& drafter = drafters_[d];
     if (costs_nothing_[d]) continue;
-    NoticeChange(&drafter.profiles);
-    const double plain = num_requests / verify_[0];
-    const double price = plain * std::max(drafter.gain, 1.0);
-    const int levels = drafter.max_levels;
-    drafter.estimate = {};
-    for (int n = std::max(levels - 1, 1); n <= std::min(levels + 1, kMostLevels); ++n) {
-      const Estimate estimate = EstimateStep(drafter, n, num_requests, price);
-      if (estimate.rate() <= drafter.estimate.rate()) continue;
-      drafter.estimate = estimate;
-      drafter.max_levels = n;
-    }
-    drafter.gain = drafter.estimate.rate() / plain;
+    EvaluateDrafter(&drafter, num_requests);
     const double needed = drafter.pays ? 1 : std::max(kMinGain, 1 + kDoubt * drafter.estimate.doubt);
     drafter.pays = drafter.gain > needed && max_nodes > 1;
     const double rating = drafter.gain * (d == before ? kStay : 1);
@@ -279,12 +156,15 @@ SpeculationChoice SpeculationController::Use(int drafter, const SpeculationReque
                                              int rows) const {
   const DrafterState& state = drafters_[drafter];
   const double price = std::max(price_, state.gain * num_requests / plain_seconds_);
-  const auto stated = [&](double worth) { return static_cast<float>(std::clamp(worth * state.overstated, 0.0, 1.0)); };
+  const SpeculationStep step{num_requests, price, verify_};
+  const auto stated = [&](double worth) {
+    return static_cast<float>(std::clamp(worth * state.history.overstated(), 0.0, 1.0));
+  };
   return {.drafter = drafter,
           .nodes = 1 + std::min(rows, request.max_nodes - 1),
           .max_levels = state.max_levels,
-          .min_probability = stated(kPathSlack * price * RowSeconds(num_requests)),
-          .min_level_probability = stated(LevelWorth(state, num_requests, price)),
+          .min_probability = stated(kPathSlack * price * step.RowSeconds()),
+          .min_level_probability = stated(step.LevelWorth(state.costs)),
           .trial = false,
           .gain = state.gain - 1};
 }

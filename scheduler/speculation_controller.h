@@ -11,8 +11,8 @@
 // *gain*, its rate over that of plain steps, less 1 is what it brings a request in a step, in tokens.
 //
 // **Estimates** come from three things that are measured: step and draft costs (speculation_costs.h), how likely paths are
-// (speculation_acceptance.h), and the latest proposals of each drafter. When these suddenly promise more or less than the
-// older ones, because the text changed, the older ones are forgotten.
+// (speculation_acceptance.h), and the latest proposals of each drafter (speculation_history.h). When these suddenly promise
+// more or less than the older ones, because the text changed, the older ones are forgotten.
 //
 // **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
 // exceeds 1 by more than the doubt about it, and goes when it falls below 1. What is not in use may be wrong by now, so
@@ -23,9 +23,7 @@
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <deque>
 #include <span>
 #include <utility>
 #include <vector>
@@ -33,6 +31,7 @@
 #include "models/draft_tree.h"
 #include "scheduler/speculation_acceptance.h"
 #include "scheduler/speculation_costs.h"
+#include "scheduler/speculation_history.h"
 
 namespace linspec {
 
@@ -70,9 +69,7 @@ class SpeculationController {
   // costs_nothing: [num_drafters], as Drafter::costs_nothing. Choose leaves these out: whoever asks them uses what they
   // propose where its Gain exceeds that of the choice.
   explicit SpeculationController(std::vector<bool> costs_nothing)
-      : costs_nothing_(std::move(costs_nothing)), acceptance_(costs_nothing_.size()), drafters_(costs_nothing_.size()) {
-    for (DrafterState& drafter : drafters_) drafter.onward.fill(kUnknownOnward);
-  }
+      : costs_nothing_(std::move(costs_nothing)), acceptance_(costs_nothing_.size()), drafters_(costs_nothing_.size()) {}
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
@@ -93,32 +90,11 @@ class SpeculationController {
   void ObserveStep(int rows, int requests, double seconds);
 
  private:
-  struct Path {
-    float probability;
-    int depth;
-  };
-  // A proposal.
-  struct Profile {
-    std::vector<Path> paths = {};     // the likeliest first
-    std::vector<float> deepest = {};  // [level - 1] the likeliest path that deep
-    bool cut_short = false;
-    float tokens = 0;  // sum of paths
-  };
-  struct Estimate {  // of a step in which all requests use one drafter
-    double tokens = 0, seconds = 0;
-    double levels = 0, nodes = 0;  // of a request, beyond the root; as verified
-    double doubt = 0;              // standard deviation of the gain
-    double rate() const { return seconds > 0 ? tokens / seconds : 0; }
-  };
-  static constexpr int kMostLevels = 8;
-  static constexpr double kUnknownOnward = 0.6;
   struct DrafterState {
     DraftCosts costs;
-    std::deque<Profile> profiles;
-    std::array<double, kMostLevels> onward;  // [level - 1] the likeliest path of the next level, beside this level's
-    double overstated = 1;                   // paths as stated, beside as corrected
-    int max_levels = 2;                      // what pays best
-    Estimate estimate;
+    ProposalHistory history;
+    int max_levels = 2;  // what pays best
+    ProposalHistory::Estimate estimate;
     double gain = 1;  // rate over that of plain steps
     bool pays = false;
     double credit = 0;  // seconds that its trials may lose
@@ -131,11 +107,8 @@ class SpeculationController {
   };
 
   void Evaluate(int num_requests, int max_nodes);
-  static void NoticeChange(std::deque<Profile>* profiles);
-  Estimate EstimateStep(const DrafterState& drafter, int max_levels, int num_requests, double price) const;
+  void EvaluateDrafter(DrafterState* drafter, int num_requests) const;
   SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
-  double RowSeconds(int num_requests) const;
-  double LevelWorth(const DrafterState& drafter, int num_requests, double price) const;
   int BestFor(const SpeculationRequest& request, int num_requests) const;
   double CatchUpCost(const SpeculationRequest& request, int drafter) const;
   // Starts the trial that can be paid for, if any.
