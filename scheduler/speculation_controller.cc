@@ -13,8 +13,10 @@ constexpr double kMinGain = 1.01, kDoubt = 0.5;  // to come into use: a gain abo
 constexpr double kStay = 1.01;                   // how much better another drafter must be than the one in use
 constexpr int kChecks = 2;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
-constexpr double kTrialShare = 0.01;     // of the time, that trials may lose
+// Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
+constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
 constexpr double kLeastLoss = 0.1;       // of what a trial takes: estimates are not that sure
+constexpr double kCheapTrial = 0.3;      // of a run's time
 constexpr double kMaxCredit = 0.1;       // seconds
 constexpr int kTriedShare = 8;           // one in so many requests tries a drafter
 constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
@@ -196,12 +198,18 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
     price_ = std::max(price_, plain * drafters_[drafter].gain);
     rows_left -= choices[r].nodes - 1;
   }
-  const double share = kTrialShare * plain_seconds_ / static_cast<double>(drafters_.size() + 1);
-  for (DrafterState& drafter : drafters_) drafter.credit = std::min(drafter.credit + share, kMaxCredit);
-  plain_credit_ = std::min(plain_credit_ + share, kMaxCredit);
+  EarnCredit(num_requests);
   if (evaluate && trial_.steps_left == 0 && !std::exchange(after_trial_, false)) StartTrial(requests, choices);
   if (trial_.steps_left > 0) ApplyTrial(requests, rows_left, &choices);
   return choices;
+}
+
+void SpeculationController::EarnCredit(int num_requests) {
+  const auto ways = 1 + std::count(costs_nothing_.begin(), costs_nothing_.end(), false);  // plain decoding is one
+  const double share = num_requests == 1 ? kTrialShareOfOne : kTrialShare;
+  const double earned = share * plain_seconds_ / static_cast<double>(ways);
+  for (DrafterState& drafter : drafters_) drafter.credit = std::min(drafter.credit + earned, kMaxCredit);
+  plain_credit_ = std::min(plain_credit_ + earned, kMaxCredit);
 }
 
 // Seconds by which a step of the trial is expected to be worse than one of what is in use.
@@ -250,8 +258,13 @@ void SpeculationController::StartTrial(std::span<const SpeculationRequest> reque
     }
     if (tried.empty()) continue;
     const double loss = catch_up + kRunSteps * TrialLoss(d, static_cast<int>(tried.size()), num_requests);
-    if (drafters_[d].credit < loss) continue;
-    drafters_[d].credit -= loss;
+    if (drafters_[d].trials_due > 0 && loss < kCheapTrial * kRunSteps * plain_seconds_) {
+      --drafters_[d].trials_due;
+    } else if (drafters_[d].credit >= loss) {
+      drafters_[d].credit -= loss;
+    } else {
+      continue;
+    }
     trial_ = {d, kRunSteps, {}};
     after_trial_ = true;
     for (const int r : tried) trial_.sequences.push_back(requests[r].sequence_id);

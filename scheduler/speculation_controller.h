@@ -69,7 +69,9 @@ class SpeculationController {
   // costs_nothing: [num_drafters], as Drafter::costs_nothing. Choose leaves these out: whoever asks them uses what they
   // propose where its Gain exceeds that of the choice.
   explicit SpeculationController(std::vector<bool> costs_nothing)
-      : costs_nothing_(std::move(costs_nothing)), acceptance_(costs_nothing_.size()), drafters_(costs_nothing_.size()) {}
+      : costs_nothing_(std::move(costs_nothing)),
+        acceptance_(costs_nothing_.size()),
+        drafters_(costs_nothing_.size()) {}
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
@@ -90,6 +92,7 @@ class SpeculationController {
   void ObserveStep(int rows, int requests, double seconds);
 
  private:
+  static constexpr int kTrialsAtStart = 2;
   struct DrafterState {
     DraftCosts costs;
     ProposalHistory history;
@@ -97,7 +100,8 @@ class SpeculationController {
     ProposalHistory::Estimate estimate;
     double gain = 1;  // rate over that of plain steps
     bool pays = false;
-    double credit = 0;  // seconds that its trials may lose
+    double credit = 0;                // seconds that its trials may lose
+    int trials_due = kTrialsAtStart;  // whatever the credit: what was measured at start-up may be wrong
   };
   static constexpr int kPlain = -1;
   struct Trial {
@@ -111,6 +115,7 @@ class SpeculationController {
   SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
   int BestFor(const SpeculationRequest& request, int num_requests) const;
   double CatchUpCost(const SpeculationRequest& request, int drafter) const;
+  void EarnCredit(int num_requests);
   // Starts the trial that can be paid for, if any.
   void StartTrial(std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices);
   double TrialLoss(int drafter, int num_tried, int num_requests) const;
