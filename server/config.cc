@@ -121,12 +121,11 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.engine.adaptive_speculation);
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
         c.engine.draft_depth);
-  visit(
-      FlagInfo{
-          g, "draft-top-k",
-          "children of a node of their trees; 1: chains, but for the recurrent head on a GPU, which offers at least 4",
-          1, 63},
-      c.engine.draft_top_k);
+  visit(FlagInfo{g, "draft-top-k",
+                 "children of a node of their trees; 1: chains. On a GPU always a chain with the tokens beside its "
+                 "nodes, at least 4",
+                 1, 63},
+        c.engine.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",
                  "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",
