@@ -16,7 +16,7 @@ constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less like
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
 constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
 constexpr double kLeastLoss = 0.1;       // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;      // of a run's time
+constexpr double kCheapTrial = 0.3;      // of the time of a run, where more than one request pays for it
 constexpr double kMaxCredit = 0.1;       // seconds
 constexpr int kTriedShare = 8;           // one in so many requests tries a drafter
 constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
@@ -258,7 +258,7 @@ void SpeculationController::StartTrial(std::span<const SpeculationRequest> reque
     }
     if (tried.empty()) continue;
     const double loss = catch_up + kRunSteps * TrialLoss(d, static_cast<int>(tried.size()), num_requests);
-    if (drafters_[d].trials_due > 0 && loss < kCheapTrial * kRunSteps * plain_seconds_) {
+    if (drafters_[d].trials_due > 0 && loss < (num_requests == 1 ? 1 : kCheapTrial) * kRunSteps * plain_seconds_) {
       --drafters_[d].trials_due;
     } else if (drafters_[d].credit >= loss) {
       drafters_[d].credit -= loss;
