@@ -15,11 +15,11 @@ constexpr int kChecks = 2;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
 constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
-constexpr double kLeastLoss = 0.1;       // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;      // of the time of a run, where more than one request pays for it
-constexpr double kMaxCredit = 0.1;       // seconds
-constexpr int kTriedShare = 8;           // one in so many requests tries a drafter
-constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
+constexpr double kLeastLoss = 0.1;        // of what a trial takes: estimates are not that sure
+constexpr double kCheapTrial = 0.3;       // of the time of a run, where more than one request pays for it
+constexpr double kMaxCredit = 0.1;        // seconds
+constexpr int kTriedShare = 8;            // one in so many requests tries a drafter
+constexpr int64_t kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
 
 }  // namespace
 
