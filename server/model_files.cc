@@ -133,11 +133,12 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, cons
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
   std::unique_ptr<DraftChains> chains = MakeCudaChains(**model);
-  const int top_k = DraftTopK(config, machine);
-  auto drafter = DraftModelDrafter::Create(
-      *std::move(model), vocab_size,
-      {.max_sequences = max_sequences, .max_depth = config.engine.draft_depth, .top_k = top_k, .min_confidence = 0},
-      std::move(chains));
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
+                                           {.max_sequences = max_sequences,
+                                            .max_depth = config.engine.draft_depth,
+                                            .top_k = DraftTopK(config, machine),
+                                            .min_confidence = 0},
+                                           std::move(chains));
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -317,6 +318,7 @@ EngineOptions EngineOptionsOf(const ServerConfig& config) {
   options.max_step_tokens = engine.max_step_tokens;
   options.max_prompt_tokens = engine.max_prompt_tokens;
   options.max_output_tokens = engine.max_output_tokens;
+  options.max_draft_nodes = engine.max_draft_nodes;
   if (engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
   if (engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
   options.calibrate = engine.adaptive_speculation;
