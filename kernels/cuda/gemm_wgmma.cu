@@ -1,28 +1,34 @@
 // Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of
 // shared memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
+// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers on the way (gemm_wgmma_block.h).
 //
-// The work is units: (tile of 128 weight rows, 64 of k), in that order; every block gets the same number of consecutive
-// units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in order of k
-// by the block that holds its beginning, as its last work; the others leave their sums in the workspace as their first,
-// and these come through the ring like weights. The cuts depend on the shape and the chip alone and the columns of an
-// instruction do not mix: a row has the same bits beside any other rows.
+// The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block gets the same number of
+// consecutive units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in
+// order of k by the block that holds its beginning, as its last work; the others leave their sums in the workspace as
+// their first, and these come through the ring like weights. The cuts depend on the shape and the chip alone and the
+// columns of an instruction do not mix: a row has the same bits beside any other rows. RMSNorms can ride along on both
+// sides (launch.h), which saves two launches a layer.
 //
 // Blocks take their work backwards, so that a block only waits for blocks that started before it. Their rings take more
 // than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors that are free
 // first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
-// Measured on an H200 (2026-11-27, read bandwidth 4.49 TB/s in the same run), bf16, graphs of products:
-//   rows             1      16      32      64     128
-//   12288 x  4096   88 %    87 %    84 %    79 %    69 %   of the read bandwidth
-//    4096 x  4096   62 %    59 %    56 %    49 %    39 %
-//   22016 x  4096   92 %    91 %    88 %    82 %    71 %
-//    4096 x 11008   78 %    77 %    74 %    68 %    60 %
-//   32000 x  4096   93 %    92 %    92 %    85 %    76 %
-//   all of 7B       86 %    85 %    82 %    76 %    63 %
-// What 4096 rows lack is the latency of a tile's sums from four blocks. Rejected: a chain of products with their norms
-// in one launch (the barriers between them cost more than launches: 3.89 ms for 3.43); clusters of two that share
-// tokens (half the speed); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number of
-// tiles for the number of blocks (0 to 1 % slower in a step).
+// Shares of the read bandwidth measured in the same run, graphs of products (2026-11-27; more: docs/cuda.md):
+//   rows                    1      16      32      64     128
+//   bf16, H200, all of 7B  86 %    85 %    82 %    76 %    63 %
+//   bf16, H100             90      89      88      84      73
+//   fp8,  H100             74      73      70      64      47
+//   int8, H100             66      70      69      60      44
+// What is missing is mostly a fixed 4 to 7 us a product: the last sums, a launch and its first tokens.
+//
+// Rejected: a chain of products with their norms in one launch (the barriers between them cost more than launches: 3.89
+// ms for 3.43); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
+// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); sums that their reader polls for instead of
+// flags and the ring (bf16 2 % faster up to 16 tokens, 6 to 40 % slower from 64: polling takes the L2's time); rings of
+// half the size, so that two products share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such
+// that are launched only when the other has asked for its last weights (3 to 15 % slower: a launch takes that long); the
+// largest shared-memory carve-out for all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for
+// (5 points); a multiple of the number of tiles for the number of blocks (0 to 1 % slower in a step).
 #include <cuda.h>
 
 #include <algorithm>
