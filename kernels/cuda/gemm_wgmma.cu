@@ -23,12 +23,12 @@
 //
 // Rejected: a chain of products with their norms in one launch (the barriers between them cost more than launches: 3.89
 // ms for 3.43); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
-// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); sums that their reader polls for instead of
-// flags and the ring (bf16 2 % faster up to 16 tokens, 6 to 40 % slower from 64: polling takes the L2's time); rings of
-// half the size, so that two products share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such
-// that are launched only when the other has asked for its last weights (3 to 15 % slower: a launch takes that long); the
-// largest shared-memory carve-out for all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for
-// (5 points); a multiple of the number of tiles for the number of blocks (0 to 1 % slower in a step).
+// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
+// share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
+// has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
+// all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number
+// of tiles for the number of blocks (0 to 1 % slower in a step). Undecided: sums that their reader polls for instead of
+// flags and the ring, in bf16 2 % faster up to 16 tokens; from 64 it was slower in a build that also spilled registers.
 #include <cuda.h>
 
 #include <algorithm>
@@ -43,7 +43,7 @@ constexpr int kMaxTokens = 128;
 constexpr int kRingBytes = 148 << 10, kRingBytes128 = 224 << 10;  // for 128 tokens
 constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
 
-template <int kType, int kTokens>
+template <int kType, int kTokens, bool kNorms>
 __global__ void __launch_bounds__(kBlockThreads)
     WgmmaGemmKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
                     const __grid_constant__ GemmParams p, const int rows, const int stages, const Workspace workspace) {
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncthreads();
   GridLaunchDependents();
   if (threadIdx.x < kConsumers * kWarpSize) {
-    Consumer<kType, kTokens>{p, rows, share, stages, shares, workspace, ring, norms, buffers}.Run();
+    Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, norms, buffers}.Run();
   } else {
     Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run();
   }
@@ -77,7 +77,7 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 // Null without the driver's function, and where the chip's code was compiled from another chip's on the way.
 Encode FindEncode() {
   cudaFuncAttributes compiled;
-  if (cudaFuncGetAttributes(&compiled, &WgmmaGemmKernel<kLinspecCudaBf16, 8>) != cudaSuccess ||
+  if (cudaFuncGetAttributes(&compiled, &WgmmaGemmKernel<kLinspecCudaBf16, 8, false>) != cudaSuccess ||
       compiled.ptxVersion != 90) {
     cudaGetLastError();
     return nullptr;
@@ -122,7 +122,8 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   constexpr int kBytes = (kTokens > 64 ? kRingBytes128 : kRingBytes) - 1024;  // the ring begins at a multiple of 1,024
   constexpr int kFit = kBytes / Unit::kBytes, kStages = kFit < kMaxStages ? kFit : kMaxStages;
   constexpr int kShared = kStages * Unit::kBytes + 1024;
-  const auto kernel = &WgmmaGemmKernel<kType, kTokens>;
+  const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
+  const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;
   CUtensorMap weights, tokens;
   const bool described = Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, kUnitRows, &weights) &&
                          Describe(false, p.x, rows, p.w.cols, kTokens, &tokens);

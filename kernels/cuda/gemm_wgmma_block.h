@@ -162,8 +162,9 @@ struct Producer {
   }
 };
 
-// What the multiplying warps do. sums[j]: 8 tokens, as OutputTile takes them.
-template <int kType, int kTokens>
+// What the multiplying warps do. sums[j]: 8 tokens, as OutputTile takes them. kNorms: with a norm on either side, which
+// takes registers.
+template <int kType, int kTokens, bool kNorms>
 struct Consumer {
   using Unit = cuda::Unit<kType, kTokens>;
   static constexpr int kColumns = kTokens / 8;
@@ -293,53 +294,58 @@ struct Consumer {
   }
   __device__ __forceinline__ void Write(int tile, float (&sums)[kColumns][4], const float (&old)[kColumns][4]) const {
     const OutputTile output{p, rows};
+    const bool after = kNorms && p.norm_after.weight != nullptr;
+    int first = Token(0);
+    asm volatile(
+        ""
+        : "+r"(first));  // addresses are not computed ahead of the multiplication, for which registers would lack
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      if (p.norm_before.squares != nullptr) {
-        const float even = norms.scales[Token(j)], odd = norms.scales[Token(j) + 1];
+      const int token = first + j * 8;
+      if (kNorms && p.norm_before.squares != nullptr) {
+        const float even = norms.scales[token], odd = norms.scales[token + 1];
         sums[j][0] *= even, sums[j][1] *= odd, sums[j][2] *= even, sums[j][3] *= odd;
       }
-      output.Write(Row(tile), Token(j), sums[j], old[j]);
+      output.Write(Row(tile), token, sums[j], old[j]);
+      if (after) WriteNormed(tile, token, sums[j], old[j]);
+      if (kNorms) asm volatile("" ::: "memory");  // nor is anything of later columns read early
     }
-    if (p.norm_after.weight != nullptr) WriteNormed(tile, sums, old);
+    if (after) WriteSquares(tile);
   }
 
   // sums + old is the residual stream.
-  __device__ __forceinline__ void WriteNormed(int tile, const float (&sums)[kColumns][4],
-                                              const float (&old)[kColumns][4]) const {
-    const int64_t n = p.w.rows, row = Row(tile);
-    const float weights[2] = {row < n ? p.norm_after.weight[row] : 0.0f,
-                              row + 8 < n ? p.norm_after.weight[row + 8] : 0.0f};
+  __device__ __forceinline__ void WriteNormed(int tile, int column, const float (&sums)[4],
+                                              const float (&old)[4]) const {
+    float squares[2] = {};  // of two tokens, the lane's rows
 #pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      float squares[2] = {};  // of two tokens, the lane's rows
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float y = old[j][i] + sums[j][i];
-        squares[i % 2] = fmaf(y, y, squares[i % 2]);
-        const int64_t at = row + i / 2 * 8, token = Token(j) + i % 2;
-        if (at < n && token < rows) p.norm_after.out[token * n + at] = Bf16Bits(y * weights[i / 2]);
-      }
-#pragma unroll
-      for (float& sum : squares) {
-#pragma unroll
-        for (int lanes = 4; lanes < kWarpSize; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-      }
-      if (Lane() < 4) norms.squares[Warp()][Token(j)] = squares[0], norms.squares[Warp()][Token(j) + 1] = squares[1];
+    for (int i = 0; i < 4; ++i) {
+      const float y = old[i] + sums[i];
+      squares[i % 2] = fmaf(y, y, squares[i % 2]);
+      const int64_t row = Row(tile) + i / 2 * 8, token = column + i % 2;
+      if (row >= p.w.rows || token >= rows) continue;
+      p.norm_after.out[token * p.w.rows + row] = Bf16Bits(y * p.norm_after.weight[row]);
     }
+#pragma unroll
+    for (float& sum : squares) {
+#pragma unroll
+      for (int lanes = 4; lanes < kWarpSize; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+    }
+    if (Lane() < 4) norms.squares[Warp()][column] = squares[0], norms.squares[Warp()][column + 1] = squares[1];
+  }
+  __device__ __forceinline__ void WriteSquares(int tile) const {
     ConsumerBarrier();
     if (const int token = static_cast<int>(threadIdx.x); token < kTokens && token < rows) {
       float sum = 0.0f;
 #pragma unroll
       for (const auto& warp : norms.squares) sum += warp[token];
-      p.norm_after.squares[token * NormParts(n) + tile] = sum;
+      p.norm_after.squares[token * NormParts(p.w.rows) + tile] = sum;
     }
     ConsumerBarrier();
   }
 
   // Into norms.scales; a warp sums every kConsumers-th token's parts, the lanes in a fixed order.
   __device__ __forceinline__ void ReadScales() const {
-    if (p.norm_before.squares == nullptr) return;
+    if (!kNorms || p.norm_before.squares == nullptr) return;
     constexpr int kEach = kTokens / kConsumers;
     const int parts = static_cast<int>(NormParts(p.w.cols));
     float sums[kEach] = {};
