@@ -2,8 +2,8 @@
 // sm_90a only.
 //
 // A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of four
-// warps multiplies 64 of the rows. bf16 weights are read by the instructions where they lie; int8 and fp8 are widened
-// to bf16 in registers: a lane brings two bytes at a time in the order of k, so it reads the words that hold them, half of
+// warps multiplies 64 of the rows. bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to
+// bf16 in registers: a lane brings two bytes at a time in the order of k, so it reads the words that hold them, half of
 // whose bytes are its neighbour's.
 #pragma once
 

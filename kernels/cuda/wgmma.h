@@ -1,8 +1,8 @@
-// Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows times kTokens tokens, 16 of k, bf16 with fp32 sums. Tokens,
-// and weights that need no widening, lie in shared memory with k innermost in the copy engine's 128-byte swizzle: rows of
-// 128 bytes, 8 of them 1,024 bytes. Weights from registers: lane 4 g + c of the group's warp w brings rows 16 w + g and
-// + 8, k = 2 c, 2 c + 1 (words 0 and 1) and 8 further (words 2 and 3). A thread's sums[j] are rows g, g + 8 of its warp's 16
-// and tokens 8 j + 2 c, + 1: what OutputTile (gemm_tile.h) takes.
+// Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows times kTokens tokens, 16 of k, bf16 with fp32 sums.
+// Tokens, and weights that need no widening, lie in shared memory with k innermost in the copy engine's 128-byte swizzle:
+// rows of 128 bytes, 8 of them 1,024 bytes. Weights from registers: lane 4 g + c of the group's warp w brings rows
+// 16 w + g and + 8, k = 2 c, 2 c + 1 (words 0 and 1) and 8 further (words 2 and 3). A thread's sums[j] are rows g, g + 8
+// of its warp's 16 and tokens 8 j + 2 c, + 1: what OutputTile (gemm_tile.h) takes.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// sums = (add ? sums : 0) + a b^T, asynchronously. All threads of the four warps. Words of a, and sums, must stay as they
-// are until a wait.
+// sums = (add ? sums : 0) + a b^T, asynchronously. All threads of the four warps. Words of a, and sums, must stay as
+// they are until a wait.
 template <int kTokens>
 __device__ void Wgmma(float (&sums)[kTokens / 8][4], uint64_t a, uint64_t b, int add);
 template <int kTokens>
