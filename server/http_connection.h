@@ -105,9 +105,10 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
 
   void NextRequest() {
     parser_.emplace();
-    parser_->eager(true);
+    parser_->eager(false);  // stops where the header ends, so that its bytes can be counted
     parser_->header_limit(static_cast<uint32_t>(shared_->options.max_header_bytes));
     parser_->body_limit(static_cast<uint64_t>(shared_->options.max_body_bytes));
+    header_bytes_ = 0;
     continued_ = false;
     receiving_ = true;
     SetDeadline(buffer_.size() > 0 ? shared_->options.header_timeout_s : shared_->options.idle_timeout_s);
@@ -117,17 +118,17 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   void Parse() {
     while (receiving_ && buffer_.size() > 0) {
       Error error;
+      const bool in_header = !parser_->is_header_done();
       const size_t used = parser_->put(buffer_.data(), error);
       buffer_.consume(used);
+      if (in_header) header_bytes_ += used;
+      parser_->eager(parser_->is_header_done());
+      // The parser's limit is for what it sees at once; a header that comes in parts is counted here.
+      if (HeaderBytes() > shared_->options.max_header_bytes) return RejectParse(http::error::header_limit);
       if (error == http::error::need_more) break;
       if (error) return RejectParse(error);
       if (parser_->is_done()) return Dispatch();
       if (used == 0) break;
-    }
-    // The header limit is the parser's; what it has not consumed is an unfinished header.
-    if (static_cast<int64_t>(buffer_.size()) > shared_->options.max_header_bytes && !parser_->is_header_done()) {
-      return SendError(
-          HttpError(431, fmt::format("headers are larger than {} bytes", shared_->options.max_header_bytes)));
     }
     if (parser_->is_header_done() && !continued_) {
       continued_ = true;
@@ -137,11 +138,16 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     Read();
   }
 
-  void Continue() {
-    Write("HTTP/1.1 100 Continue\r\n\r\n", [this] {
-      SetDeadline(shared_->options.header_timeout_s);
-      Read();
-    });
+  // Of the header so far: parsed, and read but not yet parsed.
+  int64_t HeaderBytes() const {
+    return static_cast<int64_t>(header_bytes_ + (parser_->is_header_done() ? 0 : buffer_.size()));
+  }
+
+  void Continue() { Write("HTTP/1.1 100 Continue\r\n\r\n", &Connection::AwaitBody); }
+
+  void AwaitBody() {
+    SetDeadline(shared_->options.header_timeout_s);
+    Read();
   }
 
   void RejectParse(Error error) {
@@ -222,9 +228,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       head_sent_ = true;
       status_ = reply.status;
       streaming_ = reply.streaming;
-      if (!streaming_) return Write(Head(reply) + (request_.method == "HEAD" ? "" : reply.body), [this] { Finish(); });
+      if (!streaming_) return Write(Head(reply) + (request_.method == "HEAD" ? "" : reply.body), &Connection::Finish);
       Read();
-      return Write(Head(reply), [this] { Advance(); });
+      return Write(Head(reply), &Connection::Advance);
     }
     std::string body;
     const auto progress = operation_->Next(&body);
@@ -237,9 +243,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       if (!body.empty()) frame = fmt::format("{:x}\r\n", body.size()) + body + "\r\n";
       if (done) frame += "0\r\n\r\n";
     }
-    if (done) return Write(std::move(frame), [this] { Finish(); });
+    if (done) return Write(std::move(frame), &Connection::Finish);
     if (SendAtOnce(&frame)) return;  // what comes next is told by the next notify
-    Write(std::move(frame), [this] { Advance(); });
+    Write(std::move(frame), &Connection::Advance);
   }
 
   // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. What is left
@@ -282,11 +288,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     const HttpReply reply = shared_->options.error_reply(status);
     status_ = reply.status;
     if (started_ == SteadyClock::time_point()) started_ = SteadyClock::now();
-    Write(Head(reply) + reply.body, [this] { Finish(); });
+    Write(Head(reply) + reply.body, &Connection::Finish);
   }
 
-  template <class Then>
-  void Write(std::string data, Then then) {
+  // `then` is a member, not a lambda: a type of its own for each would compile Asio's write once for each.
+  void Write(std::string data, void (Connection::*then)()) {
     if (closed_) return;
     writing_ = true;
     output_ = std::move(data);
@@ -299,7 +305,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
           if (self->closed_) return;
           if (error) return self->Close();
           self->ClearDeadline();
-          then();
+          (self.get()->*then)();
         });
   }
 
@@ -368,6 +374,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   std::unique_ptr<HttpOperation> operation_;
   HttpRequest request_;
   std::string output_;
+  size_t header_bytes_ = 0;  // of the request being received, parsed
   SteadyClock::time_point started_;
   int status_ = 0;
   bool over_limit_ = false, receiving_ = false, continued_ = false, reading_ = false, writing_ = false;

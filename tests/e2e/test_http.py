@@ -1,4 +1,5 @@
 """HTTP/1.1 over raw sockets, bad input over REST, connection limits."""
+import itertools
 import json
 import socket
 import threading
@@ -98,6 +99,22 @@ def test_refused_requests_get_typed_errors(server, data, status):
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
     if status == 405:
         assert "\r\nAllow: " in answer
+
+
+def test_header_limit_does_not_depend_on_how_the_header_comes(make_server):
+    limit = 2000
+    narrow = make_server("--max-header-bytes", str(limit))
+    head = "GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    lines = "".join(f"A{i}: b\r\n" for i in range(100, 200))
+    for size, parts in itertools.product((limit, limit + 1), (1, 2, 20)):
+        data = (head + lines + "Pad: " + "a" * (size - len(head) - len(lines) - 9) + "\r\n\r\n").encode()
+        step = -(-size // parts)
+        with socket.create_connection(("127.0.0.1", narrow.http_port), timeout=10) as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for begin in range(0, size, step):
+                sock.sendall(data[begin:begin + step])
+                time.sleep(0.01)    # most often a read of its own; how the bytes come must not matter
+            assert status_of(sock.recv(65536).decode()) == (200 if size == limit else 431), (size, parts)
 
 
 def test_endless_chunked_body_is_cut(server):
