@@ -37,6 +37,7 @@ class CudaModel final : public Model {
   CudaHandle cuda() const override { return {device_, model_}; }
   bool chooses_tokens() const override { return true; }
   bool exact_across_groups() const override { return false; }
+  bool prefills_as_it_decodes() const override { return false; }
   absl::Status health() const override { return device_->health(); }
   std::vector<DeviceStats> device_stats() const override;
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
@@ -55,8 +56,10 @@ class CudaModel final : public Model {
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
   LinspecCudaStates StatesOf(const StatePool& pool) const {
-    return {
-        .base = pool.data(), .floats_per_slot = pool.floats_per_slot(), .floats_per_layer = pool.floats_per_layer()};
+    constexpr int64_t kFloat = sizeof(float);
+    return {.base = reinterpret_cast<float*>(pool.data()),
+            .floats_per_slot = pool.bytes_per_slot() / kFloat,
+            .floats_per_layer = pool.bytes_per_layer() / kFloat};
   }
 
   const ModelConfig config_;
@@ -160,7 +163,7 @@ std::string CudaModel::Describe() const {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) const {
-  return StatePool::Create(config_, num_slots, [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
+  const auto allocate = [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
     auto memory = CudaMemory::Allocate(device_, bytes);
     if (!memory.ok()) return memory.status();
     if (const auto info = device_->Info(); info.ok()) {
@@ -169,13 +172,14 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
       total_bytes_ = info->total_bytes;
     }
     return std::make_unique<CudaStates>(device_, *std::move(memory));
-  });
+  };
+  return StatePool::Create(config_, num_slots, state_dtype(), allocate);
 }
 
 int64_t CudaModel::SlotsThatFit() const {
   const auto info = device_->Info();
   if (!info.ok()) return 0;
-  return std::max<int64_t>((info->free_bytes - kReservedBytes) / config_.StateBytes() - 1, 0);
+  return std::max<int64_t>((info->free_bytes - kReservedBytes) / config_.StateBytes(state_dtype()) - 1, 0);
 }
 
 absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {

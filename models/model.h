@@ -81,6 +81,7 @@ class Model {
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
   virtual DType weight_dtype() const { return DType::kF32; }  // of the matrices
+  virtual DType state_dtype() const { return DType::kF32; }   // of the pools that CreatePool makes: kF32 or kBF16
   // States live where the model computes. More slots than fit: RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const;
   // How many slots fit beside the model now, with room for its scratch; -1: the machine's memory is not ours to fill.
@@ -102,6 +103,8 @@ class Model {
   // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
   // not, the engine cuts trees there.
   virtual bool exact_across_groups() const { return true; }
+  // Prefill leaves the bits that decoding the same tokens leaves. Where not, what was decoded is not kept for prompts.
+  virtual bool prefills_as_it_decodes() const { return true; }
   // Verify fills VerifyResult::sampled.
   virtual bool chooses_tokens() const { return false; }
   // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first.
@@ -125,6 +128,8 @@ class Model {
 struct LoadOptions {
   std::string path = {};              // model folder
   std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8, fp8 (GPU)
+  // f32, bf16: half the memory, with the drift that docs/quality.md measures. UNIMPLEMENTED on a GPU.
+  std::string state_dtype = "f32";
   int num_threads = 0;
   std::string isa = "auto";               // auto, scalar, avx2, avx512
   std::shared_ptr<CpuOps> ops = {};       // null: made from the two above; models of one engine thread may share one

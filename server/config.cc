@@ -45,6 +45,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.model.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
+  visit(FlagInfo{g, "state-dtype", "states of requests, in memory; bf16: half of it, on a CPU", 0, 0, {"f32", "bf16"}},
+        c.model.state_dtype);
   g = "Network";
   visit(FlagInfo{g, "host", "address to listen on"}, c.network.host);
   visit(FlagInfo{g, "http-port", "REST port; 0: any free port, -1: no REST", -1, 65535}, c.network.http_port);
@@ -72,6 +74,11 @@ void VisitFlags(Config& c, Visit&& visit) {
                  "requests that run at once (state slots); 0: what fits on the GPU (at most 2048), or 64 on a CPU", 0,
                  1e6},
         c.engine.max_requests);
+  visit(FlagInfo{g, "prefix-cache",
+                 "prompt beginnings to keep the state of, for prompts that begin the same; each takes a slot beside "
+                 "those of requests, so at most as many as those; 0: none",
+                 0, 1e6},
+        c.engine.prefix_cache);
   visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},

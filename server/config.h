@@ -20,6 +20,7 @@ struct ServerConfig {
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
+    std::string state_dtype = "f32";
     std::string device = "auto";
     std::string cuda_plugin;
     bool deterministic = false;
@@ -42,6 +43,7 @@ struct ServerConfig {
   } network;
   struct EngineLimits {
     int max_requests = 0;  // 0: as many as suit the machine
+    int prefix_cache = 16;
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
     int max_step_tokens = 0;  // 0: what suits the machine

@@ -84,6 +84,7 @@ LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions
   LoadOptions load;
   load.path = path;
   load.weight_dtype = options.weight_dtype;
+  load.state_dtype = options.state_dtype;
   load.ops = machine.ops;
   load.cuda = machine.cuda;
   load.deterministic = options.deterministic;
@@ -91,12 +92,13 @@ LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions
   return load;
 }
 
-// Slots when nobody said: what a GPU holds, less a reserve for drafters' states, or a number that suits a CPU.
+// Slots when nobody said: what a GPU holds, less a reserve for drafters' states and those kept, or what suits a CPU.
 int MaxRequests(const ServerConfig& config, const Model& model) {
   constexpr int kOnCpu = 64, kMostOnGpu = 2048;
   if (config.engine.max_requests > 0) return config.engine.max_requests;
   const int64_t fit = model.SlotsThatFit();
-  return fit < 0 ? kOnCpu : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10, 1, kMostOnGpu));
+  return fit < 0 ? kOnCpu
+                 : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
 
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
@@ -280,6 +282,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   }
   EngineOptions options;
   options.max_requests = max_requests;
+  options.prefix_cache_entries = std::min(config.engine.prefix_cache, max_requests);
   options.max_queue_requests = config.engine.max_queue_requests;
   options.max_queue_tokens = config.engine.max_queue_tokens;
   options.max_step_tokens = MaxStepTokens(config, files->machine);
