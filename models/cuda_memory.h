@@ -33,6 +33,14 @@ class CudaStates final : public StateMemory {
   CudaMemory memory_;
 };
 
+// A pool in device memory as the plugin reads it.
+inline LinspecCudaStates StatesOf(const StatePool& pool) {
+  constexpr int64_t kFloat = sizeof(float);
+  return {.base = reinterpret_cast<float*>(pool.data()),
+          .floats_per_slot = pool.bytes_per_slot() / kFloat,
+          .floats_per_layer = pool.bytes_per_layer() / kFloat};
+}
+
 // The weights' small vectors on the device, in one block.
 class DeviceVectors {
  public:

@@ -55,12 +55,6 @@ class CudaModel final : public Model {
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
-  LinspecCudaStates StatesOf(const StatePool& pool) const {
-    constexpr int64_t kFloat = sizeof(float);
-    return {.base = reinterpret_cast<float*>(pool.data()),
-            .floats_per_slot = pool.bytes_per_slot() / kFloat,
-            .floats_per_layer = pool.bytes_per_layer() / kFloat};
-  }
 
   const ModelConfig config_;
   const TransformerWeights weights_;

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "kernels/ops.h"
+#include "models/cuda_chains.h"
 #include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
 #include "models/head_chain_drafter.h"
@@ -101,15 +102,19 @@ int MaxRequests(const ServerConfig& config, const Model& model) {
                  : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
 
+// Rows are nearly free on a GPU: beside a chain, the other tokens that were thought possible are worth verifying.
+constexpr int kSiblingsOnGpu = 4;
+
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
-                                           {.max_sequences = max_sequences,
-                                            .max_depth = config.engine.draft_depth,
-                                            .top_k = config.engine.draft_top_k,
-                                            .min_confidence = 0});
+  std::unique_ptr<DraftChains> chains = MakeCudaChains(**model);
+  const int top_k = chains == nullptr ? config.engine.draft_top_k : std::max(config.engine.draft_top_k, kSiblingsOnGpu);
+  auto drafter = DraftModelDrafter::Create(
+      *std::move(model), vocab_size,
+      {.max_sequences = max_sequences, .max_depth = config.engine.draft_depth, .top_k = top_k, .min_confidence = 0},
+      std::move(chains));
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -133,9 +138,6 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
   if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
-
-// Rows are nearly free on a GPU: beside the chain, the other tokens that the head thought possible are worth verifying.
-constexpr int kSiblingsOnGpu = 4;
 
 // The recurrent head beside the target; null if there is none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {

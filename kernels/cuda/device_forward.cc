@@ -41,8 +41,9 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
-    float* qkv = attention == Attention::kPrefill ? prefill_qkv_.as<float>()
-                                                  : kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
+    float* kept = kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
+    const bool moves = input.kept_rows != nullptr;
+    float* qkv = moves || attention == Attention::kPrefill ? scratch_qkv_.as<float>() : kept;
     const auto norm = [&](const float* weight) {
       LaunchRmsNorm({.x = x,
                      .weight = weight,
@@ -54,17 +55,20 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     };
     norm(layer.attention_norm);
     products_.Matmul(layer.qkv, normed, qkv, false, rows);
-    LaunchRopeNormalize({.qkv = qkv,
+    LaunchRopeNormalize({.qkv = moves ? kept : qkv,
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
                          .num_kv_heads = shape_.num_kv_heads,
                          .head_dim = shape_.head_dim,
-                         .eps = shape_.qk_norm_eps},
+                         .eps = shape_.qk_norm_eps,
+                         .from = moves ? qkv : nullptr,
+                         .to_rows = input.kept_rows},
                         rows, stream);
-    AttentionParams params = AttentionOf(i, states, qkv);
+    AttentionParams params = AttentionOf(i, states, moves ? kept : qkv);
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
+    params.last_rows = input.last_rows;
     params.scratch = prefill_states_.as<float>();
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
@@ -76,17 +80,22 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   }
 }
 
-// Final norm, logits, and the token after each row.
-void DeviceModel::Head(const StepInput& input) {
-  const cudaStream_t stream = context_->stream();
+// Final norm and logits. hidden: the normed states too, or null.
+void DeviceModel::Logits(int rows, float* hidden) {
   LaunchRmsNorm({.x = x_.as<float>(),
                  .weight = weights_.final_norm,
-                 .out = hidden_.as<float>(),
+                 .out = hidden,
                  .out_bf16 = normed_.as<uint16_t>(),
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
-                input.num_rows, stream);
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
+                rows, context_->stream());
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
+}
+
+// Final norm, logits, and the token after each row.
+void DeviceModel::Head(const StepInput& input) {
+  const cudaStream_t stream = context_->stream();
+  Logits(input.num_rows, hidden_.as<float>());
   if (input.sampling == nullptr) return;
   LaunchSample({.logits = logits_.as<float>(),
                 .sampling = input.sampling,

@@ -48,7 +48,8 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
       weights_(weights),
       layers_(weights.layers, weights.layers + shape.num_layers),
       products_(context, deterministic),
-      graphs_(context) {
+      graphs_(context),
+      chain_graphs_(context) {
   weights_.layers = layers_.data();
 }
 
@@ -74,14 +75,19 @@ int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
   LINSPEC_CUDA_TRY(activated_.Reserve(context_, rows * shape_.intermediate_size * bf16));
   LINSPEC_CUDA_TRY(angles_.Reserve(context_, rows * shape_.head_dim / 2 * int64_t{sizeof(float2)}));
   if (!logits) return kLinspecCudaOk;
-  if (rows > kept_rows_) {
-    LINSPEC_CUDA_TRY(kept_qkv_.Reserve(context_, rows * qkv_width() * f32 * shape_.num_layers));
-    kept_rows_ = num_rows;
-  }
+  LINSPEC_CUDA_TRY(ReserveKept(num_rows));
   LINSPEC_CUDA_TRY(logits_.Reserve(context_, rows * shape_.vocab_size * f32));
   LINSPEC_CUDA_TRY(hidden_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)}));
   return host_sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)});
+}
+
+int32_t DeviceModel::ReserveKept(int num_rows) {
+  if (num_rows <= kept_rows_) return kLinspecCudaOk;
+  const int64_t floats = num_rows * qkv_width() * shape_.num_layers;
+  LINSPEC_CUDA_TRY(kept_qkv_.Reserve(context_, floats * static_cast<int64_t>(sizeof(float))));
+  kept_rows_ = num_rows;
+  return kLinspecCudaOk;
 }
 
 int32_t DeviceModel::ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups) {
@@ -92,7 +98,7 @@ int32_t DeviceModel::ReservePrefill(const LinspecCudaStep& step, int64_t* num_gr
   }
   const int64_t floats = PrefillScratchFloats(ShapeOf(0), *num_groups);
   LINSPEC_CUDA_TRY(prefill_states_.Reserve(context_, floats * static_cast<int64_t>(sizeof(float))));
-  return prefill_qkv_.Reserve(context_, step.num_rows * qkv_width() * static_cast<int64_t>(sizeof(float)));
+  return scratch_qkv_.Reserve(context_, step.num_rows * qkv_width() * static_cast<int64_t>(sizeof(float)));
 }
 
 DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool sampling) {
@@ -116,7 +122,7 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   max_rows = TreeBucket(max_rows);
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
-  std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));
+  std::memcpy(static_cast<void*>(tasks), step.tasks, step.num_tasks * sizeof(Task));
   for (int i = step.num_tasks; i < num_tasks; ++i) tasks[i] = {0, -1, 0, 0, 0, 0};
   const auto fill = [&](int64_t offset, const auto* values, auto padding) {
     auto* to = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(values)>>*>(host + offset);

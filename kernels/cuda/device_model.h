@@ -5,6 +5,9 @@
 // else that changes between steps is data. Rows and tasks that pad a bucket belong to no slot; their results are never
 // read and reach no state.
 //
+// A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
+// above the rows that the levels before left in kept_qkv_. All levels are one graph.
+//
 // Activations: fp32 residual stream and attention, bf16 inputs of the matrix products. Threads: one at a time per
 // context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
 #pragma once
@@ -33,6 +36,7 @@ class DeviceModel {
   int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
                  int num_paths);
   int32_t Unembed(const float* hidden, int rows, float* logits);
+  int32_t DraftChains(const LinspecCudaChainStep& step, LinspecCudaDraftResult* result);
 
   Context* context() const { return context_; }
   const LinspecCudaShape& shape() const { return shape_; }
@@ -52,19 +56,30 @@ class DeviceModel {
     const LinspecCudaSampling* sampling;       // null: nothing is chosen
     const LinspecCudaLogitEdit* const* edits;  // one pointer, in the block
     int num_tasks, num_rows;
-    int max_rows;    // of one task, or more
-    int num_groups;  // prefill: that the tasks touch
+    int max_rows;                        // of one task, or more
+    int num_groups;                      // prefill: that the tasks touch
+    const int32_t* kept_rows = nullptr;  // chains: where in kept_qkv_ each row's q, k and v go; null: row by row
+    int last_rows = 0;                   // chains: as AttentionParams
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
   };
   enum class Attention : uint8_t { kVerify, kPrefill };
+  struct ChainSize {  // with padding
+    int tasks, first_rows, levels, top_k;
+    int max_known;  // rows of one task at the first level, or more
+    int Row(int level) const { return level == 0 ? 0 : first_rows + (level - 1) * tasks; }  // in arrays of all levels
+  };
+  struct ChainLayout {  // byte offsets in the input block; kept: StepInput::kept_rows
+    int64_t rows, tasks, tokens, positions, kept, size;
+  };
 
   DeviceModel(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights, bool deterministic);
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
   int32_t ReserveScratch(int num_rows, bool logits);
+  int32_t ReserveKept(int num_rows);
   int32_t ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups);
   // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
@@ -75,6 +90,13 @@ class DeviceModel {
   int32_t EnqueueResults(const LinspecCudaStep& step);
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
+  void Logits(int rows, float* hidden);
+
+  static ChainLayout LayoutOf(const ChainSize& size);
+  int32_t CheckChains(const LinspecCudaChainStep& step) const;
+  int32_t ReserveChains(const ChainSize& size, int64_t block_bytes, int64_t candidate_bytes);
+  static void PackChains(const LinspecCudaChainStep& step, const ChainSize& size, std::byte* host);
+  void EnqueueChains(const ChainSize& size, const LinspecCudaStates& states);
   LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
 
@@ -87,19 +109,22 @@ class DeviceModel {
   std::vector<LinspecCudaLayer> layers_;
   Products products_;
 
-  // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
-  Buffer x_, normed_, kept_qkv_, prefill_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
+  // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify or chains, and so on.
+  Buffer x_, normed_, kept_qkv_, scratch_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
       hidden_, sampled_;
   int hidden_rows_ = 0;
   int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
+  Buffer chain_block_, chain_tokens_, candidates_;  // chain_tokens_: chosen at the level before
+  Buffer host_chain_block_{true}, host_candidates_{true};
   cudaEvent_t prefill_uploaded_ = nullptr, prefill_begin_ = nullptr, prefill_end_ = nullptr;
   cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
   bool prefilled_ = false;  // since the verify before
 
-  GraphCache graphs_;  // by tasks, rows, rows of one task, sampling
+  GraphCache graphs_;        // by tasks, rows, rows of one task, sampling
+  GraphCache chain_graphs_;  // by ChainSize
 
   LinspecCudaVerifyResult result_ = {};
   bool pending_ = false;  // verify_start without verify_finish

@@ -56,6 +56,9 @@ struct RopeRows {
   const float2* angles;  // [rows, d / 2]: cosine, sine
   int num_heads, num_kv_heads, head_dim;
   float eps;
+  // If set, q, k and v come from here [rows, (H + 2 Hkv) d] and go to row to_rows[i] of qkv; -1: nowhere.
+  const float* from = nullptr;
+  const int32_t* to_rows = nullptr;  // [rows]
 };
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream);

@@ -88,13 +88,20 @@ __global__ void RopeTableKernel(const int64_t* positions, double theta, int head
 
 constexpr int kRopeHeads = 8;  // of a block
 
-// One warp per (row, head of q or k); head_dim <= 128: a lane holds at most two pairs.
+// One warp per (row, head of q or k, and of v where rows move); head_dim <= 128: a lane holds at most two pairs.
 __global__ void RopeNormalizeKernel(const RopeRows p) {
   GridLaunchDependents();
   GridWait();
   const int head = blockIdx.y * kRopeHeads + threadIdx.x / kWarp, lane = threadIdx.x % kWarp, half = p.head_dim / 2;
-  if (head >= p.num_heads + p.num_kv_heads) return;
-  float* x = p.qkv + (static_cast<int64_t>(blockIdx.x) * (p.num_heads + 2 * p.num_kv_heads) + head) * p.head_dim;
+  const int turned = p.num_heads + p.num_kv_heads, heads = turned + p.num_kv_heads;
+  const int64_t row = blockIdx.x, to = p.to_rows != nullptr ? p.to_rows[row] : row;
+  if (to < 0 || head >= (p.from != nullptr ? heads : turned)) return;
+  const float* x = (p.from != nullptr ? p.from : p.qkv) + (row * heads + head) * p.head_dim;
+  float* out = p.qkv + (to * heads + head) * p.head_dim;
+  if (head >= turned) {
+    for (int i = lane; i < p.head_dim; i += kWarp) out[i] = x[i];
+    return;
+  }
   const float2* angles = p.angles + static_cast<int64_t>(blockIdx.x) * half;
   float low[2] = {}, high[2] = {};
   float squares = 0.0f;
@@ -112,8 +119,8 @@ __global__ void RopeNormalizeKernel(const RopeRows p) {
   for (int part = 0; part < 2; ++part) {
     const int i = lane + part * kWarp;
     if (i >= half) continue;
-    x[i] = low[part] * scale;
-    x[i + half] = high[part] * scale;
+    out[i] = low[part] * scale;
+    out[i + half] = high[part] * scale;
   }
 }
 
@@ -170,7 +177,8 @@ void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float
 }
 
 void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((params.num_heads + params.num_kv_heads + kRopeHeads - 1) / kRopeHeads);
+  const int heads = params.num_heads + (params.from != nullptr ? 2 : 1) * params.num_kv_heads;
+  const auto blocks = static_cast<unsigned>((heads + kRopeHeads - 1) / kRopeHeads);
   LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params);
 }
 

@@ -172,7 +172,7 @@ struct Verifier {
   // The item of an index, and what the lane copies for it; by one warp.
   __device__ __forceinline__ BulkCopy Prepare(int index, const Task& task, Item& item) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane == 0) item = Item(p.layer, task, index, work.splits, kRows);
+    if (lane == 0) item = Item(p.layer, task, index, work.splits, kRows, p.last_rows);
     __syncwarp();
     return lane < NumCopies(item) ? Describe(task, item, lane) : BulkCopy{};
   }
@@ -250,7 +250,8 @@ struct Verifier {
       scale = p.layer.global_gain[head] / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
     }
     const int64_t at =
-        (static_cast<int64_t>(task.row_begin + row / item.heads) * p.layer.num_heads + head) * kDim + Channel();
+        (static_cast<int64_t>(task.row_begin - task.out_shift + row / item.heads) * p.layer.num_heads + head) * kDim +
+        Channel();
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       const float y = p.layer.global == Global::kNone ? local[i] : fmaf(scale, z[i], local[i]);
@@ -318,7 +319,8 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   Work work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
-  work.splits = (nodes * heads + kRows - 1) / kRows;
+  const int queries = p.last_rows > 0 && p.last_rows < nodes ? p.last_rows : nodes;
+  work.splits = (queries * heads + kRows - 1) / kRows;
   work.items = num_tasks * p.layer.num_kv_heads * work.splits;
   const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
   const auto kernel = VerifyTileKernel<kDim, kRows>;
@@ -330,8 +332,9 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
 
 template <int kDim>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.max_rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1>(p, num_tasks, stream)
-                                                        : LaunchTiles<kDim, kQueryRows>(p, num_tasks, stream);
+  const int rows = p.last_rows > 0 ? p.last_rows : p.max_rows;
+  rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1>(p, num_tasks, stream)
+                                                  : LaunchTiles<kDim, kQueryRows>(p, num_tasks, stream);
 }
 
 }  // namespace

@@ -22,10 +22,12 @@ struct Item {
   bool folded;                          // S holds at least one group
 
   __device__ Item() {}
-  __device__ __forceinline__ Item(const LayerParams& layer, const Task& task, int index, int splits, int split_rows) {
+  // last_rows: as AttentionParams; 0: all.
+  __device__ __forceinline__ Item(const LayerParams& layer, const Task& task, int index, int splits, int split_rows,
+                                  int last_rows) {
     kv_head = index / splits % layer.num_kv_heads;
     heads = layer.num_heads / layer.num_kv_heads;
-    first_row = index % splits * split_rows;
+    first_row = (last_rows > 0 ? max(0, task.num_rows - last_rows) : 0) * heads + index % splits * split_rows;
     rows = task.slot < 0 ? 0 : max(0, min(split_rows, task.num_rows * heads - first_row));
     nodes = (first_row + rows - 1) / heads + 1;
     phase = static_cast<int>(task.length & (layer.group_size - 1));
