@@ -150,7 +150,7 @@ int32_t DeviceModel::DraftChains(const LinspecCudaChainStep& step, LinspecCudaDr
   PackChains(step, size, host_chain_block_.as<std::byte>());
   uint64_t stamp = reinterpret_cast<uintptr_t>(step.states.base);
   for (const Buffer* buffer :
-       {&x_, &normed_, &kept_qkv_, &scratch_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
+       {&x_, &normed_, &squares_, &kept_qkv_, &scratch_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
         &chain_block_, &chain_tokens_, &candidates_, &host_chain_block_, &host_candidates_}) {
     stamp += buffer->generation();
   }

@@ -70,6 +70,7 @@ int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
   LINSPEC_CUDA_TRY(products_.Reserve());
   LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
   LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
+  LINSPEC_CUDA_TRY(squares_.Reserve(context_, rows * NormParts(shape_.hidden_size) * f32));
   LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
   LINSPEC_CUDA_TRY(gate_up_.Reserve(context_, rows * 2 * shape_.intermediate_size * f32));
   LINSPEC_CUDA_TRY(activated_.Reserve(context_, rows * shape_.intermediate_size * bf16));
@@ -192,8 +193,8 @@ int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, 
 
 int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
   uint64_t stamp = reinterpret_cast<uintptr_t>(states.base);
-  for (const Buffer* buffer : {&x_, &normed_, &kept_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
-                               &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
+  for (const Buffer* buffer : {&x_, &normed_, &squares_, &kept_qkv_, &attention_, &gate_up_, &activated_, &angles_,
+                               &logits_, &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
     stamp += buffer->generation();
   }
   const int sampling = input.sampling != nullptr;

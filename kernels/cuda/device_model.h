@@ -110,8 +110,8 @@ class DeviceModel {
   Products products_;
 
   // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify or chains, and so on.
-  Buffer x_, normed_, kept_qkv_, scratch_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
-      hidden_, sampled_;
+  Buffer x_, normed_, squares_, kept_qkv_, scratch_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_,
+      logits_, hidden_, sampled_;
   int hidden_rows_ = 0;
   int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
