@@ -130,8 +130,8 @@ class SpeculationController {
   double plain_seconds_ = 0;    // of a step with these requests
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
-  int checks_due_ =
-      0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
+  // Trials of plain steps, whatever the credit: what came into use just now may have been misjudged.
+  int checks_due_ = 0;
   int most_nodes_ = 1;                              // of a tree, that any request could use so far
   int run_left_ = 0, run_requests_ = 0;             // steps until the next evaluation; what the last one was for
   bool drafting_ = false, drafted_before_ = false;  // in this step, in the last
