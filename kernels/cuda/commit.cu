@@ -24,8 +24,8 @@ struct Commit {
   }
   __device__ __forceinline__ const float* Row(int accepted, int kv_head, int value) const {
     const int64_t row = task.row_begin + p.paths[task.path_begin + accepted];
-    const int64_t heads = p.layer.num_heads + 2 * p.layer.num_kv_heads;
-    return p.qkv + (row * heads + p.layer.num_heads + value * p.layer.num_kv_heads + kv_head) * kDim;
+    const KvRows kv = p.Kv();
+    return kv.data + row * kv.stride + (value * p.layer.num_kv_heads + kv_head) * kDim;
   }
 
   // Accepted rows [begin, end) of `heads` heads to their slots, from slot `slot` on.

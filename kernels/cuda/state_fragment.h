@@ -45,7 +45,7 @@ struct StateFragment {
   template <int kRows>
   __device__ __forceinline__ void Multiply(const float* q, int stride, float* partial) const {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
-    Accumulators sum[2];
+    PreciseSums sum[2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       Vec4 x{0, 0, 0, 0};

@@ -72,6 +72,18 @@ struct Accumulators {  // two chains of dependent instructions instead of one
   __device__ __forceinline__ float operator[](int i) const { return main[i] + rest[i]; }
 };
 
+struct PreciseSums {  // three chains: shorter, for warps that have nothing else to do meanwhile
+  float main[4] = {0, 0, 0, 0}, left[4] = {0, 0, 0, 0}, right[4] = {0, 0, 0, 0};
+
+  template <bool kPinned>
+  __device__ __forceinline__ void Add(const Split<4, kPinned>& a, const Split<2>& b) {
+    MmaTf32(main, a.hi, b.hi);
+    MmaTf32(left, a.lo, b.hi);
+    MmaTf32(right, a.hi, b.lo);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return main[i] + (left[i] + right[i]); }
+};
+
 // 16 bytes of global memory to shared memory; both aligned to 16.
 __device__ __forceinline__ void CopyAsync16(float* shared, const float* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -92,20 +104,26 @@ __device__ __forceinline__ void WaitCopies() {
 }
 
 // Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
-// each round, announces the bytes; any thread of its warp may then copy.
+// each round, announces the bytes; any thread of its warp may then copy. Further arrivals are of ArriveAfterCopies.
 struct CopyBarrier {
   uint64_t word;
 
   __device__ __forceinline__ uint32_t Address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&word)); }
-  __device__ __forceinline__ void Make() {
+  __device__ __forceinline__ void Make(int arrivals) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Address()) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(Address()), "r"(arrivals) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
   __device__ __forceinline__ void Expect(uint32_t bytes) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
+#endif
+  }
+  // Arrives once the thread's CopyAsync before this have landed.
+  __device__ __forceinline__ void ArriveAfterCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(Address()) : "memory");
 #endif
   }
   // 16-byte aligned ends, a multiple of 16 bytes; 0: nothing.
@@ -117,12 +135,6 @@ struct CopyBarrier {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(global), "r"(bytes), "r"(Address())
         : "memory");
-#endif
-  }
-  // By every thread that stored where the next round copies to, before the block's barrier ahead of that round.
-  static __device__ __forceinline__ void OrderStores() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
   // Round 0, 1, ...: only its parity counts.

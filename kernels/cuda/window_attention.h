@@ -49,11 +49,17 @@ struct Task {      // one request of a call
   int32_t path_begin, path_length;  // commit: into AttentionParams::paths
 };
 
+struct KvRows {
+  const float* data;  // k of a row's kv heads, then v
+  int64_t stride;
+};
+
 struct AttentionParams {
   LayerParams layer;
   StateView states;
   const Task* tasks;          // [num_tasks]
   const float* qkv;           // [rows, (H + 2 Hkv) d]
+  const float* kv = nullptr;  // [rows, 2 Hkv d]: k and v, where they are not those in qkv
   const uint64_t* ancestors;  // [rows] bit j: node j of the request is the row or above it; null: chains
   const int32_t* paths;       // accepted nodes, indices inside the request
   float* out;                 // [rows, H d] or null
@@ -63,6 +69,11 @@ struct AttentionParams {
   float* scratch = nullptr;
   int32_t num_groups = 0;
   bool exact_prefill = false;  // outputs of prefill from three tf32 products instead of one; states always are
+
+  LINSPEC_BLOCK KvRows Kv() const {
+    const int64_t d = layer.head_dim, heads = layer.num_heads, both = 2 * layer.num_kv_heads;
+    return kv != nullptr ? KvRows{kv, both * d} : KvRows{qkv + heads * d, (heads + both) * d};
+  }
 };
 
 struct AttentionShared {
@@ -115,7 +126,7 @@ struct Window {
   const float *ring_k, *ring_v;        // [G, d]
   const float *row_k, *row_v, *row_q;  // of the request's first row; row_q of the kv head's first query head
   const uint64_t* ancestors;           // [num_rows] or null
-  int64_t stride, first_row;
+  int64_t stride, kv_stride, first_row;
   int kv_head, num_rows, phase, ring_begin;
   bool folded;  // S holds at least one group
 
@@ -126,9 +137,10 @@ struct Window {
     stride = static_cast<int64_t>(layer.num_heads + 2 * layer.num_kv_heads) * d;
     ring_k = state + static_cast<int64_t>(layer.num_kv_heads) * d * d + static_cast<int64_t>(head) * g * d;
     ring_v = ring_k + static_cast<int64_t>(layer.num_kv_heads) * g * d;
-    const float* first = p.qkv + row * stride;
-    row_q = first + static_cast<int64_t>(head) * (layer.num_heads / layer.num_kv_heads) * d;
-    row_k = first + static_cast<int64_t>(layer.num_heads + head) * d;
+    const KvRows kv = p.Kv();
+    kv_stride = kv.stride;
+    row_q = p.qkv + row * stride + static_cast<int64_t>(head) * (layer.num_heads / layer.num_kv_heads) * d;
+    row_k = kv.data + row * kv_stride + static_cast<int64_t>(head) * d;
     row_v = row_k + static_cast<int64_t>(layer.num_kv_heads) * d;
     phase = static_cast<int>(length % g);
     folded = length >= g;
@@ -147,7 +159,7 @@ struct Window {
 
  private:
   LINSPEC_BLOCK const float* Pick(int token, const float* ring, const float* rows) const {
-    if (token >= ring_tokens()) return rows + (token - ring_tokens()) * stride;
+    if (token >= ring_tokens()) return rows + (token - ring_tokens()) * kv_stride;
     const int position = ring_begin + token;
     return ring + static_cast<int64_t>(position < 0 ? position + layer.group_size : position) * layer.head_dim;
   }

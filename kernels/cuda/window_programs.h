@@ -51,7 +51,7 @@ LINSPEC_BLOCK void AppendRow(const Window& w, int thread, int row, int slot) {
   const bool key = thread < columns;
   const int c = thread % columns * 4;
   float* ring = const_cast<float*>(key ? w.ring_k : w.ring_v);
-  Store4(ring + slot * d + c, Load4((key ? w.row_k : w.row_v) + row * w.stride + c));
+  Store4(ring + slot * d + c, Load4((key ? w.row_k : w.row_v) + row * w.kv_stride + c));
 }
 
 // Reads state, never writes it.
