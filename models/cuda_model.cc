@@ -13,8 +13,12 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kPrefillRows = 2048;                // of one pass: bounds the scratch; the bits do not depend on it
-constexpr int64_t kReservedBytes = int64_t{3} << 30;  // of device memory, for scratch and graphs, when slots fill it
+// Of one prefill pass: bound the scratch; the bits do not depend on them.
+constexpr int64_t kPrefillRows = 2048, kPrefillGroups = 48;
+// Of device memory when slots fill it, for what is not scratch: kernels, which load when first launched, graphs, and the
+// inputs of steps.
+constexpr int64_t kMostSlots = 1 << 20;
+constexpr int64_t kSystemBytes = int64_t{256} << 20;
 
 const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
   return static_cast<const CudaMatrix&>(*weight).matrix();
@@ -51,6 +55,11 @@ class CudaModel final : public Model {
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
+  // Steps of a server of so many requests: all decode at once, or prompts are taken in. Trees may make larger ones.
+  static LinspecCudaStepSize StepSize(int64_t num_slots) {
+    return {
+        .verify_rows = static_cast<int32_t>(num_slots), .prefill_rows = kPrefillRows, .prefill_groups = kPrefillGroups};
+  }
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
@@ -160,6 +169,10 @@ std::string CudaModel::Describe() const {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) const {
+  const LinspecCudaStepSize size = StepSize(num_slots);
+  if (absl::Status reserved = device_->Check(device_->api().reserve(model_, &size), "scratch memory"); !reserved.ok()) {
+    return reserved;
+  }
   return StatePool::Create(config_, num_slots, [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
     auto memory = CudaMemory::Allocate(device_, bytes);
     if (!memory.ok()) return memory.status();
@@ -175,7 +188,18 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
 int64_t CudaModel::SlotsThatFit() const {
   const auto info = device_->Info();
   if (!info.ok()) return 0;
-  return std::max<int64_t>((info->free_bytes - kReservedBytes) / config_.StateBytes() - 1, 0);
+  const auto fits = [&](int64_t slots) {
+    const LinspecCudaStepSize size = StepSize(slots);
+    int64_t scratch = 0;
+    if (!device_->Check(device_->api().scratch_bytes(model_, &size, &scratch), "scratch memory").ok()) return false;
+    return (slots + 1) * config_.StateBytes() + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
+  };
+  int64_t fit = 0, too_many = std::min(info->free_bytes / config_.StateBytes(), kMostSlots) + 1;
+  while (too_many - fit > 1) {
+    const int64_t middle = fit + (too_many - fit) / 2;
+    (fits(middle) ? fit : too_many) = middle;
+  }
+  return fit;
 }
 
 absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
@@ -184,20 +208,26 @@ absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool*
   }
   if (absl::Status valid = CheckDistinctSlots(chunks); !valid.ok()) return valid;
   std::vector<PrefillChunk> pieces;
-  int64_t num_rows = 0;
+  int64_t rows = 0, groups = 0;
   const auto flush = [&]() -> absl::Status {
+    rows = groups = 0;
     if (pieces.empty()) return absl::OkStatus();
-    num_rows = 0;
     return PrefillPass(std::exchange(pieces, {}), pool);
   };
+  const int64_t group_size = config_.linear_attention.group_size;
   for (const PrefillChunk& chunk : chunks) {
-    for (size_t done = 0; done < chunk.tokens.size();) {
-      const size_t take = std::min<size_t>(chunk.tokens.size() - done, kPrefillRows - num_rows);
+    const int64_t phase = pool->length(chunk.slot) % group_size, total = std::ssize(chunk.tokens);
+    for (int64_t done = 0; done < total;) {
+      if (rows == kPrefillRows || groups == kPrefillGroups) {
+        if (absl::Status status = flush(); !status.ok()) return status;
+      }
+      const int64_t begin = (phase + done) % group_size;
+      const int64_t take =
+          std::min({total - done, kPrefillRows - rows, (kPrefillGroups - groups) * group_size - begin});
       pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, take)});
       done += take;
-      num_rows += static_cast<int64_t>(take);
-      if (num_rows < kPrefillRows) continue;
-      if (absl::Status status = flush(); !status.ok()) return status;
+      rows += take;
+      groups += (begin + take + group_size - 1) / group_size;
     }
   }
   return flush();

@@ -18,13 +18,13 @@ LayerParams DeviceModel::ShapeOf(int index) const {
           .conv_taps = layer.conv_taps};
 }
 
-AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states, const float* qkv) const {
+AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states) const {
   return {.layer = ShapeOf(index),
           .states = {.base = states.base,
                      .floats_per_slot = states.floats_per_slot,
                      .layer_offset = index * states.floats_per_layer},
           .tasks = nullptr,
-          .qkv = qkv,
+          .qkv = Qkv(),
           .ancestors = nullptr,
           .paths = nullptr,
           .out = nullptr,
@@ -41,8 +41,6 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
-    float* qkv = attention == Attention::kPrefill ? prefill_qkv_.as<float>()
-                                                  : kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
     const auto norm = [&](const float* weight) {
       LaunchRmsNorm({.x = x,
                      .weight = weight,
@@ -53,26 +51,29 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
                     rows, stream);
     };
     norm(layer.attention_norm);
-    products_.Matmul(layer.qkv, normed, qkv, false, rows);
-    LaunchRopeNormalize({.qkv = qkv,
+    products_.Matmul(layer.qkv, normed, Qkv(), false, rows);
+    float* kept = attention == Attention::kVerify ? KeptKv(i) : nullptr;
+    LaunchRopeNormalize({.qkv = Qkv(),
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
                          .num_kv_heads = shape_.num_kv_heads,
                          .head_dim = shape_.head_dim,
-                         .eps = shape_.qk_norm_eps},
+                         .eps = shape_.qk_norm_eps,
+                         .kv = kept},
                         rows, stream);
-    AttentionParams params = AttentionOf(i, states, qkv);
+    AttentionParams params = AttentionOf(i, states);
+    params.kv = kept;
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
-    params.scratch = prefill_states_.as<float>();
+    params.scratch = PrefillStates(rows);
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
     products_.Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
     norm(layer.mlp_norm);
-    products_.GateUp(layer.gate_up, normed, gate_up_.as<float>(), activated_.as<uint16_t>(), rows);
-    products_.Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
+    products_.GateUp(layer.gate_up, normed, GateUp(), Activated(rows), rows);
+    products_.Matmul(layer.down, Activated(rows), x, true, rows);
   }
 }
 
@@ -86,9 +87,9 @@ void DeviceModel::Head(const StepInput& input) {
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
                 input.num_rows, stream);
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, input.num_rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), Logits(), false, input.num_rows);
   if (input.sampling == nullptr) return;
-  LaunchSample({.logits = logits_.as<float>(),
+  LaunchSample({.logits = Logits(),
                 .sampling = input.sampling,
                 .edits = input.edits,
                 .sampled = sampled_.as<int32_t>(),

@@ -9,6 +9,8 @@
 // context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -33,6 +35,9 @@ class DeviceModel {
   int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
                  int num_paths);
   int32_t Unembed(const float* hidden, int rows, float* logits);
+  // Device memory that steps of up to this size need beyond what is held already.
+  int64_t ScratchBytes(const LinspecCudaStepSize& size) const;
+  int32_t Reserve(const LinspecCudaStepSize& size);  // takes it now, so that no such step can fail for want of it
 
   Context* context() const { return context_; }
   const LinspecCudaShape& shape() const { return shape_; }
@@ -64,8 +69,28 @@ class DeviceModel {
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
-  int32_t ReserveScratch(int num_rows, bool logits);
+  // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_ for a step of one kind.
+  using ScratchSizes = std::array<int64_t, 8>;
+  ScratchSizes VerifySizes(int64_t rows) const;
+  ScratchSizes PrefillSizes(int64_t rows, int64_t groups) const;
+  ScratchSizes LargestSizes(const LinspecCudaStepSize& size) const;
+  std::array<const Buffer*, 8> ScratchBuffers() const;  // in that order
+  static int VerifyRows(int num_rows);                  // that a step of num_rows is padded to
+  int32_t ReserveScratch(const ScratchSizes& sizes);
+  int32_t ReserveVerify(int num_rows);
   int32_t ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups);
+  // Where things are in arena_, in a step of `rows`. Those of one line live at the same time, those of different lines
+  // do not: the products of the attention and of the MLP, then the logits.
+  float* Qkv() const { return arena_.as<float>(); }
+  float* PrefillStates(int64_t rows) const { return reinterpret_cast<float*>(arena_.as<std::byte>() + QkvBytes(rows)); }
+  uint16_t* GateUp() const { return arena_.as<uint16_t>(); }
+  uint16_t* Activated(int64_t rows) const {
+    return reinterpret_cast<uint16_t*>(arena_.as<std::byte>() + GateUpBytes(rows));
+  }
+  float* Logits() const { return arena_.as<float>(); }
+  float* KeptKv(int layer) const { return kept_kv_.as<float>() + int64_t{layer} * kept_rows_ * kv_width(); }
+  int64_t QkvBytes(int64_t rows) const;
+  int64_t GateUpBytes(int64_t rows) const;
   // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
                       const LinspecCudaLogitEdit* edits) const;
@@ -76,9 +101,10 @@ class DeviceModel {
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
   LayerParams ShapeOf(int layer) const;
-  AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
+  AttentionParams AttentionOf(int layer, const LinspecCudaStates& states) const;
 
   int64_t qkv_width() const { return int64_t{shape_.num_heads + 2 * shape_.num_kv_heads} * shape_.head_dim; }
+  int64_t kv_width() const { return int64_t{2} * shape_.num_kv_heads * shape_.head_dim; }
   int64_t attention_width() const { return int64_t{shape_.num_heads} * shape_.head_dim; }
 
   Context* const context_;
@@ -87,11 +113,11 @@ class DeviceModel {
   std::vector<LinspecCudaLayer> layers_;
   Products products_;
 
-  // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify, and so on.
-  Buffer x_, normed_, kept_qkv_, prefill_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_, logits_,
-      hidden_, sampled_;
+  // Scratch [rows, ...]: residual stream, inputs of products, what lives only within a layer or at a step's end, and of the
+  // last verify k and v of every layer and the states after the final norm.
+  Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_;
   int hidden_rows_ = 0;
-  int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
+  int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};

@@ -48,14 +48,15 @@ struct RmsNormRows {  // dim % 4 == 0, everything aligned to 16 bytes
 };
 void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream);
 
-// out = silu(gate) * up in bf16, gate_up [rows, 2 dim] in the order of PackedGateUpRow.
-void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
+// out = silu(gate) * up, all bf16; gate_up [rows, 2 dim] in the order of PackedGateUpRow, dim % 8 == 0.
+void LaunchSiluMul(const uint16_t* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
 
 struct RopeRows {
   float* qkv;            // [rows, (H + 2 Hkv) d], in place
   const float2* angles;  // [rows, d / 2]: cosine, sine
   int num_heads, num_kv_heads, head_dim;
   float eps;
+  float* kv = nullptr;  // [rows, 2 Hkv d]: if set, k and v go here instead
 };
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream);

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define LINSPEC_CUDA_ABI_VERSION 3
+#define LINSPEC_CUDA_ABI_VERSION 4
 #define LINSPEC_CUDA_ENTRY "linspec_cuda_api"
 
 #ifdef __cplusplus
@@ -126,6 +126,11 @@ typedef struct LinspecCudaStep {  // host arrays
   int32_t want_logits, want_hidden;
 } LinspecCudaStep;
 
+typedef struct LinspecCudaStepSize {  // the largest steps that a model has to have memory for
+  int32_t verify_rows, prefill_rows;
+  int64_t prefill_groups;  // that the tasks of a prefill touch
+} LinspecCudaStepSize;
+
 typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start
   const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
   const float* logits;                    // [num_rows, V] after the edits, or null
@@ -205,6 +210,10 @@ typedef struct LinspecCudaApi {
   int32_t (*create_model)(LinspecCudaContext*, const LinspecCudaShape*, const LinspecCudaWeights*,
                           int32_t deterministic, LinspecCudaModel**);
   void (*destroy_model)(LinspecCudaModel*);
+  // Device memory that steps of up to this size take beyond what the model holds; and taking it, so that none of them can
+  // run out. Larger steps take more when they come.
+  int32_t (*scratch_bytes)(LinspecCudaModel*, const LinspecCudaStepSize*, int64_t* bytes);
+  int32_t (*reserve)(LinspecCudaModel*, const LinspecCudaStepSize*);
   int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_start)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);

@@ -41,26 +41,36 @@ struct StateFragment {
     for (int step = 0; step < kSteps; ++step) LoadStep(step, state);
   }
 
-  // partial[part][row][column] of q S for 8 rows of q [8][stride]; only the first kRows are stored.
+  // partial[part][row][column] of q S for kRows rows of q [kRows][stride].
   template <int kRows>
   __device__ __forceinline__ void Multiply(const float* q, int stride, float* partial) const {
+    constexpr int kTiles = (kRows + 7) / 8;  // of 8 rows, the columns of an instruction
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
-    PreciseSums sum[2];
+    PreciseSums sum[kTiles][2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      Vec4 x{0, 0, 0, 0};
-      if (g < kRows) x = Load4(q + g * stride + Row(step));
-      const Split<2> b[2] = {Split<2>({x.x, x.y}), Split<2>({x.z, x.w})};
+      Vec4 x[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) x[tile] = Load4(q + min(8 * tile + g, kRows - 1) * stride + Row(step));
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const float(&r0)[4] = s[step][2 * u], (&r1)[4] = s[step][2 * u + 1];
-        sum[0].Add(Split<4, true>({r0[0], r0[1], r1[0], r1[1]}), b[u]);
-        sum[1].Add(Split<4, true>({r0[2], r0[3], r1[2], r1[3]}), b[u]);
+        const Split<4, true> even({r0[0], r0[1], r1[0], r1[1]}), odd({r0[2], r0[3], r1[2], r1[3]});
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const Split<2> b(u == 0 ? Split<2>({x[tile].x, x[tile].y}) : Split<2>({x[tile].z, x[tile].w}));
+          sum[tile][0].Add(even, b);
+          sum[tile][1].Add(odd, b);
+        }
       }
     }
     float* out = partial + Part() * kRows * kDim + Column();
-    if (2 * c < kRows) Store4(out + 2 * c * kDim, {sum[0][0], sum[0][2], sum[1][0], sum[1][2]});
-    if (2 * c + 1 < kRows) Store4(out + (2 * c + 1) * kDim, {sum[0][1], sum[0][3], sum[1][1], sum[1][3]});
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int row = i / 2 * 8 + 2 * c + i % 2, e = i % 2;
+      const PreciseSums(&y)[2] = sum[i / 2];
+      if (row < kRows) Store4(out + row * kDim, {y[0][e], y[0][2 + e], y[1][e], y[1][2 + e]});
+    }
   }
 
   // One step of S <- decay S + K^T V, over `tokens` (a multiple of 8) rows of k and v in shared memory, ascending.

@@ -19,7 +19,10 @@
 namespace linspec::cuda {
 namespace {
 
-constexpr int kQueryRows = 8;  // columns of the tensor cores' B operand
+// Rows of an item: 1; 8, the columns of the tensor cores' B operand; or 16 where two blocks have no room for the window of
+// a large tree, and one has registers to spare.
+constexpr int kTreeRows = 8, kLargeTreeRows = 16;
+constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 
 // Shared memory, in floats.
 template <int kDim, int kRows>
@@ -226,7 +229,7 @@ struct Verifier {
   __device__ __forceinline__ void Round(int round, StateFragment<kDim>& s) const {
     const Item& item = ItemOf(round);
     const Tile tile = TileOf(round);
-    PreciseSums scores;
+    PreciseSums scores[Tile::kTiles];
     schedule.keys.Wait(round);
     if (item.reads_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
     if (item.rows > 0) tile.Score(scores);
@@ -253,7 +256,8 @@ struct Verifier {
 };
 
 template <int kDim, int kRows>
-__global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
+__global__ void __launch_bounds__(kThreads, kBlocks(kRows))
+    VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule<kRows> schedule;
   GridLaunchDependents();
@@ -266,26 +270,43 @@ __global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionP
   program.template Round<false>(round, s);
 }
 
-template <int kDim, int kRows>
-void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  const Device& device = CurrentDevice();
+VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   VerifyWork work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
-  work.splits = (nodes * heads + kRows - 1) / kRows;
+  work.splits = (nodes * heads + rows - 1) / rows;
   work.items = num_tasks * p.layer.num_kv_heads * work.splits;
-  const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
+  return work;
+}
+
+template <int kDim, int kRows>
+int SharedBytes(const AttentionParams& p) {
+  return Layout<kDim, kRows>(WorkOf(p, 1, kRows), p.layer).Size() * static_cast<int>(sizeof(float));
+}
+
+// Blocks of a multiprocessor.
+template <int kDim, int kRows>
+int Resident(const AttentionParams& p) {
+  constexpr int kSystemBytes = 1024;  // of each block
+  const int bytes = SharedBytes<kDim, kRows>(p) + static_cast<int>(sizeof(Schedule<kRows>)) + kSystemBytes;
+  return std::clamp(CurrentDevice().shared_per_processor / bytes, 1, kBlocks(kRows));
+}
+
+template <int kDim, int kRows>
+void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
+  const VerifyWork work = WorkOf(p, num_tasks, kRows);
+  const int bytes = SharedBytes<kDim, kRows>(p), resident = CurrentDevice().processors * Resident<kDim, kRows>(p);
   const auto kernel = VerifyTileKernel<kDim, kRows>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
   LaunchOverlapped(kernel, dim3(std::min(work.items, resident)), dim3(kThreads), bytes, stream, 1, p, work);
 }
 
 template <int kDim>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.max_rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1>(p, num_tasks, stream)
-                                                        : LaunchTiles<kDim, kQueryRows>(p, num_tasks, stream);
+  if (p.max_rows * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1>(p, num_tasks, stream);
+  if (Resident<kDim, kTreeRows>(p) > 1) return LaunchTiles<kDim, kTreeRows>(p, num_tasks, stream);
+  LaunchTiles<kDim, kLargeTreeRows>(p, num_tasks, stream);
 }
 
 }  // namespace

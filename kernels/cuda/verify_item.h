@@ -14,9 +14,9 @@ struct VerifyWork {
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it are
 // the history, which only taps reach.
 struct Item {
-  const float* state;                   // S of the head; base of all states where S is not read
-  const float* ring;                    // keys of the head; its values follow all heads' keys
-  int kv_head, heads, first_row, rows;  // heads: query heads of the kv head; rows: of the item, 0: nothing to do
+  const float* state;                    // S of the head; base of all states where S is not read
+  const float* ring;                     // keys of the head; its values follow all heads' keys
+  int kv_head, heads, first_row, rows;   // heads: query heads of the kv head; rows: of the item, 0: nothing to do
   int phase, history, nodes, row_begin;  // nodes: of the request that any row of the item can see
   bool reads_state;
 
@@ -45,7 +45,7 @@ struct Item {
   __device__ __forceinline__ bool may_cross(int group_size) const { return phase + nodes > group_size; }
 };
 
-struct RowInfo {  // of a row of an item
+struct RowInfo {   // of a row of an item
   int node, head;  // head: in the kv head's group
   int out;         // row of d channels in the output
   float gain;      // Global::kRmsNorm

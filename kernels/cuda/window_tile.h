@@ -23,6 +23,7 @@ struct WindowTile {
   // Of the sums, a thread has one channel of kThreadRows rows; with one row, half or more of the warps have none.
   static constexpr int kChannelWarps = kDim / 32, kRowGroups = kThreads / 32 / kChannelWarps;
   static constexpr int kThreadRows = kRows == 1 ? 1 : kRows / kRowGroups;
+  static constexpr int kTiles = (kRows + 7) / 8;  // of 8 rows, the columns of an instruction
 
   const LayerParams& layer;
   const Item& item;
@@ -45,56 +46,41 @@ struct WindowTile {
   static_assert((2 * kMaxNodes + 15) / 16 <= kThreads / 32);
   __device__ __forceinline__ static int FirstToken() { return static_cast<int>(threadIdx.x) / 32 * 16; }
 
-  __device__ __forceinline__ void Score(PreciseSums& sum) const {
+  __device__ __forceinline__ void Score(PreciseSums (&sum)[kTiles]) const {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
     const int first = FirstToken(), last = item.tokens() - 1;
     if (first > last || first + 15 < item.history) return;  // the history has taps only
     const float* k0 = keys + min(first + g, last) * kStride + 4 * c;
     const float* k1 = keys + min(first + g + 8, last) * kStride + 4 * c;
-    const float* q = queries + min(g, kRows - 1) * kQueryStride + 4 * c;
 #pragma unroll
     for (int d = 0; d < kDim; d += 16) {
-      const Vec4 a = Load4(k0 + d), b = Load4(k1 + d), x = Load4(q + d);
-      sum.Add(Split<4>({a.x, b.x, a.y, b.y}), Split<2>({x.x, x.y}));
-      sum.Add(Split<4>({a.z, b.z, a.w, b.w}), Split<2>({x.z, x.w}));
+      const Vec4 a = Load4(k0 + d), b = Load4(k1 + d);
+      const Split<4> even({a.x, b.x, a.y, b.y}), odd({a.z, b.z, a.w, b.w});
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const Vec4 x = Load4(queries + min(8 * tile + g, kRows - 1) * kQueryStride + 4 * c + d);
+        sum[tile].Add(even, Split<2>({x.x, x.y}));
+        sum[tile].Add(odd, Split<2>({x.z, x.w}));
+      }
     }
   }
 
   // Scores become the weights of every token for every row.
-  __device__ __forceinline__ void Weigh(const PreciseSums& scores) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, c = lane % 4, first = FirstToken() + lane / 4;
-    const int last = item.tokens() - 1;
-    if (FirstToken() > last) return;
-    const QueryRow r[2] = {Row(2 * c), Row(2 * c + 1)};
-    const bool crosses = item.may_cross(layer.group_size);
-    if (lane / 4 == 0 && FirstToken() == 0) {
+  __device__ __forceinline__ void Weigh(const PreciseSums (&scores)[kTiles]) const {
+    if (FirstToken() >= item.tokens()) return;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (2 * c + i < kRows) folds[2 * c + i] = r[i].group;
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int row = 8 * tile + 2 * (static_cast<int>(threadIdx.x) % 4);
+      const QueryRow r[2] = {Row(row), Row(row + 1)};
+      if (threadIdx.x < 4) {
+        if (row < kRows) folds[row] = r[0].group;
+        if (row + 1 < kRows) folds[row + 1] = r[1].group;
       }
-    }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = first + 8 * half, node = token - item.ring_tokens();
-      if (token > last) continue;
-      const int key = node < 0 ? token - item.history : Position(node);
-      float a[2], b[2] = {};
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float score = scores[2 * half + i];
-        const bool seen = node < 0 ? r[i].mask != 0 : (r[i].mask >> node & 1) != 0;
-        const int lag = r[i].position - key;
-        a[i] = seen && layer.local != 0 && token >= item.history ? fmaxf(score, 0.0f) : 0.0f;
-        a[i] *= a[i];
-        if (crosses) MoveAcross(r[i].group, key >> group_shift, seen && token >= item.history, score, a[i], b[i]);
-        if (seen && lag < layer.conv_kernel) a[i] += r[i].taps[lag];
-      }
-      if constexpr (kRows == 1) {
-        if (c == 0) local[token] = a[0];
-        if (c == 0 && crosses) grouped[token] = b[0];
-      } else {
-        *reinterpret_cast<float2*>(local + token * kRows + 2 * c) = make_float2(a[0], a[1]);
-        if (crosses) *reinterpret_cast<float2*>(grouped + token * kRows + 2 * c) = make_float2(b[0], b[1]);
+      for (int half = 0; half < 2; ++half) {
+        const int token = FirstToken() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
+        const float score[2] = {scores[tile][2 * half], scores[tile][2 * half + 1]};
+        if (token < item.tokens() && row < kRows) WeighToken(r, row, token, score);
       }
     }
   }
@@ -108,9 +94,12 @@ struct WindowTile {
     for (int token = 0; token < tokens; ++token) {
       const float value = v[token * kStride];
       float weight[kThreadRows];
-      if constexpr (kThreadRows == 4) {
-        const Vec4 x = Load4(w + token * kRows);
-        weight[0] = x.x, weight[1] = x.y, weight[2] = x.z, weight[3] = x.w;
+      if constexpr (kThreadRows >= 4) {
+#pragma unroll
+        for (int row = 0; row < kThreadRows; row += 4) {
+          const Vec4 x = Load4(w + token * kRows + row);
+          weight[row] = x.x, weight[row + 1] = x.y, weight[row + 2] = x.z, weight[row + 3] = x.w;
+        }
       } else if constexpr (kThreadRows == 2) {
         const float2 x = *reinterpret_cast<const float2*>(w + token * kRows);
         weight[0] = x.x, weight[1] = x.y;
@@ -131,6 +120,31 @@ struct WindowTile {
     const uint64_t mask = masks[row.node];
     const int position = item.phase + __popcll(mask) - 1;
     return {mask, position, position >> group_shift, taps + row.head * layer.conv_kernel};
+  }
+
+  // Two rows' weights of one token.
+  __device__ __forceinline__ void WeighToken(const QueryRow (&r)[2], int row, int token,
+                                             const float (&score)[2]) const {
+    const int node = token - item.ring_tokens();
+    const int key = node < 0 ? token - item.history : Position(node);
+    const bool crosses = item.may_cross(layer.group_size);
+    float a[2], b[2] = {};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const bool seen = node < 0 ? r[i].mask != 0 : (r[i].mask >> node & 1) != 0;
+      const int lag = r[i].position - key;
+      a[i] = seen && layer.local != 0 && token >= item.history ? fmaxf(score[i], 0.0f) : 0.0f;
+      a[i] *= a[i];
+      if (crosses) MoveAcross(r[i].group, key >> group_shift, seen && token >= item.history, score[i], a[i], b[i]);
+      if (seen && lag < layer.conv_kernel) a[i] += r[i].taps[lag];
+    }
+    if constexpr (kRows == 1) {
+      local[token] = a[0];
+      if (crosses) grouped[token] = b[0];
+    } else {
+      *reinterpret_cast<float2*>(local + token * kRows + row) = make_float2(a[0], a[1]);
+      if (crosses) *reinterpret_cast<float2*>(grouped + token * kRows + row) = make_float2(b[0], b[1]);
+    }
   }
 
   // A token of a group that the row's position has left behind counts in z (`b`) instead of y (`a`).
