@@ -1,4 +1,4 @@
-// Element types of stored tensors. Arithmetic and recurrent state are always fp32.
+// Element types of stored tensors. Arithmetic is fp32.
 #pragma once
 
 #include <cstddef>

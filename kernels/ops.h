@@ -95,13 +95,19 @@ struct AttentionLayer {
   float global_norm_eps;
   const float* decay;      // [Hkv] or null (no decay)
   const float* conv_taps;  // [H, conv_kernel], tap l multiplies v_{t-l}
+  int index = 0;           // of the layer in its model: keys the rounding of 16-bit states
 };
 
-// One request's state in one layer. Ring slot of position t is t mod G. S holds the completed groups.
+// One request's state in one layer, all of it in one dtype. Ring slot of position t is t mod G. S holds the completed
+// groups.
+//
+// kBF16: k and v of a token are rounded to nearest before anything reads them, whether from the ring or from the rows of
+// a call; sums and products are fp32; S is rounded once, at the end of a fold (state_rounding.h).
 struct LayerState {
-  float* s;       // [Hkv, d_k, d_v]
-  float* ring_k;  // [Hkv, G, d]  normalised keys
-  float* ring_v;  // [Hkv, G, d]
+  void* s;                    // [Hkv, d_k, d_v]
+  void* ring_k;               // [Hkv, G, d]  normalised keys
+  void* ring_v;               // [Hkv, G, d]
+  DType dtype = DType::kF32;  // kF32 or kBF16
 };
 
 // A request's rows in a verify call: a tree whose parents come before their children.

@@ -1,6 +1,7 @@
 // State slots and small weight vectors in GPU memory. Threads: engine thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -17,13 +18,12 @@ class CudaStates final : public StateMemory {
  public:
   CudaStates(std::shared_ptr<CudaDevice> device, CudaMemory memory)
       : device_(std::move(device)), memory_(std::move(memory)) {}
-  float* data() override { return memory_.as<float>(); }
+  std::byte* data() override { return memory_.as<std::byte>(); }
   void Zero(int64_t offset, int64_t size) override {
-    Note(device_->api().zero(device_->context(), data() + offset, size * static_cast<int64_t>(sizeof(float))));
+    Note(device_->api().zero(device_->context(), data() + offset, size));
   }
   void Copy(int64_t from, int64_t to, int64_t size) override {
-    Note(device_->api().copy(device_->context(), data() + to, data() + from,
-                             size * static_cast<int64_t>(sizeof(float))));
+    Note(device_->api().copy(device_->context(), data() + to, data() + from, size));
   }
 
  private:

@@ -26,8 +26,11 @@ const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
 
 class CudaModel final : public Model {
  public:
-  CudaModel(ModelConfig config, TransformerWeights weights, std::shared_ptr<CudaDevice> device)
-      : config_(std::move(config)), weights_(std::move(weights)), device_(std::move(device)) {}
+  CudaModel(ModelConfig config, TransformerWeights weights, std::shared_ptr<CudaDevice> device, DType state_dtype)
+      : config_(std::move(config)),
+        weights_(std::move(weights)),
+        device_(std::move(device)),
+        state_dtype_(state_dtype) {}
   ~CudaModel() override {
     if (model_ != nullptr) device_->api().destroy_model(model_);
   }
@@ -36,6 +39,7 @@ class CudaModel final : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t streamed_bytes() const override;
   DType weight_dtype() const override { return weights_.lm_head->dtype(); }
+  DType state_dtype() const override { return state_dtype_; }
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
   CudaHandle cuda() const override { return {device_, model_}; }
@@ -64,13 +68,13 @@ class CudaModel final : public Model {
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
   LinspecCudaStates StatesOf(const StatePool& pool) const {
-    return {
-        .base = pool.data(), .floats_per_slot = pool.floats_per_slot(), .floats_per_layer = pool.floats_per_layer()};
+    return {.base = pool.data(), .bytes_per_slot = pool.bytes_per_slot(), .bytes_per_layer = pool.bytes_per_layer()};
   }
 
   const ModelConfig config_;
   const TransformerWeights weights_;
   const std::shared_ptr<CudaDevice> device_;
+  const DType state_dtype_;
   DeviceVectors vectors_;
   LinspecCudaModel* model_ = nullptr;
   std::string device_name_;
@@ -119,7 +123,9 @@ absl::Status CudaModel::Init(bool deterministic) {
                                .rms_norm_eps = config_.rms_norm_eps,
                                .rope_theta = config_.rope_theta,
                                .qk_norm_eps = rule.qk_norm_eps,
-                               .global_norm_eps = rule.global_norm_eps};
+                               .global_norm_eps = rule.global_norm_eps,
+                               .state_type = state_dtype_ == DType::kBF16 ? kLinspecCudaBf16 : kLinspecCudaF32,
+                               .reserved = 0};
   struct Offsets {
     int64_t attention_norm, mlp_norm, global_gain, decay, conv_taps;
   };
@@ -173,7 +179,7 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
   if (absl::Status reserved = device_->Check(device_->api().reserve(model_, &size), "scratch memory"); !reserved.ok()) {
     return reserved;
   }
-  return StatePool::Create(config_, num_slots, [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
+  const auto allocate = [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
     auto memory = CudaMemory::Allocate(device_, bytes);
     if (!memory.ok()) return memory.status();
     if (const auto info = device_->Info(); info.ok()) {
@@ -182,19 +188,21 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
       total_bytes_ = info->total_bytes;
     }
     return std::make_unique<CudaStates>(device_, *std::move(memory));
-  });
+  };
+  return StatePool::Create(config_, num_slots, state_dtype_, allocate);
 }
 
 int64_t CudaModel::SlotsThatFit() const {
   const auto info = device_->Info();
   if (!info.ok()) return 0;
+  const int64_t state_bytes = config_.StateBytes(state_dtype_);
   const auto fits = [&](int64_t slots) {
     const LinspecCudaStepSize size = StepSize(slots);
     int64_t scratch = 0;
     if (!device_->Check(device_->api().scratch_bytes(model_, &size, &scratch), "scratch memory").ok()) return false;
-    return (slots + 1) * config_.StateBytes() + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
+    return (slots + 1) * state_bytes + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
   };
-  int64_t fit = 0, too_many = std::min(info->free_bytes / config_.StateBytes(), kMostSlots) + 1;
+  int64_t fit = 0, too_many = std::min(info->free_bytes / state_bytes, kMostSlots) + 1;
   while (too_many - fit > 1) {
     const int64_t middle = fit + (too_many - fit) / 2;
     (fits(middle) ? fit : too_many) = middle;
@@ -413,11 +421,11 @@ absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float>
 
 absl::StatusOr<std::unique_ptr<Model>> BuildCudaModel(const ModelConfig& config, WeightSource* source,
                                                       std::shared_ptr<CudaDevice> device, BuildOptions options,
-                                                      bool deterministic) {
+                                                      DType state_dtype, bool deterministic) {
   options.pack_embedding = true;
   absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCudaPacker(device).get(), options);
   if (!weights.ok()) return weights.status();
-  auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device));
+  auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device), state_dtype);
   if (absl::Status status = model->Init(deterministic); !status.ok()) return status;
   return model;
 }

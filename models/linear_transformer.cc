@@ -42,8 +42,13 @@ void EmbeddingTable::Lookup(int32_t token, float* out) const {
   }
 }
 
-LinearTransformer::LinearTransformer(ModelConfig config, TransformerWeights weights, std::shared_ptr<CpuOps> ops)
-    : config_(std::move(config)), weights_(std::move(weights)), ops_(std::move(ops)), kept_qkv_(config_.num_layers) {}
+LinearTransformer::LinearTransformer(ModelConfig config, TransformerWeights weights, std::shared_ptr<CpuOps> ops,
+                                     DType state_dtype)
+    : config_(std::move(config)),
+      weights_(std::move(weights)),
+      ops_(std::move(ops)),
+      state_dtype_(state_dtype),
+      kept_qkv_(config_.num_layers) {}
 
 int64_t LinearTransformer::streamed_bytes() const {
   int64_t bytes = FloatBytes(weights_.final_norm) + weights_.lm_head->bytes();

@@ -56,12 +56,13 @@ struct TransformerWeights {
 class LinearTransformer final : public Model {
  public:
   // weights must fit config: the builder (transformer_builder.h) checks.
-  LinearTransformer(ModelConfig config, TransformerWeights weights, std::shared_ptr<CpuOps> ops);
+  LinearTransformer(ModelConfig config, TransformerWeights weights, std::shared_ptr<CpuOps> ops, DType state_dtype);
 
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override;
   int64_t streamed_bytes() const override;
   DType weight_dtype() const override { return weights_.lm_head->dtype(); }
+  DType state_dtype() const override { return state_dtype_; }
   std::string Describe() const override;
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override;
@@ -96,6 +97,7 @@ class LinearTransformer final : public Model {
   const ModelConfig config_;
   const TransformerWeights weights_;
   const std::shared_ptr<CpuOps> ops_;
+  const DType state_dtype_;
 
   // The last batch verified, and what Commit needs of it.
   VerifiedBatch verified_;

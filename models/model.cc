@@ -36,12 +36,23 @@ absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const LoadOptions& options) {
   return std::shared_ptr<CpuOps>(*std::move(ops));
 }
 
+absl::StatusOr<DType> ParseStateDType(const std::string& name) {
+  for (const auto& [known, dtype] : {std::pair{"f32", DType::kF32}, std::pair{"bf16", DType::kBF16}}) {
+    if (name == known) return dtype;
+  }
+  return absl::InvalidArgumentError(fmt::format("state dtype \"{}\": expected f32 or bf16", name));
+}
+
 absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSource* source,
                                              const LoadOptions& options) {
   const absl::StatusOr<std::optional<DType>> dtype = ParseWeightDType(options.weight_dtype);
   if (!dtype.ok()) return dtype.status();
+  const absl::StatusOr<DType> state_dtype = ParseStateDType(options.state_dtype);
+  if (!state_dtype.ok()) return state_dtype.status();
   BuildOptions build{.target = *dtype, .pack_embedding = false, .progress = options.progress};
-  if (options.cuda != nullptr) return BuildCudaModel(config, source, options.cuda, build, options.deterministic);
+  if (options.cuda != nullptr) {
+    return BuildCudaModel(config, source, options.cuda, build, *state_dtype, options.deterministic);
+  }
   if (build.target == DType::kF8) {
     return absl::InvalidArgumentError("weight dtype \"fp8\" needs a GPU; on the CPU use int8");
   }
@@ -49,7 +60,7 @@ absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSo
   if (!ops.ok()) return ops.status();
   absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCpuPacker(ops->get()).get(), build);
   if (!weights.ok()) return weights.status();
-  return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops));
+  return std::make_unique<LinearTransformer>(config, *std::move(weights), *std::move(ops), *state_dtype);
 }
 
 }  // namespace
@@ -73,7 +84,7 @@ absl::StatusOr<VerifyResult> Model::FinishVerify() {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> Model::CreatePool(int num_slots) const {
-  return StatePool::Create(config(), num_slots);
+  return StatePool::Create(config(), num_slots, state_dtype());
 }
 
 absl::StatusOr<VerifyResult> Model::Extend(const VerifyBatch&, const StatePool&) {

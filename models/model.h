@@ -81,6 +81,7 @@ class Model {
   // Of these, what one Verify reads: the embedding table is only indexed.
   virtual int64_t streamed_bytes() const { return weight_bytes(); }
   virtual DType weight_dtype() const { return DType::kF32; }  // of the matrices
+  virtual DType state_dtype() const { return DType::kF32; }   // of the pools that CreatePool makes: kF32 or kBF16
   // States live where the model computes. More slots than fit: RESOURCE_EXHAUSTED.
   virtual absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const;
   // How many slots fit beside the model now, with room for its scratch; -1: the machine's memory is not ours to fill.
@@ -125,6 +126,8 @@ class Model {
 struct LoadOptions {
   std::string path = {};              // model folder
   std::string weight_dtype = "auto";  // auto (as stored; F16 and F32 files become bf16), f32, bf16, int8, fp8 (GPU)
+  // f32, bf16: half the memory, with the drift that docs/quality.md measures. UNIMPLEMENTED on a GPU.
+  std::string state_dtype = "f32";
   int num_threads = 0;
   std::string isa = "auto";               // auto, scalar, avx2, avx512
   std::shared_ptr<CpuOps> ops = {};       // null: made from the two above; models of one engine thread may share one

@@ -37,11 +37,13 @@ struct ModelConfig {
   std::vector<int32_t> eos_token_ids;
   LinearAttentionConfig linear_attention;
 
-  int64_t StateFloatsPerLayer() const {  // S + ring of k and v
+  int64_t StateSizePerLayer() const {  // elements: S + ring of k and v
     const int64_t d = head_dim, g = linear_attention.group_size;
     return num_kv_heads * (d * d + 2 * g * d);
   }
-  int64_t StateBytes() const { return num_layers * StateFloatsPerLayer() * 4; }  // of one request, at any context
+  int64_t StateBytes(DType dtype) const {  // of one request, at any context
+    return num_layers * StateSizePerLayer() * static_cast<int64_t>(DTypeSize(dtype));
+  }
   int64_t NumLayerMatrixParameters() const;  // of one layer: what a token is multiplied with
   int64_t NumParameters() const;
 };

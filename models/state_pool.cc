@@ -16,22 +16,20 @@ namespace linspec {
 namespace {
 
 constexpr int64_t kHugePage = int64_t{2} << 20;
-constexpr int64_t kFloatsPerLine = 64 / sizeof(float);
+constexpr int64_t kLine = 64;  // bytes
 
 int64_t PhysicalMemory() { return int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE); }
 
 class HostMemory final : public StateMemory {
  public:
-  explicit HostMemory(float* data) : data_(data) {}
+  explicit HostMemory(std::byte* data) : data_(data) {}
   ~HostMemory() override { std::free(data_); }
-  float* data() override { return data_; }
-  void Zero(int64_t offset, int64_t size) override { std::memset(data_ + offset, 0, size * sizeof(float)); }
-  void Copy(int64_t from, int64_t to, int64_t size) override {
-    std::memcpy(data_ + to, data_ + from, size * sizeof(float));
-  }
+  std::byte* data() override { return data_; }
+  void Zero(int64_t offset, int64_t size) override { std::memset(data_ + offset, 0, size); }
+  void Copy(int64_t from, int64_t to, int64_t size) override { std::memcpy(data_ + to, data_ + from, size); }
 
  private:
-  float* const data_;
+  std::byte* const data_;
 };
 
 }  // namespace
@@ -61,22 +59,24 @@ absl::StatusOr<std::unique_ptr<StateMemory>> StatePool::AllocateOnHost(int64_t b
         fmt::format("{} bytes exceed this machine's memory of {}", bytes, PhysicalMemory()));
   }
   const int64_t whole_pages = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-  auto* data = static_cast<float*>(std::aligned_alloc(kHugePage, whole_pages));
+  auto* data = static_cast<std::byte*>(std::aligned_alloc(kHugePage, whole_pages));
   if (data == nullptr) return absl::ResourceExhaustedError(fmt::format("cannot allocate {} bytes", bytes));
   // A step streams whole states; small pages would miss the TLB on the way. A hint: without it that is all that happens.
   madvise(data, whole_pages, MADV_HUGEPAGE);
   return std::make_unique<HostMemory>(data);
 }
 
-absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& config, int num_slots,
+absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& config, int num_slots, DType dtype,
                                                              const StateAllocator& allocate) {
+  LINSPEC_CHECK(dtype == DType::kF32 || dtype == DType::kBF16);
   if (num_slots < 1)
     return absl::InvalidArgumentError(fmt::format("state pool of {} slots: expected 1 or more", num_slots));
   auto pool = std::unique_ptr<StatePool>(new StatePool());
-  const int64_t floats = config.StateFloatsPerLayer();
+  const int64_t bytes_of_layer = config.StateSizePerLayer() * static_cast<int64_t>(DTypeSize(dtype));
   pool->config_ = config;
-  pool->floats_per_layer_ = (floats + kFloatsPerLine - 1) / kFloatsPerLine * kFloatsPerLine;
-  pool->floats_per_slot_ = pool->floats_per_layer_ * config.num_layers;
+  pool->dtype_ = dtype;
+  pool->bytes_per_layer_ = (bytes_of_layer + kLine - 1) / kLine * kLine;
+  pool->bytes_per_slot_ = pool->bytes_per_layer_ * config.num_layers;
   pool->num_slots_ = num_slots + 1;
 
   const std::string what = fmt::format("state pool of {} slots of {} bytes", num_slots, pool->bytes_per_slot());
@@ -90,7 +90,7 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
   }
   pool->memory_ = *std::move(memory);
   pool->data_ = pool->memory_->data();
-  pool->memory_->Zero(0, pool->floats_per_slot_);  // the padding slot; the others are zeroed when acquired
+  pool->memory_->Zero(0, pool->bytes_per_slot_);  // the padding slot; the others are zeroed when acquired
   pool->lengths_.assign(pool->num_slots_, 0);
   for (int id = num_slots; id >= 1; --id) pool->free_.push_back(id);
   return pool;
@@ -100,7 +100,7 @@ StateSlot StatePool::Acquire() {
   if (free_.empty()) return StateSlot();
   const int32_t id = free_.back();
   free_.pop_back();
-  memory_->Zero(id * floats_per_slot_, floats_per_slot_);
+  memory_->Zero(id * bytes_per_slot_, bytes_per_slot_);
   lengths_[id] = 0;
   return StateSlot(this, id);
 }
@@ -113,8 +113,7 @@ void StatePool::Free(int32_t id) {
 
 int StatePool::capacity() const { return num_slots_ - 1; }
 int StatePool::num_free() const { return static_cast<int>(free_.size()); }
-int64_t StatePool::bytes_per_slot() const { return floats_per_slot_ * static_cast<int64_t>(sizeof(float)); }
-int64_t StatePool::total_bytes() const { return bytes_per_slot() * num_slots_; }
+int64_t StatePool::total_bytes() const { return bytes_per_slot_ * num_slots_; }
 
 int64_t StatePool::length(int32_t slot) const {
   LINSPEC_CHECK(slot >= 0 && slot < num_slots_);
@@ -130,16 +129,18 @@ LayerState StatePool::layer(int32_t slot, int layer) { return static_cast<const 
 
 LayerState StatePool::layer(int32_t slot, int layer) const {
   LINSPEC_CHECK(slot >= 0 && slot < num_slots_ && layer >= 0 && layer < config_.num_layers);
-  const int64_t d = config_.head_dim, ring = config_.num_kv_heads * d * config_.linear_attention.group_size;
-  float* s = data_ + slot * floats_per_slot_ + layer * floats_per_layer_;
-  float* ring_k = s + config_.num_kv_heads * d * d;
-  return {.s = s, .ring_k = ring_k, .ring_v = ring_k + ring};
+  const auto size = static_cast<int64_t>(DTypeSize(dtype_));
+  const int64_t head = config_.num_kv_heads * config_.head_dim * size,
+                ring = head * config_.linear_attention.group_size;
+  std::byte* s = data_ + slot * bytes_per_slot_ + layer * bytes_per_layer_;
+  std::byte* ring_k = s + head * config_.head_dim;
+  return {.s = s, .ring_k = ring_k, .ring_v = ring_k + ring, .dtype = dtype_};
 }
 
 void StatePool::CopySlot(int32_t from, int32_t to) {
   LINSPEC_CHECK(from >= 0 && from < num_slots_ && to >= 1 && to < num_slots_);
   if (from == to) return;
-  memory_->Copy(from * floats_per_slot_, to * floats_per_slot_, floats_per_slot_);
+  memory_->Copy(from * bytes_per_slot_, to * bytes_per_slot_, bytes_per_slot_);
   lengths_[to] = lengths_[from];
 }
 

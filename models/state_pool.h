@@ -5,6 +5,7 @@
 // Threads: engine thread only. The pool must outlive its slots.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -17,12 +18,12 @@ namespace linspec {
 
 class StatePool;
 
-// The memory of all slots, on the host or on a device. Offsets and sizes in floats. Work on a device is queued: a fault
+// The memory of all slots, on the host or on a device. Offsets and sizes in bytes. Work on a device is queued: a fault
 // shows in the model's next call.
 class StateMemory {
  public:
   virtual ~StateMemory() = default;
-  virtual float* data() = 0;
+  virtual std::byte* data() = 0;
   virtual void Zero(int64_t offset, int64_t size) = 0;
   virtual void Copy(int64_t from, int64_t to, int64_t size) = 0;
 };
@@ -47,15 +48,17 @@ class StateSlot {  // move-only
 
 class StatePool {
  public:
-  // num_slots requests fit (slot 0 comes on top), in memory from allocate. RESOURCE_EXHAUSTED if it cannot be had.
+  // num_slots requests fit (slot 0 comes on top), in memory from allocate. dtype: kF32 or kBF16, of everything in a slot.
+  // RESOURCE_EXHAUSTED if the memory cannot be had.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(const ModelConfig& config, int num_slots,
+                                                           DType dtype = DType::kF32,
                                                            const StateAllocator& allocate = AllocateOnHost);
   static absl::StatusOr<std::unique_ptr<StateMemory>> AllocateOnHost(int64_t bytes);
 
   StateSlot Acquire();   // !valid() when none is free
   int capacity() const;  // slots that requests can hold
   int num_free() const;
-  int64_t bytes_per_slot() const;
+  DType dtype() const { return dtype_; }
   int64_t total_bytes() const;
 
   int64_t length(int32_t slot) const;  // tokens committed to the state
@@ -64,19 +67,20 @@ class StatePool {
   LayerState layer(int32_t slot, int layer) const;  // for reading: verify must not write through it
   void CopySlot(int32_t from, int32_t to);          // deep copy of state and length (n > 1 forks)
 
-  // [slot][layer][S | ring_k | ring_v], fp32; in device memory when the allocator's is
-  float* data() const { return data_; }
-  int64_t floats_per_slot() const { return floats_per_slot_; }
-  int64_t floats_per_layer() const { return floats_per_layer_; }
+  // [slot][layer][S | ring_k | ring_v] in dtype, a layer padded to 64 bytes; in device memory when the allocator's is
+  std::byte* data() const { return data_; }
+  int64_t bytes_per_slot() const { return bytes_per_slot_; }
+  int64_t bytes_per_layer() const { return bytes_per_layer_; }
 
  private:
   friend class StateSlot;
   StatePool() = default;
   void Free(int32_t id);
   std::unique_ptr<StateMemory> memory_;
-  float* data_ = nullptr;  // 64-byte aligned
+  std::byte* data_ = nullptr;  // 64-byte aligned
   ModelConfig config_;
-  int64_t floats_per_layer_ = 0, floats_per_slot_ = 0;
+  DType dtype_ = DType::kF32;
+  int64_t bytes_per_layer_ = 0, bytes_per_slot_ = 0;
   int num_slots_ = 0;  // slot 0 included
   std::vector<int64_t> lengths_;
   std::vector<int32_t> free_;

@@ -35,6 +35,7 @@ class Builder {
     layer.gate_up = reader_->GateUp({{mlp + "gate_proj.weight", inner}, {mlp + "up_proj.weight", inner}}, dim);
     layer.down = reader_->Fused({{mlp + "down_proj.weight", dim}}, inner);
     LinearAttention(attention, layer);
+    layer.attention.index = index;
     return layer;
   }
 

@@ -59,6 +59,7 @@ class Engine::Impl {
     snapshot_.slots_total = pool_->capacity();
     snapshot_.slots_free = pool_->num_free();
     snapshot_.bytes_per_slot = pool_->bytes_per_slot();
+    snapshot_.state_dtype = pool_->dtype();
     snapshot_.draft_bytes_per_slot = draft_bytes_per_slot_;
     snapshot_.weight_bytes = model_->weight_bytes();
   }
@@ -149,8 +150,8 @@ class Engine::Impl {
   const EngineOptions& options() const { return options_; }
 
   std::string Describe() const {
-    return fmt::format("{}; {} requests at once, {} bytes of state each at any context length, {:.1f} MiB in all",
-                       model_->Describe(), pool_->capacity(), pool_->bytes_per_slot(),
+    return fmt::format("{}; {} requests at once, {} bytes of {} state each at any context length, {:.1f} MiB in all",
+                       model_->Describe(), pool_->capacity(), pool_->bytes_per_slot(), DTypeName(pool_->dtype()),
                        static_cast<double>(pool_->total_bytes()) / (1 << 20));
   }
 

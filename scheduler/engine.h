@@ -54,6 +54,7 @@ struct StepStats {
 struct EngineStats {  // a consistent snapshot
   int64_t slots_total = 0, slots_free = 0, num_running = 0, num_waiting = 0, waiting_tokens = 0;
   int64_t bytes_per_slot = 0, draft_bytes_per_slot = 0;  // the target's state, all drafters' together
+  DType state_dtype = DType::kF32;                       // the target's
   int64_t weight_bytes = 0;                              // the target's
   int64_t requests_finished = 0, output_tokens = 0, steps = 0;
   bool speculation_on = false;

@@ -28,13 +28,13 @@ absl::Status CheckChosen(const VerifyResult& result) {
 
 // Bytes of one request's state that a step reads: S, and of the ring what lies in the open group or in reach of the
 // convolution, averaged over the places in a group.
-double StateBytesRead(const ModelConfig& config) {
+double StateBytesRead(const ModelConfig& config, DType dtype) {
   const int group = config.linear_attention.group_size, reach = config.linear_attention.conv_kernel - 1;
   double slots = 0;
   for (int phase = 0; phase < group; ++phase)
     slots += std::max(phase, std::min(reach, group)) / static_cast<double>(group);
   const double d = config.head_dim;
-  return config.num_layers * config.num_kv_heads * (d * d + 2 * slots * d) * sizeof(float);
+  return config.num_layers * config.num_kv_heads * (d * d + 2 * slots * d) * static_cast<double>(DTypeSize(dtype));
 }
 
 // Multiply-adds of one row: with weights, and of attention in fp32, averaged likewise.
@@ -235,6 +235,7 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
   LoadOptions load;
   load.path = options.path;
   load.weight_dtype = options.weight_dtype;
+  load.state_dtype = options.state_dtype;
   load.ops = machine.ops;
   load.cuda = machine.cuda;
   load.deterministic = options.deterministic;
@@ -274,15 +275,17 @@ absl::Status Bench(std::span<const std::string> args) {
   Machinery machinery(*machine);
   if (absl::Status measured = machinery.Measure((*model)->weight_dtype()); !measured.ok()) return measured;
   const double bandwidth = machinery.ReadBandwidth(512e6);
-  const auto state_bytes = static_cast<double>((*model)->config().StateBytes());
-  const double state_read = StateBytesRead((*model)->config());
+  const DType state_dtype = (*model)->state_dtype();
+  const int64_t state_bytes = (*model)->config().StateBytes(state_dtype);
+  const double state_read = StateBytesRead((*model)->config(), state_dtype);
   const RowWork row_work = WorkOfRow((*model)->config());
   const auto weight_bytes = static_cast<double>((*model)->streamed_bytes());
   fmt::print(
       "{{\n\"model\": \"{}\",\n\"threads\": {}, \"read_bandwidth_gb_s\": {:.2f}, \"weight_bytes_per_step\": {:.0f}, "
-      "\"state_bytes_per_request\": {:.0f}, \"requests_that_fit\": {}, \"matrix_tflop_s\": {:.2f},\n\"decode\": [",
-      (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, state_bytes,
-      (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
+      "\"state_dtype\": \"{}\", \"state_bytes_per_request\": {}, \"requests_that_fit\": {}, \"matrix_tflop_s\": "
+      "{:.2f},\n\"decode\": [",
+      (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, DTypeName(state_dtype),
+      state_bytes, (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
   Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
   const char* comma = "\n";
   for (const int batch : batches) {

@@ -45,6 +45,8 @@ void VisitFlags(Config& c, Visit&& visit) {
         c.model.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         c.model.weight_dtype);
+  visit(FlagInfo{g, "state-dtype", "states of requests, in memory; bf16: half of it", 0, 0, {"f32", "bf16"}},
+        c.model.state_dtype);
   g = "Network";
   visit(FlagInfo{g, "host", "address to listen on"}, c.network.host);
   visit(FlagInfo{g, "http-port", "REST port; 0: any free port, -1: no REST", -1, 65535}, c.network.http_port);

@@ -20,6 +20,7 @@ struct ServerConfig {
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
     std::string weight_dtype = "auto";
+    std::string state_dtype = "f32";
     std::string device = "auto";
     std::string cuda_plugin;
     bool deterministic = false;

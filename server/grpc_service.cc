@@ -98,7 +98,9 @@ class LinSpecService final : public RawService {
     out->set_hidden_size(model.hidden_size);
     out->set_num_layers(model.num_layers);
     out->set_group_size(model.linear_attention.group_size);
-    out->set_state_bytes_per_request(model.StateBytes());
+    const EngineStats stats = service_->engine().stats();
+    out->set_state_bytes_per_request(stats.bytes_per_slot);
+    out->set_state_dtype(DTypeName(stats.state_dtype));
     out->set_max_requests(service_->engine().options().max_requests);
     out->set_max_prompt_tokens(limits.max_prompt_tokens);
     out->set_max_output_tokens(limits.max_output_tokens);

@@ -153,6 +153,11 @@ struct Metrics::Impl {
   Gauge& target_bytes = state_bytes.Add({{"tier", "target"}});
   Gauge& draft_bytes = state_bytes.Add({{"tier", "draft"}});
   Gauge& bytes_per_slot = MakeGauge("linspec_state_bytes_per_request", "The same at every context length");
+  Family<Gauge>& state_info = prometheus::BuildGauge()
+                                  .Name("linspec_state_info")
+                                  .Help("Constant 1; dtype of the target's states is a label")
+                                  .Labels(labels)
+                                  .Register(registry);
   Gauge& state_usage = MakeGauge("linspec_state_usage_ratio", "Slots held by requests over all slots, 0 to 1");
   Gauge& weight_bytes = MakeGauge("linspec_weight_bytes", "Memory of the target's weights");
 
@@ -333,6 +338,7 @@ std::string Metrics::Serialize(const EngineStats& stats) {
   m.state_usage.Set(slots > 0 ? static_cast<double>(stats.slots_total - stats.slots_free) / slots : 0);
   m.target_bytes.Set(slots * static_cast<double>(stats.bytes_per_slot));
   m.draft_bytes.Set(slots * static_cast<double>(stats.draft_bytes_per_slot));
+  m.state_info.Add({{"dtype", DTypeName(stats.state_dtype)}}).Set(1);
   m.bytes_per_slot.Set(static_cast<double>(stats.bytes_per_slot));
   m.weight_bytes.Set(static_cast<double>(stats.weight_bytes));
   auto families = m.registry.Collect();

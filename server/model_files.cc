@@ -84,6 +84,7 @@ LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions
   LoadOptions load;
   load.path = path;
   load.weight_dtype = options.weight_dtype;
+  load.state_dtype = options.state_dtype;
   load.ops = machine.ops;
   load.cuda = machine.cuda;
   load.deterministic = options.deterministic;

@@ -13,10 +13,11 @@ namespace linspec::cpu {
 
 // Memory that one thread's calls reuse: a head of one row takes half a microsecond, of which allocating took a sixth.
 struct AttentionScratch {
-  AlignedVector<float> weights;                       // AttentionTile::scratch
-  std::vector<int32_t> nodes;                         // of all paths
-  std::vector<std::span<const int32_t>> paths;        // [rows]
-  std::vector<const float*> states, children_states;  // [rows]
+  AlignedVector<float> weights;                      // AttentionTile::scratch
+  AlignedVector<uint16_t> rows;                      // [rows][k, v][d], of a 16-bit state
+  std::vector<int32_t> nodes;                        // of all paths
+  std::vector<std::span<const int32_t>> paths;       // [rows]
+  std::vector<const void*> states, children_states;  // [rows]
 };
 
 void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,

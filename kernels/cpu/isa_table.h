@@ -29,31 +29,53 @@ struct QuantizedRows {
 
 // Up to kMaxQueryRows query rows of one head whose positions lie in one group. A row sees the shared tokens from `first`
 // on, then tokens of its own (ancestors in the call, itself last), in ascending position. Shared ones are loaded once.
+// T: what keys, values and S are held in, float or the bits of bf16 (uint16_t).
 inline constexpr int kMaxQueryRows = 4;
+template <typename T>
 struct QueryRow {
   const float* q;  // [d]
   float* out;      // [d]
   int first;       // first shared token seen; num_shared if own tokens skip some
   int num_own;
-  int own_local_begin;        // first own token of the row's group (num_own: no local branch)
-  const float* const* own_k;  // [num_own]
-  const float* const* own_v;  // [num_own]
+  int own_local_begin;    // first own token of the row's group (num_own: no local branch)
+  const T* const* own_k;  // [num_own]
+  const T* const* own_v;  // [num_own]
 };
+template <typename T>
 struct AttentionTile {
-  QueryRow rows[kMaxQueryRows];
+  QueryRow<T> rows[kMaxQueryRows];
   int num_rows;
-  const float* const* k;  // [num_shared]; entries before local_begin are unused
-  const float* const* v;  // [num_shared]
+  const T* const* k;  // [num_shared]; entries before local_begin are unused
+  const T* const* v;  // [num_shared]
   int num_shared;
   int local_begin;    // first shared token of the rows' group (num_shared: no local branch)
   const float* taps;  // [num_taps] tap l weighs the token l before a row's last one; null: none
   int num_taps;
-  const float* s;      // [d, d] folded state; null: no global branch
+  const T* s;          // [d, d] folded state; null: no global branch
   float global_scale;  // factor (scaled) or gain (rms norm)
   bool rms_norm;
   float eps;
   int head_dim;
   float* scratch;  // [kMaxQueryRows, kMaxWindow + d]: weights of the tokens, then q S
+};
+
+// s <- decay * s + sum_j k_j^T v_j, j ascending; of a T of 16 bits the sum is rounded by state_rounding.h, its first
+// element with key rounding_key.
+template <typename T>
+struct FoldParams {
+  T* s;  // [d, d]
+  float decay;
+  const T* const* k;  // [num_tokens]
+  const T* const* v;  // [num_tokens]
+  int num_tokens;
+  int head_dim;
+  uint32_t rounding_key;
+};
+
+template <typename T>
+struct StateTable {
+  void (*attention_tile)(const AttentionTile<T>&);
+  void (*fold)(const FoldParams<T>&);
 };
 
 struct IsaTable {
@@ -68,10 +90,21 @@ struct IsaTable {
   void (*rms_norm)(const float* x, const float* weight, float* out, int64_t dim, float eps);
   void (*silu_mul)(const float* gate, const float* up, float* out, int64_t dim);
   void (*rope_normalize)(float* x, const float* cosines, const float* sines, int head_dim, float eps);
-  void (*attention_tile)(const AttentionTile&);
-  // s <- decay * s + sum_j k_j^T v_j, j ascending.
-  void (*fold)(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim);
+  void (*to_bf16)(const float* x, uint16_t* out, int64_t n);  // to nearest even
+  StateTable<float> f32_state;
+  StateTable<uint16_t> bf16_state;
 };
+
+template <typename T>
+const StateTable<T>& StateTableOf(const IsaTable& table);
+template <>
+inline const StateTable<float>& StateTableOf(const IsaTable& table) {
+  return table.f32_state;
+}
+template <>
+inline const StateTable<uint16_t>& StateTableOf(const IsaTable& table) {
+  return table.bf16_state;
+}
 
 const IsaTable& ScalarTable();
 const IsaTable& Avx2Table();

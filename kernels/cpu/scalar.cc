@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/isa_table.h"
 #include "kernels/dtype.h"
+#include "kernels/state_rounding.h"
 
 namespace linspec::cpu {
 namespace {
@@ -17,9 +18,13 @@ float ReduceLanes(float (&lanes)[kLanes]) {
   return lanes[0];
 }
 
-float Dot(const float* a, const float* b, int64_t n) {
+float Widen(float value) { return value; }
+float Widen(uint16_t bf16) { return BFloat16ToFloat(bf16); }
+
+template <typename T>
+float Dot(const float* a, const T* b, int64_t n) {
   float lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] = std::fma(a[i], b[i], lanes[i % kLanes]);
+  for (int64_t i = 0; i < n; ++i) lanes[i % kLanes] = std::fma(a[i], Widen(b[i]), lanes[i % kLanes]);
   return ReduceLanes(lanes);
 }
 
@@ -42,17 +47,6 @@ float Exp(float x) {
 }
 
 template <typename T>
-float Load(const T* data, int64_t index);
-template <>
-float Load(const float* data, int64_t index) {
-  return data[index];
-}
-template <>
-float Load(const uint16_t* data, int64_t index) {
-  return BFloat16ToFloat(data[index]);
-}
-
-template <typename T>
 void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin,
                  int64_t block_end, bool accumulate) {
   const T* data = static_cast<const T*>(w.data);
@@ -61,7 +55,7 @@ void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_ro
       const int64_t block = n / kLanes, lane = n % kLanes;
       float sum = 0;
       for (int64_t k = 0; k < w.cols; ++k) {
-        sum = std::fma(x[m * w.cols + k], Load<T>(data, (block * w.cols + k) * kLanes + lane), sum);
+        sum = std::fma(x[m * w.cols + k], Widen(data[(block * w.cols + k) * kLanes + lane]), sum);
       }
       float& out = y[m * w.rows + n];
       out = accumulate ? out + sum : sum;
@@ -120,17 +114,18 @@ void RopeNormalize(float* x, const float* cosines, const float* sines, int head_
 }
 
 // y = sum_j ([j in group] relu(q.k_j)^2 + tap_{p-j}) v_j, ascending j; then the grouped branch on top.
-void ComputeAttentionRow(const AttentionTile& tile, const QueryRow& row) {
+template <typename T>
+void ComputeAttentionRow(const AttentionTile<T>& tile, const QueryRow<T>& row) {
   const int d = tile.head_dim;
   std::fill(row.out, row.out + d, 0.0f);
-  const auto add_token = [&](const float* k, const float* v, bool local, int lag) {
+  const auto add_token = [&](const T* k, const T* v, bool local, int lag) {
     float weight = 0;
     if (local) {
       const float dot = Dot(row.q, k, d), score = dot > 0 ? dot : 0.0f;
       weight = score * score;
     }
     if (lag < tile.num_taps) weight += tile.taps[lag];
-    for (int c = 0; c < d; ++c) row.out[c] = std::fma(weight, v[c], row.out[c]);
+    for (int c = 0; c < d; ++c) row.out[c] = std::fma(weight, Widen(v[c]), row.out[c]);
   };
   for (int j = row.first; j < tile.num_shared; ++j) {
     add_token(tile.k[j], tile.v[j], j >= tile.local_begin, tile.num_shared - 1 - j + row.num_own);
@@ -142,33 +137,50 @@ void ComputeAttentionRow(const AttentionTile& tile, const QueryRow& row) {
   float* global = tile.scratch;
   std::fill(global, global + d, 0.0f);
   for (int i = 0; i < d; ++i) {
-    for (int c = 0; c < d; ++c) global[c] = std::fma(row.q[i], tile.s[i * d + c], global[c]);
+    for (int c = 0; c < d; ++c) global[c] = std::fma(row.q[i], Widen(tile.s[i * d + c]), global[c]);
   }
   float scale = tile.global_scale;
   if (tile.rms_norm) scale /= std::sqrt(Dot(global, global, d) / static_cast<float>(d) + tile.eps);
   for (int c = 0; c < d; ++c) row.out[c] = std::fma(scale, global[c], row.out[c]);
 }
 
-void ComputeAttentionTile(const AttentionTile& tile) {
+template <typename T>
+void ComputeAttentionTile(const AttentionTile<T>& tile) {
   for (int r = 0; r < tile.num_rows; ++r) ComputeAttentionRow(tile, tile.rows[r]);
 }
 
-void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
-  for (int i = 0; i < head_dim; ++i) {
-    for (int c = 0; c < head_dim; ++c) {
-      float sum = s[i * head_dim + c] * decay;
-      for (int j = 0; j < num_tokens; ++j) sum = std::fma(k[j][i], v[j][c], sum);
-      s[i * head_dim + c] = sum;
+void StoreSum(float sum, uint32_t, float* out) { *out = sum; }
+void StoreSum(float sum, uint32_t rounding_key, uint16_t* out) { *out = StochasticBFloat16(sum, rounding_key); }
+
+template <typename T>
+void Fold(const FoldParams<T>& p) {
+  for (int i = 0; i < p.head_dim; ++i) {
+    for (int c = 0; c < p.head_dim; ++c) {
+      const int element = i * p.head_dim + c;
+      float sum = Widen(p.s[element]) * p.decay;
+      for (int j = 0; j < p.num_tokens; ++j) sum = std::fma(Widen(p.k[j][i]), Widen(p.v[j][c]), sum);
+      StoreSum(sum, p.rounding_key + element, p.s + element);
     }
   }
+}
+
+void ToBFloat16(const float* x, uint16_t* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = FloatToBFloat16(x[i]);
 }
 
 }  // namespace
 
 const IsaTable& ScalarTable() {
-  static constexpr IsaTable kTable = {
-      MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8, QuantizeRow, RmsNorm, SiluMul,
-      RopeNormalize,      ComputeAttentionTile,  Fold};
+  static constexpr IsaTable kTable = {MatmulFloat<float>,
+                                      MatmulFloat<uint16_t>,
+                                      MatmulI8,
+                                      QuantizeRow,
+                                      RmsNorm,
+                                      SiluMul,
+                                      RopeNormalize,
+                                      ToBFloat16,
+                                      {ComputeAttentionTile<float>, Fold<float>},
+                                      {ComputeAttentionTile<uint16_t>, Fold<uint16_t>}};
   return kTable;
 }
 

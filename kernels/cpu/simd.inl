@@ -2,9 +2,9 @@
 // anonymous namespace, after they define V and its operations, so that no symbol compiled for one instruction set can be
 // picked by the linker for another. For the same reason nothing here calls a standard library template.
 //
-// Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial, Store, StorePartial, Add, Sub, Mul, Div, Fma, Min, Max, Neg,
-// ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, LoadWeights<T>, and for
-// int8: StoreQuantized, InitAcc, DotStep, ToFloat. Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and
+// Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial and Broadcast (of floats and of bf16), Store, StorePartial, Add,
+// Sub, Mul, Div, Fma, Min, Max, Neg, ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, for bf16
+// StoreNearest and StoreStochastic, and for int8: StoreQuantized, InitAcc, DotStep, ToFloat. Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and
 // for few rows kWideIntRows x kWideIntBlocks, kDotTile dots (reduced by ReduceDots), kWindowTile vectors of several
 // rows of attention, kFoldRows rows of S.
 
@@ -19,7 +19,8 @@ inline void Unroll(const Body& body) {
   }
 }
 
-float DotProduct(const float* a, const float* b, int64_t n) {
+template <typename T>
+float DotProduct(const float* a, const T* b, int64_t n) {
   V sum = Zero();
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) sum = Fma(Load(a + i), Load(b + i), sum);
@@ -68,7 +69,7 @@ template <typename T, int kRows, int kBlocks>
   const T* data = static_cast<const T*>(w.data) + block * w.cols * kLanes;
   for (int64_t k = 0; k < w.cols; ++k) {
     V weights[kBlocks];
-    Unroll<kBlocks>([&](int b) { weights[b] = LoadWeights(data + (b * w.cols + k) * kLanes); });
+    Unroll<kBlocks>([&](int b) { weights[b] = Load(data + (b * w.cols + k) * kLanes); });
     Unroll<kRows>([&](int r) {
       const V value = Set1(x[(m + r) * w.cols + k]);
       Unroll<kBlocks>([&](int b) { acc[r][b] = Fma(value, weights[b], acc[r][b]); });
@@ -88,8 +89,8 @@ void FloatRows(const PackedMatrix& w, const float* x, float* y, int64_t num_rows
 }
 
 template <typename T>
-void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin, int64_t block_end,
-                 bool accumulate) {
+void MatmulFloat(const PackedMatrix& w, const float* x, float* y, int64_t num_rows, int64_t block_begin,
+                 int64_t block_end, bool accumulate) {
   int64_t block = block_begin;
   for (; block + kFloatBlocks <= block_end; block += kFloatBlocks) {
     FloatRows<T, kFloatBlocks>(w, x, y, num_rows, block, accumulate);
@@ -115,9 +116,8 @@ template <int kRows, int kBlocks, bool kFirst>
 [[gnu::flatten]] void IntTile(const PackedMatrix& w, const QuantizedRows& x, float* y, int64_t m, int64_t block,
                               bool accumulate) {
   I acc[kRows][kBlocks];
-  Unroll<kRows>([&](int r) {
-    Unroll<kBlocks>([&](int b) { acc[r][b] = InitAcc(w.row_sums + (block + b) * kLanes); });
-  });
+  Unroll<kRows>(
+      [&](int r) { Unroll<kBlocks>([&](int b) { acc[r][b] = InitAcc(w.row_sums + (block + b) * kLanes); }); });
   const int8_t* data = static_cast<const int8_t*>(w.data) + block * x.stride * kLanes;
   const int64_t block_bytes = x.stride * kLanes;
   for (int64_t k = 0; k < x.stride; k += 4) {
@@ -195,7 +195,10 @@ void ForLanes(int64_t n, Body body) {  // body(offset, lanes): whole vectors, th
   if (i < n) body(i, n - i);
 }
 
-V LoadLanes(const float* p, int64_t lanes) { return lanes == kLanes ? Load(p) : LoadPartial(p, lanes); }
+template <typename T>
+V LoadLanes(const T* p, int64_t lanes) {
+  return lanes == kLanes ? Load(p) : LoadPartial(p, lanes);
+}
 void StoreLanes(float* p, V v, int64_t lanes) { lanes == kLanes ? Store(p, v) : StorePartial(p, v, lanes); }
 
 void RmsNorm(const float* x, const float* weight, float* out, int64_t dim, float eps) {
@@ -227,5 +230,13 @@ void RopeNormalize(float* x, const float* cosines, const float* sines, int head_
 
 #include "kernels/cpu/simd_attention.inl"
 
-constexpr IsaTable kTable = {MatmulFloat<float>, MatmulFloat<uint16_t>, MatmulI8,            QuantizeRow, RmsNorm,
-                             SiluMul,            RopeNormalize,         ComputeAttentionTile, Fold};
+constexpr IsaTable kTable = {MatmulFloat<float>,
+                             MatmulFloat<uint16_t>,
+                             MatmulI8,
+                             QuantizeRow,
+                             RmsNorm,
+                             SiluMul,
+                             RopeNormalize,
+                             ToBFloat16,
+                             {ComputeAttentionTile<float>, Fold<float>},
+                             {ComputeAttentionTile<uint16_t>, Fold<uint16_t>}};

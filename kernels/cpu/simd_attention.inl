@@ -1,9 +1,13 @@
 // The attention and fold of simd.inl, which includes this file and whose vector and loop helpers it uses.
 
-float* TileWeights(const AttentionTile& tile, int row) {
+template <typename T>
+float* TileWeights(const AttentionTile<T>& tile, int row) {
   return tile.scratch + int64_t{row} * (kMaxWindow + tile.head_dim);
 }
-float* TileGlobal(const AttentionTile& tile, int row) { return TileWeights(tile, row) + kMaxWindow; }
+template <typename T>
+float* TileGlobal(const AttentionTile<T>& tile, int row) {
+  return TileWeights(tile, row) + kMaxWindow;
+}
 
 float SquaredRelu(float dot) {
   const float score = dot > 0.0f ? dot : 0.0f;
@@ -11,8 +15,8 @@ float SquaredRelu(float dot) {
 }
 
 // Local weights of rows [first_row, first_row + kRows) for the shared tokens from j on, as many as a tile of dots holds.
-template <int kRows, int kKeys>
-[[gnu::flatten]] void ScoreTile(const AttentionTile& tile, int first_row, int j) {
+template <int kRows, int kKeys, typename T>
+[[gnu::flatten]] void ScoreTile(const AttentionTile<T>& tile, int first_row, int j) {
   V acc[kRows * kKeys];
   Unroll<kRows * kKeys>([&](int i) { acc[i] = Zero(); });
   const int d = tile.head_dim;
@@ -42,13 +46,13 @@ template <int kRows, int kKeys>
 }
 
 // Weights of all tokens of rows [first_row, first_row + kRows): shared ones at their index, own ones behind them.
-template <int kRows>
-void WindowWeights(const AttentionTile& tile, int first_row) {
+template <int kRows, typename T>
+void WindowWeights(const AttentionTile<T>& tile, int first_row) {
   constexpr int kKeys = kDotTile / kRows;
   int j = tile.local_begin;
   for (; j + kKeys <= tile.num_shared; j += kKeys) ScoreTile<kRows, kKeys>(tile, first_row, j);
   for (int r = first_row; r < first_row + kRows; ++r) {
-    const QueryRow& row = tile.rows[r];
+    const QueryRow<T>& row = tile.rows[r];
     float* weights = TileWeights(tile, r);
     for (int i = row.first; i < tile.local_begin; ++i) weights[i] = 0;
     for (int i = j; i < tile.num_shared; ++i) weights[i] = SquaredRelu(DotProduct(row.q, tile.k[i], tile.head_dim));
@@ -63,8 +67,8 @@ void WindowWeights(const AttentionTile& tile, int first_row) {
 }
 
 // Channels [channel, channel + 16 kChannels), which stay in registers over the whole window and all of S.
-template <int kRows, int kChannels>
-[[gnu::flatten]] void WindowTile(const AttentionTile& tile, int first_row, int64_t channel) {
+template <int kRows, int kChannels, typename T>
+[[gnu::flatten]] void WindowTile(const AttentionTile<T>& tile, int first_row, int64_t channel) {
   V acc[kRows][kChannels];
   Unroll<kRows>([&](int r) { Unroll<kChannels>([&](int t) { acc[r][t] = Zero(); }); });
   const float* weights[kRows];
@@ -88,7 +92,7 @@ template <int kRows, int kChannels>
     });
   }
   Unroll<kRows>([&](int r) {
-    const QueryRow& row = tile.rows[first_row + r];
+    const QueryRow<T>& row = tile.rows[first_row + r];
     for (int j = 0; j < row.num_own; ++j) {
       const V weight = Set1(weights[r][tile.num_shared + j]);
       Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, Load(row.own_v[j] + channel + t * kLanes), acc[r][t]); });
@@ -110,8 +114,9 @@ template <int kRows, int kChannels>
   });
 }
 
-void WindowRest(const AttentionTile& tile, int r, int64_t channel) {  // fewer than 16 channels
-  const QueryRow& row = tile.rows[r];
+template <typename T>
+void WindowRest(const AttentionTile<T>& tile, int r, int64_t channel) {  // fewer than 16 channels
+  const QueryRow<T>& row = tile.rows[r];
   const float* weights = TileWeights(tile, r);
   const int64_t lanes = tile.head_dim - channel;
   V acc = Zero();
@@ -130,7 +135,8 @@ void WindowRest(const AttentionTile& tile, int r, int64_t channel) {  // fewer t
   StorePartial(TileGlobal(tile, r) + channel, acc, lanes);
 }
 
-void AddGlobal(const AttentionTile& tile, int r) {
+template <typename T>
+void AddGlobal(const AttentionTile<T>& tile, int r) {
   const int d = tile.head_dim;
   const float* global = TileGlobal(tile, r);
   float* out = tile.rows[r].out;
@@ -141,8 +147,8 @@ void AddGlobal(const AttentionTile& tile, int r) {
   });
 }
 
-template <int kRows>
-void AttendRows(const AttentionTile& tile, int first_row) {
+template <int kRows, typename T>
+void AttendRows(const AttentionTile<T>& tile, int first_row) {
   constexpr int kChannels = kWindowTile / kRows < 4 ? kWindowTile / kRows : 4;
   WindowWeights<kRows>(tile, first_row);
   int64_t channel = 0;
@@ -156,31 +162,45 @@ void AttendRows(const AttentionTile& tile, int first_row) {
   }
 }
 
-void ComputeAttentionTile(const AttentionTile& tile) {
+template <typename T>
+void ComputeAttentionTile(const AttentionTile<T>& tile) {
   int r = 0;
   for (; r + 4 <= tile.num_rows; r += 4) AttendRows<4>(tile, r);
   for (; r + 2 <= tile.num_rows; r += 2) AttendRows<2>(tile, r);
   for (; r < tile.num_rows; ++r) AttendRows<1>(tile, r);
 }
 
+void StoreSum(float* out, V sum, uint32_t, int64_t lanes) { StoreLanes(out, sum, lanes); }
+void StoreSum(uint16_t* out, V sum, uint32_t rounding_key, int64_t lanes) {
+  StoreStochastic(out, sum, rounding_key, lanes);
+}
+
 // s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
-template <int kRows>
-[[gnu::flatten]] void FoldRows(float* s, float decay, const float* const* k, const float* const* v, int num_tokens,
-                               int head_dim, int i) {
-  ForLanes(head_dim, [&](int64_t c, int64_t lanes) {
-    float* target = s + int64_t{i} * head_dim + c;
+template <int kRows, typename T>
+[[gnu::flatten]] void FoldRows(const FoldParams<T>& p, int i) {
+  const V decay = Set1(p.decay);
+  ForLanes(p.head_dim, [&](int64_t c, int64_t lanes) {
+    const int64_t element = int64_t{i} * p.head_dim + c;
     V sums[kRows];
-    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(target + int64_t{r} * head_dim, lanes), Set1(decay)); });
-    for (int j = 0; j < num_tokens; ++j) {
-      const V value = LoadLanes(v[j] + c, lanes);
-      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(k[j][i + r]), value, sums[r]); });
+    Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(p.s + element + int64_t{r} * p.head_dim, lanes), decay); });
+    for (int j = 0; j < p.num_tokens; ++j) {
+      const V value = LoadLanes(p.v[j] + c, lanes);
+      Unroll<kRows>([&](int r) { sums[r] = Fma(Broadcast(p.k[j] + i + r), value, sums[r]); });
     }
-    Unroll<kRows>([&](int r) { StoreLanes(target + int64_t{r} * head_dim, sums[r], lanes); });
+    Unroll<kRows>([&](int r) {
+      const int64_t at = element + int64_t{r} * p.head_dim;
+      StoreSum(p.s + at, sums[r], p.rounding_key + static_cast<uint32_t>(at), lanes);
+    });
   });
 }
 
-void Fold(float* s, float decay, const float* const* k, const float* const* v, int num_tokens, int head_dim) {
+template <typename T>
+void Fold(const FoldParams<T>& p) {
   int i = 0;
-  for (; i + kFoldRows <= head_dim; i += kFoldRows) FoldRows<kFoldRows>(s, decay, k, v, num_tokens, head_dim, i);
-  for (; i < head_dim; ++i) FoldRows<1>(s, decay, k, v, num_tokens, head_dim, i);
+  for (; i + kFoldRows <= p.head_dim; i += kFoldRows) FoldRows<kFoldRows>(p, i);
+  for (; i < p.head_dim; ++i) FoldRows<1>(p, i);
+}
+
+void ToBFloat16(const float* x, uint16_t* out, int64_t n) {
+  ForLanes(n, [&](int64_t i, int64_t lanes) { StoreNearest(out + i, LoadLanes(x + i, lanes), lanes); });
 }

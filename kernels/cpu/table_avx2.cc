@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/isa_table.h"
+#include "kernels/state_rounding.h"
 
 namespace linspec::cpu {
 namespace {
@@ -82,13 +83,52 @@ void StoreQuantized(V v, uint8_t* out) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
 }
 
-V LoadWeights(const float* p) { return Load(p); }
-V LoadWeights(const uint16_t* p) {
+V Load(const uint16_t* p) {  // bf16: the upper halves of floats
   const auto widen = [](const uint16_t* q) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   };
   return {widen(p), widen(p + 8)};
+}
+V LoadPartial(const uint16_t* p, int64_t n) {
+  uint16_t buffer[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+  return Load(buffer);
+}
+V Broadcast(const float* p) { return Set1(*p); }
+V Broadcast(const uint16_t* p) {
+  const __m256 one = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(*p)), 16));
+  return {one, one};
+}
+void StoreUpperHalves(uint16_t* p, I bits, int64_t n) {
+  const __m256i halves = _mm256_packus_epi32(_mm256_srli_epi32(bits.lo, 16), _mm256_srli_epi32(bits.hi, 16));
+  const __m256i ordered = _mm256_permute4x64_epi64(halves, 0xD8);  // from 0-3 8-11 4-7 12-15
+  if (n == kLanes) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
+  uint16_t buffer[kLanes];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(buffer), ordered);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+}
+void StoreNearest(uint16_t* p, V v, int64_t n) {  // as FloatToBFloat16
+  const auto round = [](__m256 x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+  };
+  StoreUpperHalves(p, {round(v.lo), round(v.hi)}, n);
+}
+void StoreStochastic(uint16_t* p, V v, uint32_t first_key, int64_t n) {  // as StochasticBFloat16, keys ascending
+  const auto round = [](__m256 value, uint32_t first) {
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i x = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int32_t>(first)), lanes);
+    x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 16)), _mm256_set1_epi32(int32_t(kRoundingMix1)));
+    x = _mm256_mullo_epi32(_mm256_xor_si256(x, _mm256_srli_epi32(x, 15)), _mm256_set1_epi32(int32_t(kRoundingMix2)));
+    const __m256i bits = _mm256_castps_si256(value), exponent = _mm256_set1_epi32(0x7f800000);
+    const __m256i endless = _mm256_cmpeq_epi32(_mm256_and_si256(bits, exponent), exponent);  // infinities and NaN
+    return _mm256_add_epi32(bits, _mm256_andnot_si256(endless, _mm256_srli_epi32(x, 16)));
+  };
+  StoreUpperHalves(p, {round(v.lo, first_key), round(v.hi, first_key + 8)}, n);
 }
 
 I InitAcc(const int32_t*) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels/cpu/isa_table.h"
+#include "kernels/state_rounding.h"
 
 namespace linspec::cpu {
 namespace {
@@ -68,10 +69,33 @@ void StoreQuantized(V v, uint8_t* out) {  // plus 128, which flips the sign bit
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
 }
 
-V LoadWeights(const float* p) { return Load(p); }
-V LoadWeights(const uint16_t* p) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+// bf16: the upper halves of floats.
+V Widen(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+V Load(const uint16_t* p) { return Widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+V LoadPartial(const uint16_t* p, int64_t n) {
+  return Widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+}
+V Broadcast(const float* p) { return _mm512_set1_ps(*p); }
+V Broadcast(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(*p)), 16));
+}
+void StoreUpperHalves(uint16_t* p, I bits, int64_t n) {
+  _mm512_mask_cvtepi32_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_srli_epi32(bits, 16));
+}
+void StoreNearest(uint16_t* p, V v, int64_t n) {  // as FloatToBFloat16
+  const I bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  StoreUpperHalves(p, _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000)), n);
+}
+void StoreStochastic(uint16_t* p, V v, uint32_t first_key, int64_t n) {  // as StochasticBFloat16, keys ascending
+  const I lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  I x = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int32_t>(first_key)), lanes);
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 16)), _mm512_set1_epi32(int32_t(kRoundingMix1)));
+  x = _mm512_mullo_epi32(_mm512_xor_si512(x, _mm512_srli_epi32(x, 15)), _mm512_set1_epi32(int32_t(kRoundingMix2)));
+  const I bits = _mm512_castps_si512(v), exponent = _mm512_set1_epi32(0x7f800000);
+  const __mmask16 finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512(bits, exponent), exponent);
+  StoreUpperHalves(p, _mm512_mask_add_epi32(bits, finite, bits, _mm512_srli_epi32(x, 16)), n);
 }
 
 // The inputs carry +128, so the sum starts at -128 times the row's weights.

@@ -15,14 +15,16 @@ LayerParams DeviceModel::ShapeOf(int index) const {
           .global_norm_eps = shape_.global_norm_eps,
           .global_gain = layer.global_gain,
           .decay = layer.decay,
-          .conv_taps = layer.conv_taps};
+          .conv_taps = layer.conv_taps,
+          .index = index};
 }
 
 AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states) const {
   return {.layer = ShapeOf(index),
           .states = {.base = states.base,
-                     .floats_per_slot = states.floats_per_slot,
-                     .layer_offset = index * states.floats_per_layer},
+                     .per_slot = states.bytes_per_slot / state_element_bytes(),
+                     .layer_offset = index * states.bytes_per_layer / state_element_bytes(),
+                     .bf16 = bf16_states()},
           .tasks = nullptr,
           .qkv = Qkv(),
           .ancestors = nullptr,
@@ -52,14 +54,15 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     };
     norm(layer.attention_norm);
     products_.Matmul(layer.qkv, normed, Qkv(), false, rows);
-    float* kept = attention == Attention::kVerify ? KeptKv(i) : nullptr;
+    void* kept = attention == Attention::kVerify ? KeptKv(i) : nullptr;
     LaunchRopeNormalize({.qkv = Qkv(),
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
                          .num_kv_heads = shape_.num_kv_heads,
                          .head_dim = shape_.head_dim,
                          .eps = shape_.qk_norm_eps,
-                         .kv = kept},
+                         .kv = kept,
+                         .bf16 = bf16_states()},
                         rows, stream);
     AttentionParams params = AttentionOf(i, states);
     params.kv = kept;

@@ -33,6 +33,11 @@ int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, con
                          "intermediate_size and num_heads * head_dim that are multiples of 16");
   }
   std::unique_ptr<DeviceModel> made(new DeviceModel(context, shape, weights, deterministic));
+  if (made->bf16_states() ? !SupportsBf16States(made->ShapeOf(0)) : shape.state_type != kLinspecCudaF32) {
+    return context->Fail(kLinspecCudaUnsupported,
+                         "bf16 states need a head_dim of 64 or 128, groups of 8, 16, 32 or 64, at most 32 taps, and a "
+                         "chip with 228 KB of shared memory a multiprocessor");
+  }
   for (cudaEvent_t* event : {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_, &made->verify_begin_,
                              &made->verify_end_}) {
     LINSPEC_CUDA_TRY(context->Check(cudaEventCreate(event), "event"));
@@ -252,8 +257,8 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
   }
   LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, context_->stream()),
                                    "upload a commit"));
-  LaunchCommitLayers(ShapeOf(0), reinterpret_cast<const AttentionParams*>(device + layers_at), shape_.num_layers,
-                     num_tasks, context_->stream());
+  LaunchCommitLayers(ShapeOf(0), bf16_states(), reinterpret_cast<const AttentionParams*>(device + layers_at),
+                     shape_.num_layers, num_tasks, context_->stream());
   return context_->CheckLaunch("commit");
 }
 

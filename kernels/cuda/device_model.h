@@ -88,7 +88,9 @@ class DeviceModel {
     return reinterpret_cast<uint16_t*>(arena_.as<std::byte>() + GateUpBytes(rows));
   }
   float* Logits() const { return arena_.as<float>(); }
-  float* KeptKv(int layer) const { return kept_kv_.as<float>() + int64_t{layer} * kept_rows_ * kv_width(); }
+  void* KeptKv(int layer) const {
+    return kept_kv_.as<std::byte>() + layer * kept_rows_ * kv_width() * state_element_bytes();
+  }
   int64_t QkvBytes(int64_t rows) const;
   int64_t GateUpBytes(int64_t rows) const;
   // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
@@ -105,6 +107,8 @@ class DeviceModel {
 
   int64_t qkv_width() const { return int64_t{shape_.num_heads + 2 * shape_.num_kv_heads} * shape_.head_dim; }
   int64_t kv_width() const { return int64_t{2} * shape_.num_kv_heads * shape_.head_dim; }
+  bool bf16_states() const { return shape_.state_type == kLinspecCudaBf16; }
+  int64_t state_element_bytes() const { return bf16_states() ? 2 : 4; }
   int64_t attention_width() const { return int64_t{shape_.num_heads} * shape_.head_dim; }
 
   Context* const context_;

@@ -1,5 +1,5 @@
 // Scratch memory of DeviceModel: what steps of a size take, and what of it shares one arena because it never lives at the
-// same time. 7B: 1.05 MB a row of a verify for k and v of all layers, which a commit reads; 0.2 MB a row else.
+// same time. 7B: 1.05 MB (bf16 states: half) a row of a verify for k and v of all layers, which a commit reads; 0.2 MB a row else.
 #include <algorithm>
 
 #include "kernels/cuda/device_model.h"
@@ -33,7 +33,7 @@ DeviceModel::ScratchSizes DeviceModel::PrefillSizes(int64_t rows, int64_t groups
 DeviceModel::ScratchSizes DeviceModel::VerifySizes(int64_t rows) const {
   ScratchSizes sizes = PrefillSizes(rows, 0);
   sizes[4] = std::max(sizes[4], rows * shape_.vocab_size * kF32);
-  sizes[5] = shape_.num_layers * std::max(rows, kept_rows_) * kv_width() * kF32;
+  sizes[5] = shape_.num_layers * std::max(rows, kept_rows_) * kv_width() * state_element_bytes();
   sizes[6] = rows * shape_.hidden_size * kF32;
   sizes[7] = rows * int64_t{sizeof(int32_t)};
   return sizes;

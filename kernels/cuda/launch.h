@@ -20,9 +20,13 @@ void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t str
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 
-// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`.
-void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
-                        cudaStream_t stream);
+// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`, its states
+// are all bf16 or all fp32.
+void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
+                        int num_tasks, cudaStream_t stream);
+
+// Layer shapes whose states may be bf16.
+bool SupportsBf16States(const LayerParams& layer);
 
 // Groups that a prefill task of `rows` rows touches, for AttentionParams::num_groups.
 constexpr int64_t PrefillGroups(int64_t length, int64_t rows, int group_size) {
@@ -56,7 +60,8 @@ struct RopeRows {
   const float2* angles;  // [rows, d / 2]: cosine, sine
   int num_heads, num_kv_heads, head_dim;
   float eps;
-  float* kv = nullptr;  // [rows, 2 Hkv d]: if set, k and v go here instead
+  void* kv = nullptr;  // [rows, 2 Hkv d]: if set, k and v go here instead
+  bool bf16 = false;   // k and v are rounded to bf16; in kv they are bf16
 };
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream);

@@ -74,6 +74,8 @@ typedef struct LinspecCudaShape {
   int64_t hidden_size, intermediate_size, vocab_size;
   int32_t num_layers, num_heads, num_kv_heads, head_dim, group_size, conv_kernel, local, global;
   float rms_norm_eps, rope_theta, qk_norm_eps, global_norm_eps;
+  int32_t state_type;  // kLinspecCudaF32 or kLinspecCudaBf16, of S and rings
+  int32_t reserved;
 } LinspecCudaShape;
 
 typedef struct LinspecCudaLayer {  // device pointers; null where the shape has no such branch
@@ -94,9 +96,9 @@ typedef struct LinspecCudaTask {  // host; the layout of linspec::cuda::Task
   int32_t slot, row_begin, num_rows, path_begin, path_length, reserved;
 } LinspecCudaTask;
 
-typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer][S | ring_k | ring_v]
-  float* base;
-  int64_t floats_per_slot, floats_per_layer;
+typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer][S | ring_k | ring_v] in the state type
+  void* base;
+  int64_t bytes_per_slot, bytes_per_layer;
 } LinspecCudaStates;
 
 // logit = (logit + bias), divided by repetition where positive and multiplied where negative, less subtract: the order

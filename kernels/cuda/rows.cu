@@ -119,49 +119,75 @@ struct RopeLane {
       high[part] = i < half ? x[i + half] : 0.0f;
     }
   }
-  __device__ void Store(float* x, int lane, int half, float scale) const {
+  __device__ void Scale(float scale) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      low[part] *= scale;
+      high[part] *= scale;
+    }
+  }
+  __device__ void Store(uint16_t* x, int lane, int half) const {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int i = Index(lane, half, part);
+      if (i >= half) continue;
+      x[i] = RoundToBf16(low[part]);
+      x[i + half] = RoundToBf16(high[part]);
+    }
+  }
+  __device__ void Round() {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      low[part] = __uint_as_float(static_cast<uint32_t>(RoundToBf16(low[part])) << 16);
+      high[part] = __uint_as_float(static_cast<uint32_t>(RoundToBf16(high[part])) << 16);
+    }
+  }
+  __device__ void Store(float* x, int lane, int half) const {
     if (half == 64) {
-      reinterpret_cast<float2*>(x)[lane] = make_float2(low[0] * scale, low[1] * scale);
-      reinterpret_cast<float2*>(x + half)[lane] = make_float2(high[0] * scale, high[1] * scale);
+      reinterpret_cast<float2*>(x)[lane] = make_float2(low[0], low[1]);
+      reinterpret_cast<float2*>(x + half)[lane] = make_float2(high[0], high[1]);
       return;
     }
 #pragma unroll
     for (int part = 0; part < 2; ++part) {
       const int i = lane + part * kWarp;
       if (i >= half) continue;
-      x[i] = low[part] * scale;
-      x[i + half] = high[part] * scale;
+      x[i] = low[part];
+      x[i + half] = high[part];
     }
   }
 };
 
-// One warp per (row, head of q or k, or of v where that moves); head_dim <= 128: a lane holds at most two pairs.
-__global__ void RopeNormalizeKernel(const RopeRows p) {
+// One warp per (row, head of q or k, or of v where that moves or is rounded); head_dim <= 128: a lane holds at most two
+// pairs.
+__global__ void RopeNormalizeKernel(const RopeRows p, int heads) {
   GridLaunchDependents();
   GridWait();
   const int head = blockIdx.y * kRopeHeads + threadIdx.x / kWarp, lane = threadIdx.x % kWarp, half = p.head_dim / 2;
   const int turned = p.num_heads + p.num_kv_heads, all = turned + p.num_kv_heads;
-  if (head >= (p.kv != nullptr ? all : turned)) return;
-  const int64_t row = blockIdx.x;
-  float* from = p.qkv + (row * all + head) * p.head_dim;
-  float* to = p.kv != nullptr && head >= p.num_heads
-                  ? p.kv + (row * (all - p.num_heads) + head - p.num_heads) * p.head_dim
-                  : from;
+  if (head >= heads) return;
+  const int64_t row = blockIdx.x, kept = (row * (all - p.num_heads) + head - p.num_heads) * p.head_dim;
+  float* own = p.qkv + (row * all + head) * p.head_dim;
   RopeLane x;
-  x.Load(from, lane, half);
-  if (head >= turned) return x.Store(to, lane, half, 1.0f);
-  float squares = 0.0f;
+  x.Load(own, lane, half);
+  if (head < turned) {
+    float squares = 0.0f;
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int i = RopeLane::Index(lane, half, part);
-    if (i >= half) continue;
-    const float2 angle = p.angles[row * half + i];  // cosine, sine
-    const float a = x.low[part], b = x.high[part];
-    x.low[part] = fmaf(a, angle.x, -(b * angle.y));
-    x.high[part] = fmaf(b, angle.x, a * angle.y);
-    squares = fmaf(x.low[part], x.low[part], fmaf(x.high[part], x.high[part], squares));
+    for (int part = 0; part < 2; ++part) {
+      const int i = RopeLane::Index(lane, half, part);
+      if (i >= half) continue;
+      const float2 angle = p.angles[row * half + i];  // cosine, sine
+      const float a = x.low[part], b = x.high[part];
+      x.low[part] = fmaf(a, angle.x, -(b * angle.y));
+      x.high[part] = fmaf(b, angle.x, a * angle.y);
+      squares = fmaf(x.low[part], x.low[part], fmaf(x.high[part], x.high[part], squares));
+    }
+    x.Scale(1.0f / sqrtf(WarpSum(squares) + p.eps));
   }
-  x.Store(to, lane, half, 1.0f / sqrtf(WarpSum(squares) + p.eps));
+  if (head < p.num_heads) return x.Store(own, lane, half);
+  if (p.kv != nullptr && p.bf16) return x.Store(static_cast<uint16_t*>(p.kv) + kept, lane, half);
+  if (p.bf16) x.Round();
+  x.Store(p.kv != nullptr ? static_cast<float*>(p.kv) + kept : own, lane, half);
 }
 
 __global__ void ArgmaxKernel(const float* logits, int64_t vocab, int32_t* out) {
@@ -219,9 +245,9 @@ void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float
 }
 
 void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream) {
-  const int heads = params.num_heads + params.num_kv_heads * (params.kv != nullptr ? 2 : 1);
+  const int heads = params.num_heads + params.num_kv_heads * (params.kv != nullptr || params.bf16 ? 2 : 1);
   const auto blocks = static_cast<unsigned>((heads + kRopeHeads - 1) / kRopeHeads);
-  LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params);
+  LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params, heads);
 }
 
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream) {

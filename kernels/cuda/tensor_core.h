@@ -72,6 +72,28 @@ struct Accumulators {  // two chains of dependent instructions instead of one
   __device__ __forceinline__ float operator[](int i) const { return main[i] + rest[i]; }
 };
 
+// Pairs of bf16 as an A operand, exact in tf32. Pinned like Split.
+struct ExactOperand {
+  uint32_t x[4];
+};
+__device__ __forceinline__ void WidenPair(uint32_t pair, uint32_t& low, uint32_t& high) {
+  asm volatile("shl.b32 %0, %2, 16; and.b32 %1, %2, 0xFFFF0000;" : "=&r"(low), "=r"(high) : "r"(pair));
+}
+// A pair is rows g and g + 8; the pairs are columns c and c + 4.
+__device__ __forceinline__ ExactOperand OfRowPairs(uint32_t left, uint32_t right) {
+  ExactOperand a;
+  WidenPair(left, a.x[0], a.x[1]);
+  WidenPair(right, a.x[2], a.x[3]);
+  return a;
+}
+// A pair is columns c and c + 4; the pairs are rows g and g + 8.
+__device__ __forceinline__ ExactOperand OfColumnPairs(uint32_t upper, uint32_t lower) {
+  ExactOperand a;
+  WidenPair(upper, a.x[0], a.x[2]);
+  WidenPair(lower, a.x[1], a.x[3]);
+  return a;
+}
+
 struct PreciseSums {  // three chains: shorter, for warps that have nothing else to do meanwhile
   float main[4] = {0, 0, 0, 0}, left[4] = {0, 0, 0, 0}, right[4] = {0, 0, 0, 0};
 
@@ -80,6 +102,10 @@ struct PreciseSums {  // three chains: shorter, for warps that have nothing else
     MmaTf32(main, a.hi, b.hi);
     MmaTf32(left, a.lo, b.hi);
     MmaTf32(right, a.hi, b.lo);
+  }
+  __device__ __forceinline__ void Add(const ExactOperand& a, const Split<2>& b) {
+    MmaTf32(main, a.x, b.hi);
+    MmaTf32(right, a.x, b.lo);
   }
   __device__ __forceinline__ float operator[](int i) const { return main[i] + (left[i] + right[i]); }
 };
@@ -127,7 +153,7 @@ struct CopyBarrier {
 #endif
   }
   // 16-byte aligned ends, a multiple of 16 bytes; 0: nothing.
-  __device__ __forceinline__ void Copy(float* shared, const float* global, uint32_t bytes) {
+  __device__ __forceinline__ void Copy(void* shared, const void* global, uint32_t bytes) {
     if (bytes == 0) return;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -154,6 +180,10 @@ __device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                : "l"(global));
+}
+
+__device__ __forceinline__ void LoadEarly(uint32_t (&x)[2], const uint16_t* global) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(global));
 }
 
 }  // namespace linspec::cuda

@@ -1,5 +1,5 @@
 // tree_verify on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
-// threads a multiprocessor. S of an item lives in registers (state_fragment.h), its window in shared memory
+// threads a multiprocessor. S of an item lives in registers (held_state.h), its window in shared memory
 // (verify_item.h, window_tile.h).
 //
 // An item is two phases with a barrier after each, and what a phase has used up is asked for again at once: q S and the
@@ -12,8 +12,8 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/held_state.h"
 #include "kernels/cuda/pdl.h"
-#include "kernels/cuda/state_fragment.h"
 #include "kernels/cuda/window_tile.h"
 
 namespace linspec::cuda {
@@ -25,9 +25,9 @@ constexpr int kTreeRows = 8, kLargeTreeRows = 16;
 constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 
 // Shared memory, in floats.
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 struct Layout {
-  using Tile = WindowTile<kDim, kRows>;
+  using Tile = WindowTile<kDim, kRows, T>;
   int tokens, taps_size;
   __host__ __device__ Layout(const VerifyWork& work, const LayerParams& layer)
       : tokens(work.tokens), taps_size((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
@@ -35,11 +35,14 @@ struct Layout {
   __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
   __host__ __device__ int Queries() const { return Taps() + taps_size; }
   __host__ __device__ int State() const { return Queries() + kRows * Tile::kQueryStride; }  // q S, by parts of the rows
-  __host__ __device__ int Local() const { return State() + StateFragment<kDim>::kParts * kRows * kDim; }
+  __host__ __device__ int Local() const { return State() + HeldState<kDim, T>::kParts * kRows * kDim; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
   __host__ __device__ int Keys() const { return Grouped() + tokens * kRows; }
-  __host__ __device__ int Values() const { return Keys() + tokens * Tile::kStride; }
-  __host__ __device__ int Size() const { return Values() + tokens * Tile::kStride; }
+  __host__ __device__ int Values() const { return Keys() + WindowSize(); }
+  __host__ __device__ int Size() const { return Values() + WindowSize(); }
+
+ private:
+  __host__ __device__ int WindowSize() const { return tokens * Tile::kStride * sizeof(T) / sizeof(float); }
 };
 
 // What a block shares about its items; round r is in items[r % 3] and came from tasks[r % 4].
@@ -53,14 +56,14 @@ struct Schedule {
   float squares[kRows][kMaxHeadDim / 32];  // of z, by the warps that share a row
 };
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 struct Verifier {
-  using Tile = WindowTile<kDim, kRows>;
+  using Tile = WindowTile<kDim, kRows, T>;
   static constexpr int kThreadRows = Tile::kThreadRows;
 
   const AttentionParams& p;
   const VerifyWork& work;
-  Layout<kDim, kRows> layout;
+  Layout<kDim, kRows, T> layout;
   float* shared;
   Schedule<kRows>& schedule;
 
@@ -76,10 +79,10 @@ struct Verifier {
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
-  __device__ __forceinline__ WindowFetch<kDim> Fetch() const {
+  __device__ __forceinline__ WindowFetch<kDim, T> Fetch() const {
     return {p,
-            shared + layout.Keys(),
-            shared + layout.Values(),
+            reinterpret_cast<T*>(shared + layout.Keys()),
+            reinterpret_cast<T*>(shared + layout.Values()),
             shared + layout.Queries(),
             shared + layout.Taps(),
             reinterpret_cast<uint64_t*>(shared + layout.Masks()),
@@ -90,8 +93,8 @@ struct Verifier {
     return {p.layer,
             ItemOf(round),
             schedule.rows[round % 3],
-            shared + layout.Keys(),
-            shared + layout.Values(),
+            reinterpret_cast<T*>(shared + layout.Keys()),
+            reinterpret_cast<T*>(shared + layout.Values()),
             shared + layout.Queries(),
             reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
             shared + layout.Taps(),
@@ -127,7 +130,7 @@ struct Verifier {
   }
 
   // The loads of the first item; rows of the step only once the kernel before this one has ended.
-  __device__ __forceinline__ void Begin(StateFragment<kDim>& s) const {
+  __device__ __forceinline__ void Begin(HeldState<kDim, T>& s) const {
     const int thread = static_cast<int>(threadIdx.x);
     if (thread == 0) {
       schedule.keys.Make(1 + 32);
@@ -138,8 +141,8 @@ struct Verifier {
              Load4(reinterpret_cast<const float*>(TaskOf(thread / 2)) + thread % 2 * 4));
     }
     __syncthreads();
-    s.Load(Item(p, schedule.tasks[0], IndexOf(0), work, kRows).state);
-    const WindowFetch<kDim> fetch = Fetch();
+    s.Load(static_cast<const T*>(Item(p, schedule.tasks[0], IndexOf(0), work, kRows).state));
+    const WindowFetch<kDim, T> fetch = Fetch();
     if (Fetches()) {
       Prepare(0);
       fetch.ExpectKeys(ItemOf(0));
@@ -161,7 +164,7 @@ struct Verifier {
   __device__ __forceinline__ void FetchNext(int round) const {
     WaitCopies<0>();  // the task of round + 2, the gains of round + 1
     __syncwarp();
-    const WindowFetch<kDim> fetch = Fetch();
+    const WindowFetch<kDim, T> fetch = Fetch();
     const Item& next = ItemOf(round + 1);
     fetch.ExpectKeys(next);
     fetch.NewKeys(next, schedule.rows[(round + 1) % 3]);
@@ -170,7 +173,7 @@ struct Verifier {
     FetchTask(round + 3);
   }
   __device__ __forceinline__ void FetchNextValues(int round) const {
-    const WindowFetch<kDim> fetch = Fetch();
+    const WindowFetch<kDim, T> fetch = Fetch();
     const Item& next = ItemOf(round + 1);
     fetch.ExpectValues(next);
     fetch.OldValues(next);
@@ -184,7 +187,7 @@ struct Verifier {
     for (int i = 0; i < kThreadRows; ++i) {
       float sum = 0.0f;
 #pragma unroll
-      for (int part = 0; part < StateFragment<kDim>::kParts; ++part) sum += from[(part * kRows + i) * kDim];
+      for (int part = 0; part < HeldState<kDim, T>::kParts; ++part) sum += from[(part * kRows + i) * kDim];
       if (item.may_cross(p.layer.group_size) && p.layer.decay != nullptr) {
 #pragma unroll 1
         for (int fold = schedule.folds[Tile::FirstRow() + i]; fold > 0; --fold) sum *= p.layer.decay[item.kv_head];
@@ -226,14 +229,14 @@ struct Verifier {
 
   // kMore: another round follows.
   template <bool kMore>
-  __device__ __forceinline__ void Round(int round, StateFragment<kDim>& s) const {
+  __device__ __forceinline__ void Round(int round, HeldState<kDim, T>& s) const {
     const Item& item = ItemOf(round);
     const Tile tile = TileOf(round);
     PreciseSums scores[Tile::kTiles];
     schedule.keys.Wait(round);
     if (item.reads_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
     if (item.rows > 0) tile.Score(scores);
-    if constexpr (kMore) s.Load(ItemOf(round + 1).state);
+    if constexpr (kMore) s.Load(static_cast<const T*>(ItemOf(round + 1).state));
     if (item.rows > 0) tile.Weigh(scores);
     __syncthreads();
     if constexpr (kMore) {
@@ -255,14 +258,14 @@ struct Verifier {
   }
 };
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks(kRows))
     VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule<kRows> schedule;
   GridLaunchDependents();
-  const Verifier<kDim, kRows> program{p, work, Layout<kDim, kRows>(work, p.layer), shared, schedule};
-  StateFragment<kDim> s;
+  const Verifier<kDim, kRows, T> program{p, work, Layout<kDim, kRows, T>(work, p.layer), shared, schedule};
+  HeldState<kDim, T> s;
   program.Begin(s);
   int round = 0;
 #pragma unroll 1
@@ -280,39 +283,42 @@ VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   return work;
 }
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 int SharedBytes(const AttentionParams& p) {
-  return Layout<kDim, kRows>(WorkOf(p, 1, kRows), p.layer).Size() * static_cast<int>(sizeof(float));
+  return Layout<kDim, kRows, T>(WorkOf(p, 1, kRows), p.layer).Size() * static_cast<int>(sizeof(float));
 }
 
 // Blocks of a multiprocessor.
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 int Resident(const AttentionParams& p) {
   constexpr int kSystemBytes = 1024;  // of each block
-  const int bytes = SharedBytes<kDim, kRows>(p) + static_cast<int>(sizeof(Schedule<kRows>)) + kSystemBytes;
+  const int bytes = SharedBytes<kDim, kRows, T>(p) + static_cast<int>(sizeof(Schedule<kRows>)) + kSystemBytes;
   return std::clamp(CurrentDevice().shared_per_processor / bytes, 1, kBlocks(kRows));
 }
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const VerifyWork work = WorkOf(p, num_tasks, kRows);
-  const int bytes = SharedBytes<kDim, kRows>(p), resident = CurrentDevice().processors * Resident<kDim, kRows>(p);
-  const auto kernel = VerifyTileKernel<kDim, kRows>;
+  const int bytes = SharedBytes<kDim, kRows, T>(p), resident = CurrentDevice().processors * Resident<kDim, kRows, T>(p);
+  const auto kernel = VerifyTileKernel<kDim, kRows, T>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   LaunchOverlapped(kernel, dim3(std::min(work.items, resident)), dim3(kThreads), bytes, stream, 1, p, work);
 }
 
-template <int kDim>
+template <int kDim, typename T>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  if (p.max_rows * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1>(p, num_tasks, stream);
-  if (Resident<kDim, kTreeRows>(p) > 1) return LaunchTiles<kDim, kTreeRows>(p, num_tasks, stream);
-  LaunchTiles<kDim, kLargeTreeRows>(p, num_tasks, stream);
+  if (p.max_rows * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1, T>(p, num_tasks, stream);
+  if (Resident<kDim, kTreeRows, T>(p) > 1) return LaunchTiles<kDim, kTreeRows, T>(p, num_tasks, stream);
+  LaunchTiles<kDim, kLargeTreeRows, T>(p, num_tasks, stream);
 }
 
 }  // namespace
 
 void LaunchVerifyTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.layer.head_dim == 128 ? LaunchVerifyOf<128>(p, num_tasks, stream) : LaunchVerifyOf<64>(p, num_tasks, stream);
+  const auto launch = p.states.bf16
+                          ? (p.layer.head_dim == 128 ? LaunchVerifyOf<128, uint16_t> : LaunchVerifyOf<64, uint16_t>)
+                          : (p.layer.head_dim == 128 ? LaunchVerifyOf<128, float> : LaunchVerifyOf<64, float>);
+  launch(p, num_tasks, stream);
 }
 
 }  // namespace linspec::cuda

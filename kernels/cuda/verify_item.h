@@ -14,8 +14,8 @@ struct VerifyWork {
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it are
 // the history, which only taps reach.
 struct Item {
-  const float* state;                    // S of the head; base of all states where S is not read
-  const float* ring;                     // keys of the head; its values follow all heads' keys
+  const void* state;                     // S of the head; base of all states where S is not read
+  const void* ring;                      // keys of the head; its values follow all heads' keys
   int kv_head, heads, first_row, rows;   // heads: query heads of the kv head; rows: of the item, 0: nothing to do
   int phase, history, nodes, row_begin;  // nodes: of the request that any row of the item can see
   bool reads_state;
@@ -35,9 +35,10 @@ struct Item {
     history = folded ? max(0, layer.conv_kernel - 1 - phase) : 0;
     reads_state = rows > 0 && folded && layer.global != Global::kNone;
     const int64_t d = layer.head_dim;
-    const float* base = p.states.base + max(task.slot, 0) * p.states.floats_per_slot + p.states.layer_offset;
-    state = reads_state ? base + kv_head * d * d : p.states.base;
-    ring = base + layer.num_kv_heads * d * d + kv_head * layer.group_size * d;
+    const int64_t first = max(task.slot, 0) * p.states.per_slot + p.states.layer_offset, size = p.states.ElementBytes();
+    const char* base = static_cast<const char*>(p.states.base);
+    state = base + (reads_state ? first + kv_head * d * d : 0) * size;
+    ring = base + (first + layer.num_kv_heads * d * d + kv_head * layer.group_size * d) * size;
   }
   __device__ __forceinline__ int ring_tokens() const { return phase + history; }
   __device__ __forceinline__ int tokens() const { return ring_tokens() + nodes; }
@@ -53,13 +54,14 @@ struct RowInfo {   // of a row of an item
 
 // Copies of an item to shared memory, started by one warp; a barrier of 1 + kWarp arrivals for the keys, queries, masks
 // and taps (the last two come by copies of 4 and 8 bytes, at which every lane arrives), one of 1 for the values.
-template <int kDim>
+template <int kDim, typename T>
 struct WindowFetch {
   static constexpr int kWarp = 32, kQueryStride = kDim + 4;
-  static constexpr uint32_t kRowBytes = kDim * sizeof(float);
+  static constexpr uint32_t kRowBytes = kDim * sizeof(T), kQueryBytes = kDim * sizeof(float);
 
   const AttentionParams& p;
-  float *keys, *values, *queries, *taps;  // in shared memory
+  T *keys, *values;  // in shared memory
+  float *queries, *taps;
   uint64_t* masks;
   CopyBarrier &keys_barrier, &values_barrier;
 
@@ -67,8 +69,8 @@ struct WindowFetch {
 
   // Announces the bytes of all copies of the item. Before any of them; all lanes.
   __device__ __forceinline__ void ExpectKeys(const Item& item) const {
-    const int rows = item.rows > 0 ? item.phase + item.nodes + item.rows : 0;
-    if (Lane() == 0) keys_barrier.Expect(rows * kRowBytes);
+    const uint32_t bytes = (item.phase + item.nodes) * kRowBytes + item.rows * kQueryBytes;
+    if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? bytes : 0);
     __syncwarp();
   }
   __device__ __forceinline__ void ExpectValues(const Item& item) const {
@@ -96,7 +98,8 @@ struct WindowFetch {
   }
   __device__ __forceinline__ void OldValues(const Item& item) const {
     if (item.rows == 0 || Lane() > 1) return;
-    const float* ring = item.ring + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
+    const T* ring =
+        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
     if (Lane() == 0) values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
     if (Lane() == 1) {
       values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
@@ -106,8 +109,8 @@ struct WindowFetch {
   // The rows of this step.
   __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
     if (item.rows == 0) return;
-    const KvRows kv = p.Kv();
-    const float* from = kv.data + item.row_begin * kv.stride + item.kv_head * kDim;
+    const KvRows<T> kv = p.Kv<T>();
+    const T* from = kv.data + item.row_begin * kv.stride + item.kv_head * kDim;
     const float* q = p.qkv + item.row_begin * QueryStride();
 #pragma unroll 1
     for (int i = Lane(); i < item.nodes + item.rows; i += kWarp) {
@@ -117,14 +120,14 @@ struct WindowFetch {
       } else {
         const RowInfo& row = rows[query];
         keys_barrier.Copy(queries + query * kQueryStride,
-                          q + row.node * QueryStride() + (item.kv_head * item.heads + row.head) * kDim, kRowBytes);
+                          q + row.node * QueryStride() + (item.kv_head * item.heads + row.head) * kDim, kQueryBytes);
       }
     }
   }
   __device__ __forceinline__ void NewValues(const Item& item) const {
     if (item.rows == 0) return;
-    const KvRows kv = p.Kv();
-    const float* from = kv.data + item.row_begin * kv.stride + (p.layer.num_kv_heads + item.kv_head) * kDim;
+    const KvRows<T> kv = p.Kv<T>();
+    const T* from = kv.data + item.row_begin * kv.stride + (p.layer.num_kv_heads + item.kv_head) * kDim;
 #pragma unroll 1
     for (int node = Lane(); node < item.nodes; node += kWarp) {
       values_barrier.Copy(values + (item.ring_tokens() + node) * kDim, from + node * kv.stride, kRowBytes);

@@ -13,9 +13,7 @@ LINSPEC_BLOCK float* HeadState(const AttentionParams& p, float* state, int kv_he
   return state + static_cast<int64_t>(kv_head) * p.layer.head_dim * p.layer.head_dim;
 }
 
-LINSPEC_BLOCK float* SlotState(const AttentionParams& p, const Task& task) {
-  return p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset;
-}
+LINSPEC_BLOCK float* SlotState(const AttentionParams& p, const Task& task) { return p.states.Slot<float>(task.slot); }
 
 LINSPEC_BLOCK void LoadState(const Grid& grid, int thread, const float* s, Fragment& fragment) {
   LINSPEC_UNROLL

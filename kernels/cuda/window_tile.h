@@ -6,6 +6,7 @@
 // of weight 0 change no bit: so a row's bits depend on its own path only.
 #pragma once
 
+#include "kernels/cuda/state_element.h"
 #include "kernels/cuda/verify_item.h"
 
 namespace linspec::cuda {
@@ -16,7 +17,7 @@ struct QueryRow {
   const float* taps;
 };
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 struct WindowTile {
   // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads meet in a bank.
   static constexpr int kStride = kDim, kQueryStride = kDim + 4;
@@ -27,13 +28,14 @@ struct WindowTile {
 
   const LayerParams& layer;
   const Item& item;
-  const RowInfo* rows;                   // [rows of the item]
-  const float *keys, *values, *queries;  // [tokens], [tokens], [rows of the item]
-  const uint64_t* masks;                 // [nodes]
-  const float* taps;                     // [heads, conv_kernel]
-  float *local, *grouped;                // weights [tokens][kRows]; the latter where a row may cross a group's end
-  int* folds;                            // [kRows] groups that a row stands past the open one
-  int group_shift;                       // log2 of the group size
+  const RowInfo* rows;     // [rows of the item]
+  const T *keys, *values;  // [tokens]
+  const float* queries;    // [rows of the item]
+  const uint64_t* masks;   // [nodes]
+  const float* taps;       // [heads, conv_kernel]
+  float *local, *grouped;  // weights [tokens][kRows]; the latter where a row may cross a group's end
+  int* folds;              // [kRows] groups that a row stands past the open one
+  int group_shift;         // log2 of the group size
 
   __device__ __forceinline__ static int Channel() {
     return static_cast<int>(threadIdx.x) / 32 % kChannelWarps * 32 + static_cast<int>(threadIdx.x) % 32;
@@ -50,18 +52,14 @@ struct WindowTile {
     const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
     const int first = FirstToken(), last = item.tokens() - 1;
     if (first > last || first + 15 < item.history) return;  // the history has taps only
-    const float* k0 = keys + min(first + g, last) * kStride + 4 * c;
-    const float* k1 = keys + min(first + g + 8, last) * kStride + 4 * c;
+    const T* k0 = keys + min(first + g, last) * kStride;
+    const T* k1 = keys + min(first + g + 8, last) * kStride;
+    if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int d = 0; d < kDim; d += 16) {
-      const Vec4 a = Load4(k0 + d), b = Load4(k1 + d);
-      const Split<4> even({a.x, b.x, a.y, b.y}), odd({a.z, b.z, a.w, b.w});
+      for (int d = 8 * c; d < kDim; d += 32) AddScores(k0, k1, d, sum);
+    } else {
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const Vec4 x = Load4(queries + min(8 * tile + g, kRows - 1) * kQueryStride + 4 * c + d);
-        sum[tile].Add(even, Split<2>({x.x, x.y}));
-        sum[tile].Add(odd, Split<2>({x.z, x.w}));
-      }
+      for (int d = 4 * c; d < kDim; d += 16) AddScores(k0, k1, d, sum);
     }
   }
 
@@ -87,12 +85,12 @@ struct WindowTile {
 
   // The thread's channel of the weighted values of its rows.
   __device__ __forceinline__ void Accumulate(const float* weights, float (&sum)[kThreadRows]) const {
-    const float* v = values + Channel();
+    const T* v = values + Channel();
     const float* w = weights + FirstRow();
     const int tokens = item.tokens();
 #pragma unroll 4
     for (int token = 0; token < tokens; ++token) {
-      const float value = v[token * kStride];
+      const float value = Widen(v[token * kStride]);
       float weight[kThreadRows];
       if constexpr (kThreadRows >= 4) {
 #pragma unroll
@@ -120,6 +118,36 @@ struct WindowTile {
     const uint64_t mask = masks[row.node];
     const int position = item.phase + __popcll(mask) - 1;
     return {mask, position, position >> group_shift, taps + row.head * layer.conv_kernel};
+  }
+
+  // Channels d to d + 3 of the lane: two steps of the tensor cores.
+  __device__ __forceinline__ void AddScores(const float* k0, const float* k1, int d, PreciseSums (&sum)[kTiles]) const {
+    const Vec4 a = Load4(k0 + d), b = Load4(k1 + d);
+    const Split<4> even({a.x, b.x, a.y, b.y}), odd({a.z, b.z, a.w, b.w});
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Vec4 x = Query(tile, d);
+      sum[tile].Add(even, Split<2>({x.x, x.y}));
+      sum[tile].Add(odd, Split<2>({x.z, x.w}));
+    }
+  }
+  // Channels d to d + 7 of the lane: four steps.
+  __device__ __forceinline__ void AddScores(const uint16_t* k0, const uint16_t* k1, int d,
+                                            PreciseSums (&sum)[kTiles]) const {
+    const uint4 a = *reinterpret_cast<const uint4*>(k0 + d), b = *reinterpret_cast<const uint4*>(k1 + d);
+    const ExactOperand keys[4] = {OfColumnPairs(a.x, b.x), OfColumnPairs(a.y, b.y), OfColumnPairs(a.z, b.z),
+                                  OfColumnPairs(a.w, b.w)};
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const Vec4 x = Query(tile, d), y = Query(tile, d + 4);
+      sum[tile].Add(keys[0], Split<2>({x.x, x.y}));
+      sum[tile].Add(keys[1], Split<2>({x.z, x.w}));
+      sum[tile].Add(keys[2], Split<2>({y.x, y.y}));
+      sum[tile].Add(keys[3], Split<2>({y.z, y.w}));
+    }
+  }
+  __device__ __forceinline__ Vec4 Query(int tile, int d) const {
+    return Load4(queries + min(8 * tile + static_cast<int>(threadIdx.x) % 32 / 4, kRows - 1) * kQueryStride + d);
   }
 
   // Two rows' weights of one token.

@@ -168,7 +168,7 @@ void BenchLazyCommit(int requests, int tokens) {
   }
   const DeviceArray<AttentionParams> device_layers(layers);
   const double lazy = GraphMicroseconds([&](int, cudaStream_t stream) {
-    LaunchCommitLayers(layer.params, device_layers.get(), kLayers, requests, stream);
+    LaunchCommitLayers(layer.params, false, device_layers.get(), kLayers, requests, stream);
   });
   const double eager = GraphMicroseconds([&](int i, cudaStream_t stream) {
     LaunchEagerCommit(states.get() + i % kLayers * kStateFloats, kLayers * kStateFloats, qkv.get(), requests, tokens,

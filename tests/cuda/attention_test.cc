@@ -189,7 +189,7 @@ std::vector<int32_t> PathTo(const Request& request, int node) {
 // Commit by way of the call for all layers.
 void CommitLayer(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
   const DeviceArray<AttentionParams> layers(std::vector<AttentionParams>{params});
-  LaunchCommitLayers(params.layer, layers.get(), 1, num_tasks, stream);
+  LaunchCommitLayers(params.layer, false, layers.get(), 1, num_tasks, stream);
   Sync();
 }
 

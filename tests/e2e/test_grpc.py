@@ -58,6 +58,7 @@ def test_model_stats_health_reflection(server, stub, stubs):
     pb = stubs[0]
     answer = stub.GetModel(pb.GetModelRequest())
     assert answer.vocab_size > 0 and answer.state_bytes_per_request > 0 and answer.max_requests == 8
+    assert answer.state_dtype == "F32"
     stats = stub.GetStats(pb.GetStatsRequest())
     assert stats.slots_total == 8
     channel = grpc.insecure_channel(server.grpc_address)

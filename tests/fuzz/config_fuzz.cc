@@ -8,6 +8,6 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const auto config = linspec::ParseModelConfig(std::string_view(reinterpret_cast<const char*>(data), size));
-  if (config.ok() && (config->NumParameters() <= 0 || config->StateBytes() <= 0)) std::abort();
+  if (config.ok() && (config->NumParameters() <= 0 || config->StateBytes(linspec::DType::kF32) <= 0)) std::abort();
   return 0;
 }

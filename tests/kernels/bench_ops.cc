@@ -153,7 +153,7 @@ struct Attention {
              .global_norm_eps = 1e-6f,
              .decay = gain.data(),
              .conv_taps = taps.data()};
-    state = {s.data(), ring_k.data(), ring_v.data()};
+    state = {s.data(), ring_k.data(), ring_v.data(), DType::kF32};
   }
   std::vector<float> qkv, out;
   std::vector<float> gain = std::vector<float>(kHeads, 0.9f), taps = Random(kHeads * kTaps);

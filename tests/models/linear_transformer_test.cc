@@ -18,6 +18,7 @@ struct Case {
   ModelConfig config;
   std::string isa;
   std::string dtype;
+  std::string state_dtype = "f32";
 };
 
 std::vector<Case> Cases() {
@@ -36,6 +37,12 @@ std::vector<Case> Cases() {
       cases.push_back({fmt::format("full_{}_{}", isa, dtype), TinyConfig(), isa, dtype});
     }
   }
+  const std::vector<Case> with_f32_states = cases;
+  for (Case with_bf16_states : with_f32_states) {
+    with_bf16_states.name += "_bf16_state";
+    with_bf16_states.state_dtype = "bf16";
+    cases.push_back(with_bf16_states);
+  }
   return cases;
 }
 
@@ -43,18 +50,21 @@ class LinearTransformerTest : public ::testing::TestWithParam<Case> {
  protected:
   void SetUp() override {
     const bool threads = GetParam().dtype != "f32";  // some cases on one thread, some on two: the bits may not care
-    auto model = BuildRandomModel(
-        config(), 7, {.weight_dtype = GetParam().dtype, .num_threads = threads ? 2 : 1, .isa = GetParam().isa});
+    auto model = BuildRandomModel(config(), 7,
+                                  {.weight_dtype = GetParam().dtype,
+                                   .state_dtype = GetParam().state_dtype,
+                                   .num_threads = threads ? 2 : 1,
+                                   .isa = GetParam().isa});
     ASSERT_TRUE(model.ok()) << std::string(model.status().ToString());
     model_ = *std::move(model);
-    pool_ = *StatePool::Create(config(), 6);
+    pool_ = *model_->CreatePool(6);
   }
 
   const ModelConfig& config() const { return GetParam().config; }
   std::vector<int32_t> Tokens(int count, uint32_t seed) const { return RandomTokens(count, config().vocab_size, seed); }
-  std::vector<float> State(const StateSlot& slot) const { return StateOf(*pool_, slot.id(), config()); }
+  std::vector<std::byte> State(const StateSlot& slot) const { return StateOf(*pool_, slot.id()); }
   bool SameState(const StateSlot& a, const StateSlot& b) const {
-    return pool_->length(a.id()) == pool_->length(b.id()) && SameBits(State(a), State(b));
+    return pool_->length(a.id()) == pool_->length(b.id()) && State(a) == State(b);
   }
   absl::Status Prefill(const StateSlot& slot, std::span<const int32_t> tokens) {
     const std::vector<PrefillChunk> chunks = {{.slot = slot.id(), .tokens = tokens}};
@@ -118,12 +128,12 @@ TEST_P(LinearTransformerTest, TreeEqualsSequentialAtEveryPhase) {
   const StateSlot slot = pool_->Acquire();
   for (int length = 0; length <= static_cast<int>(prompt.size()); ++length) {
     const DraftTree tree = RandomTree(1 + length * 7 % 23, config().vocab_size, length);
-    const std::vector<float> before = State(slot);
+    const std::vector<std::byte> before = State(slot);
     VerifyBatch batch;
     batch.Add(slot.id(), tree);
     const auto result = model_->Verify(batch, *pool_);
     ASSERT_TRUE(result.ok());
-    EXPECT_TRUE(SameBits(State(slot), before)) << "verify wrote the state";
+    EXPECT_EQ(State(slot), before) << "verify wrote the state";
     const std::vector<float> logits(result->logits.begin(), result->logits.end());
     ExpectSequentialBits(tree, logits, slot);
     if (length < static_cast<int>(prompt.size())) ASSERT_OK(Prefill(slot, std::span(prompt).subspan(length, 1)));
@@ -273,13 +283,13 @@ class CommitErrorTest : public ::testing::Test {
 };
 
 TEST_F(CommitErrorTest, OnlyPathsFromTheRoot) {
-  const std::vector<float> before = StateOf(*pool_, slot_.id(), TinyConfig());
+  const std::vector<std::byte> before = StateOf(*pool_, slot_.id());
   for (const std::vector<int32_t>& path :
        std::vector<std::vector<int32_t>>{{1}, {0, 2}, {0, 1, 3}, {0, 0}, {0, 4}, {-1}}) {
     ExpectError(Commit({path}), absl::StatusCode::kInternal, "not a path from its root");
   }
   ExpectError(Commit({}), absl::StatusCode::kInternal, "0 paths for 1 requests");
-  EXPECT_EQ(StateOf(*pool_, slot_.id(), TinyConfig()), before);
+  EXPECT_EQ(StateOf(*pool_, slot_.id()), before);
   EXPECT_EQ(pool_->length(slot_.id()), 0);
   EXPECT_TRUE(Commit({{}}).ok());
   EXPECT_EQ(pool_->length(slot_.id()), 0);

@@ -119,6 +119,19 @@ TEST_F(LoadModelTest, LoadsAndReportsProgress) {
   EXPECT_GT((*model)->weight_bytes(), (*model)->streamed_bytes());
 }
 
+TEST_F(LoadModelTest, StatesOfADtype) {
+  folder_.Write("config.json", FullConfig());
+  folder_.Write("model.safetensors", Safetensors(FullTensors()));
+  for (const auto& [name, dtype] : {std::pair{"f32", DType::kF32}, std::pair{"bf16", DType::kBF16}}) {
+    const auto model = LoadModel({.path = folder_.path(), .state_dtype = name, .num_threads = 1});
+    ASSERT_TRUE(model.ok()) << std::string(model.status().ToString());
+    EXPECT_EQ((*model)->state_dtype(), dtype);
+    EXPECT_EQ((*(*model)->CreatePool(1))->dtype(), dtype);
+  }
+  ExpectError(LoadModel({.path = folder_.path(), .state_dtype = "f16"}).status(), StatusCode::kInvalidArgument,
+              "state dtype \"f16\": expected f32 or bf16");
+}
+
 TEST_F(LoadModelTest, StrictAboutTensors) {
   ExpectRefused([](StoredTensors& t) { t["model.layers.1.mlp.up_proj.weight"] = RandomF32({24, 16}); },
                 "unexpected tensor model.layers.1.mlp.up_proj.weight");

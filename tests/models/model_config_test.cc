@@ -48,7 +48,7 @@ TEST(ModelConfigTest, ReadsEveryField) {
   EXPECT_EQ(config->linear_attention.global, GlobalBranch::kRmsNorm);
   EXPECT_TRUE(config->linear_attention.decay);
   EXPECT_FLOAT_EQ(config->linear_attention.global_norm_eps, 1e-5f);
-  EXPECT_EQ(config->StateFloatsPerLayer(), 2 * (32 * 32 + 2 * 64 * 32));
+  EXPECT_EQ(config->StateSizePerLayer(), 2 * (32 * 32 + 2 * 64 * 32));
   // Embedding and head, final norm; per layer: norms, q k v o, mlp, taps, gain, decay.
   EXPECT_EQ(config->NumParameters(),
             2 * 1000 * 128 + 128 + 3 * (2 * 128 + 128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 352 + 4 * 32 + 4 + 2));

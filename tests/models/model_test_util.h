@@ -94,14 +94,10 @@ inline std::vector<std::vector<float>> Sequential(Model& model, StatePool& pool,
   return logits;
 }
 
-// All floats of a slot, layer after layer.
-inline std::vector<float> StateOf(const StatePool& pool, int32_t slot, const ModelConfig& config) {
-  std::vector<float> state;
-  for (int i = 0; i < config.num_layers; ++i) {
-    const float* s = pool.layer(slot, i).s;
-    state.insert(state.end(), s, s + config.StateFloatsPerLayer());
-  }
-  return state;
+// All bytes of a slot.
+inline std::vector<std::byte> StateOf(const StatePool& pool, int32_t slot) {
+  const std::byte* begin = pool.data() + slot * pool.bytes_per_slot();
+  return {begin, begin + pool.bytes_per_slot()};
 }
 
 inline bool SameBits(const float* a, const float* b, size_t count) { return std::memcmp(a, b, count * 4) == 0; }

@@ -9,8 +9,8 @@
 namespace linspec {
 namespace {
 
-std::unique_ptr<StatePool> MakePool(int num_slots) {
-  auto pool = StatePool::Create(TinyConfig(), num_slots);
+std::unique_ptr<StatePool> MakePool(int num_slots, DType dtype = DType::kF32) {
+  auto pool = StatePool::Create(TinyConfig(), num_slots, dtype);
   EXPECT_TRUE(pool.ok());
   return *std::move(pool);
 }
@@ -58,47 +58,59 @@ TEST(StatePoolTest, ReusedSlotIsZero) {
     StateSlot slot = pool->Acquire();
     id = slot.id();
     for (int i = 0; i < config.num_layers; ++i) {
-      float* s = pool->layer(id, i).s;
-      std::fill(s, s + config.StateFloatsPerLayer(), 7.0f);
+      auto* s = static_cast<float*>(pool->layer(id, i).s);
+      std::fill(s, s + config.StateSizePerLayer(), 7.0f);
     }
     pool->set_length(id, 99);
   }
   const StateSlot again = pool->Acquire();
   EXPECT_EQ(again.id(), id);
   EXPECT_EQ(pool->length(id), 0);
-  for (const float value : StateOf(*pool, id, config)) ASSERT_EQ(value, 0.0f);
+  for (const std::byte value : StateOf(*pool, id)) ASSERT_EQ(value, std::byte{0});
 }
 
-TEST(StatePoolTest, LayersAreDisjointAndAligned) {
+class StatePoolOfTest : public testing::TestWithParam<DType> {};
+INSTANTIATE_TEST_SUITE_P(All, StatePoolOfTest, testing::Values(DType::kF32, DType::kBF16),
+                         [](const auto& info) { return DTypeName(info.param); });
+
+TEST_P(StatePoolOfTest, LayersAreDisjointAndAligned) {
   const ModelConfig config = TinyConfig();
-  const auto pool = MakePool(2);
+  const auto pool = MakePool(2, GetParam());
+  EXPECT_EQ(pool->dtype(), GetParam());
   const StateSlot a = pool->Acquire(), b = pool->Acquire();
-  std::vector<std::pair<float*, float*>> ranges;
+  std::vector<std::pair<std::byte*, std::byte*>> ranges;
   for (const int32_t id : {a.id(), b.id()}) {
     for (int i = 0; i < config.num_layers; ++i) {
       const LayerState state = pool->layer(id, i);
-      const int64_t d = config.head_dim, heads = config.num_kv_heads, ring = heads * d * 8;
-      EXPECT_EQ(reinterpret_cast<uintptr_t>(state.s) % 64, 0u);
-      EXPECT_EQ(state.ring_k, state.s + heads * d * d);
-      EXPECT_EQ(state.ring_v, state.ring_k + ring);
-      for (const auto& [begin, end] : ranges) EXPECT_TRUE(state.ring_v + ring <= begin || state.s >= end);
-      ranges.emplace_back(state.s, state.ring_v + ring);
+      EXPECT_EQ(state.dtype, GetParam());
+      const auto size = static_cast<int64_t>(DTypeSize(GetParam()));
+      const int64_t d = config.head_dim, heads = config.num_kv_heads, ring = heads * d * 8 * size;
+      auto *s = static_cast<std::byte*>(state.s), *ring_v = static_cast<std::byte*>(state.ring_v);
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(s) % 64, 0u);
+      EXPECT_EQ(state.ring_k, s + heads * d * d * size);
+      EXPECT_EQ(ring_v, static_cast<std::byte*>(state.ring_k) + ring);
+      for (const auto& [begin, end] : ranges) EXPECT_TRUE(ring_v + ring <= begin || s >= end);
+      ranges.emplace_back(s, ring_v + ring);
     }
   }
-  EXPECT_EQ(pool->bytes_per_slot(), config.StateBytes());
+  EXPECT_EQ(pool->bytes_per_slot(), config.StateBytes(GetParam()));
+  EXPECT_EQ(pool->bytes_per_slot(), pool->bytes_per_layer() * config.num_layers);
   EXPECT_EQ(pool->total_bytes(), 3 * pool->bytes_per_slot());
 }
 
 TEST(StatePoolTest, CopySlotCopiesStateAndLength) {
   const auto pool = MakePool(2);
   const StateSlot a = pool->Acquire(), b = pool->Acquire();
-  pool->layer(a.id(), 1).ring_v[3] = 2.5f;
+  const auto value = [&pool](const StateSlot& slot) -> float& {
+    return static_cast<float*>(pool->layer(slot.id(), 1).ring_v)[3];
+  };
+  value(a) = 2.5f;
   pool->set_length(a.id(), 11);
   pool->CopySlot(a.id(), b.id());
   EXPECT_EQ(pool->length(b.id()), 11);
-  EXPECT_TRUE(SameBits(StateOf(*pool, a.id(), TinyConfig()), StateOf(*pool, b.id(), TinyConfig())));
-  pool->layer(a.id(), 1).ring_v[3] = 0.0f;
-  EXPECT_EQ(pool->layer(b.id(), 1).ring_v[3], 2.5f);
+  EXPECT_EQ(StateOf(*pool, a.id()), StateOf(*pool, b.id()));
+  value(a) = 0.0f;
+  EXPECT_EQ(value(b), 2.5f);
 }
 
 TEST(StatePoolTest, CreateErrors) {

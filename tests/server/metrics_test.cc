@@ -20,6 +20,7 @@ EngineStats SomeStats() {
   stats.num_running = 2;
   stats.num_waiting = 3;
   stats.bytes_per_slot = 1000;
+  stats.state_dtype = DType::kBF16;
   stats.draft_bytes_per_slot = 100;
   stats.weight_bytes = 5000;
   return stats;
@@ -67,6 +68,8 @@ TEST(MetricsTest, StatesByRoleAndBytes) {
   EXPECT_EQ(Value(text, "linspec_state_usage_ratio"), 0.25);
   EXPECT_EQ(Value(text, "linspec_state_bytes", {"tier=\"target\""}), 8000);
   EXPECT_EQ(Value(text, "linspec_state_bytes", {"tier=\"draft\""}), 800);
+  EXPECT_EQ(Value(text, "linspec_state_bytes_per_request"), 1000);
+  EXPECT_EQ(Value(text, "linspec_state_info", {"dtype=\"BF16\""}), 1);
   EXPECT_EQ(Value(text, "linspec_weight_bytes"), 5000);
   EXPECT_THAT(text, HasSubstr("engine=\"0\",model_name=\"m\""));
 }
