@@ -128,6 +128,15 @@ template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+// Also for those that were never committed.
+__device__ __forceinline__ void WaitAllCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Bulk copies after this see what other kernels stored before.
+__device__ __forceinline__ void OrderAfterStores() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
 
 // Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
 // each round, announces the bytes; any thread of its warp may then copy. Further arrivals are of ArriveAfterCopies.

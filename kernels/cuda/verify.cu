@@ -150,10 +150,11 @@ struct Verifier {
       fetch.OldKeys(ItemOf(0));
       fetch.OldValues(ItemOf(0));
       Prepare(1);
-      WaitCopies<0>();
+      WaitAllCopies();  // gains
     }
     GridWait();
     if (Fetches()) {
+      OrderAfterStores();
       fetch.NewKeys(ItemOf(0), schedule.rows[0]);
       fetch.NewValues(ItemOf(0));
     }
@@ -162,7 +163,7 @@ struct Verifier {
 
   // Between the phases, by one warp: keys and queries of the next item, and what later ones are.
   __device__ __forceinline__ void FetchNext(int round) const {
-    WaitCopies<0>();  // the task of round + 2, the gains of round + 1
+    WaitAllCopies();  // the task of round + 2, the gains of round + 1
     __syncwarp();
     const WindowFetch<kDim, T> fetch = Fetch();
     const Item& next = ItemOf(round + 1);
