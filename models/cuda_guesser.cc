@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "models/cuda_draft.h"
 #include "models/cuda_memory.h"
 #include "models/cuda_weights.h"
 #include "models/medusa_heads.h"
@@ -50,12 +51,7 @@ class CudaGuesser : public DraftGuesser {
                          DraftGuesses* guesses) {
     rows_.clear();
     for (const DraftContext* context : contexts.subspan(begin, count)) {
-      rows_.push_back({.seed = context->sampling->seed,
-                       .position = std::ssize(context->tokens),
-                       .temperature = context->sampling->temperature,
-                       .coupled = context->draw == DraftDraw::kCoupled,
-                       .token = context->tokens.back(),
-                       .hidden_row = context->hidden_row});
+      rows_.push_back(DraftRowOf(*context));
     }
     const LinspecCudaDraftStep step{.rows = rows_.data(),
                                     .num_rows = static_cast<int32_t>(count),
@@ -64,16 +60,7 @@ class CudaGuesser : public DraftGuesser {
     LinspecCudaDraftResult result = {};
     absl::Status status = target_.device->Check(target_.device->api().draft(drafter_, &step, &result), "draft");
     if (!status.ok()) return status;
-    for (size_t r = 0; r < count; ++r) {
-      for (int level = 0; level < guesses->num_levels; ++level) {
-        const LinspecCudaDraftCandidate* from =
-            result.candidates + (int64_t{level} * result.row_stride + static_cast<int64_t>(r)) * guesses->top_k;
-        for (DraftCandidate& to : guesses->Slots(begin + r, level)) {
-          to = {from->token, from->probability};
-          ++from;
-        }
-      }
-    }
+    ReadCandidates(result, begin, count, guesses);
     return absl::OkStatus();
   }
 

@@ -33,6 +33,11 @@ class CudaStates final : public StateMemory {
   CudaMemory memory_;
 };
 
+// A pool in device memory as the plugin reads it.
+inline LinspecCudaStates StatesOf(const StatePool& pool) {
+  return {.base = pool.data(), .bytes_per_slot = pool.bytes_per_slot(), .bytes_per_layer = pool.bytes_per_layer()};
+}
+
 // The weights' small vectors on the device, in one block.
 class DeviceVectors {
  public:

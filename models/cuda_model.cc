@@ -45,6 +45,7 @@ class CudaModel final : public Model {
   CudaHandle cuda() const override { return {device_, model_}; }
   bool chooses_tokens() const override { return true; }
   bool exact_across_groups() const override { return false; }
+  bool prefills_as_it_decodes() const override { return false; }
   absl::Status health() const override { return device_->health(); }
   std::vector<DeviceStats> device_stats() const override;
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
@@ -67,9 +68,6 @@ class CudaModel final : public Model {
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
-  LinspecCudaStates StatesOf(const StatePool& pool) const {
-    return {.base = pool.data(), .bytes_per_slot = pool.bytes_per_slot(), .bytes_per_layer = pool.bytes_per_layer()};
-  }
 
   const ModelConfig config_;
   const TransformerWeights weights_;

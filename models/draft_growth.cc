@@ -7,8 +7,6 @@
 #include <optional>
 #include <utility>
 
-#include "models/draft_candidates.h"
-
 namespace linspec {
 namespace {
 
@@ -29,11 +27,11 @@ absl::Status GrowthOptions::Validate() const {
 int DraftGrowth::budget() const { return std::min(context_->max_nodes, kMaxTreeNodes) - 1; }
 
 void DraftGrowth::AddChildren(int parent, std::span<const float> logits) {
-  const int depth = parent == kPending ? 0 : candidates_[parent].depth;
-  const float path = parent == kPending ? 1.0f : candidates_[parent].probability;
+  const int depth = DepthOf(parent);
   const int64_t position = static_cast<int64_t>(context_->tokens.size()) + depth;
   const SamplingParams& sampling = *context_->sampling;
   if (context_->draw == DraftDraw::kIndependent) {
+    const float path = ProbabilityOf(parent);
     std::optional<IndependentDraw> drawn = DrawIndependently(logits, sampling, position);
     if (!drawn || drawn->candidate.probability < options_.min_confidence ||
         path * drawn->candidate.probability < context_->min_probability) {
@@ -46,8 +44,12 @@ void DraftGrowth::AddChildren(int parent, std::span<const float> logits) {
                            .distribution = std::move(drawn->distribution)});
     return;
   }
-  const std::vector<DraftCandidate> choices =
-      LikelyChoices(logits, sampling, position, options_.top_k, context_->draw == DraftDraw::kCoupled);
+  AddChoices(parent, LikelyChoices(logits, sampling, position, options_.top_k, context_->draw == DraftDraw::kCoupled));
+}
+
+void DraftGrowth::AddChoices(int parent, std::span<const DraftCandidate> choices) {
+  const int depth = DepthOf(parent);
+  const float path = ProbabilityOf(parent);
   if (choices.empty() || choices[0].probability < options_.min_confidence) return;
   for (const DraftCandidate& choice : choices) {
     if (path * choice.probability < context_->min_probability) break;

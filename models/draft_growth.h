@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "models/draft_candidates.h"
 #include "models/drafter.h"
 
 namespace linspec {
@@ -42,6 +43,8 @@ class DraftGrowth {
 
   // What follows the candidate `parent` (or the pending token) by its logits [V].
   void AddChildren(int parent, std::span<const float> logits);
+  // The same by its likely choices, best first. REQUIRES: a context that is not drawn for independently.
+  void AddChoices(int parent, std::span<const DraftCandidate> choices);
   // The likeliest candidates of this depth, best first, at most top_k and `room`: those whose children promise to be worth
   // the level.
   // Empty: the tree is as deep as it may be, or nothing is likely enough.
@@ -52,6 +55,10 @@ class DraftGrowth {
  private:
   const DraftContext* context_;
   GrowthOptions options_;
+  // Of the path to a candidate, or to the pending token.
+  int DepthOf(int candidate) const { return candidate == kPending ? 0 : candidates_[candidate].depth; }
+  float ProbabilityOf(int candidate) const { return candidate == kPending ? 1.0f : candidates_[candidate].probability; }
+
   std::vector<Candidate> candidates_;
 };
 

@@ -16,7 +16,8 @@ constexpr int64_t kMaxRideAlong = 4;
 
 absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std::unique_ptr<Model> model,
                                                                              int64_t target_vocab_size,
-                                                                             DraftModelOptions options) {
+                                                                             DraftModelOptions options,
+                                                                             std::unique_ptr<DraftChains> chains) {
   if (model->config().vocab_size != target_vocab_size) {
     return absl::InvalidArgumentError(fmt::format("draft model has a vocabulary of {}, the target of {}",
                                                   model->config().vocab_size, target_vocab_size));
@@ -27,9 +28,14 @@ absl::StatusOr<std::unique_ptr<DraftModelDrafter>> DraftModelDrafter::Create(std
     return absl::InvalidArgumentError(
         fmt::format("draft options out of range: max_catch_up_tokens {} (1 or more)", options.max_catch_up_tokens));
   }
+  if (chains != nullptr && options.top_k > chains->max_top_k()) {
+    return absl::InvalidArgumentError(
+        fmt::format("draft options out of range: top_k {} (1 to {} here)", options.top_k, chains->max_top_k()));
+  }
   absl::StatusOr<std::unique_ptr<StatePool>> pool = model->CreatePool(options.max_sequences);
   if (!pool.ok()) return pool.status();
-  return std::unique_ptr<DraftModelDrafter>(new DraftModelDrafter(std::move(model), *std::move(pool), options));
+  return std::unique_ptr<DraftModelDrafter>(
+      new DraftModelDrafter(std::move(model), *std::move(pool), options, std::move(chains)));
 }
 
 void DraftModelDrafter::Forget(uint64_t sequence_id) { slots_.erase(sequence_id); }
@@ -42,9 +48,15 @@ absl::StatusOr<std::vector<DraftTree>> DraftModelDrafter::Propose(std::span<cons
   absl::StatusOr<std::vector<Draft>> drafts = StartDrafts(contexts);
   if (!drafts.ok()) return drafts.status();
   if (drafts->empty()) return proposals;
-  if (absl::Status grown = Grow(*drafts); !grown.ok()) return grown;
+  const bool chain = CanChain(*drafts);
+  if (absl::Status grown = chain ? GrowChains(*drafts) : Grow(*drafts); !grown.ok()) return grown;
 
-  for (Draft& draft : *drafts) proposals[draft.index] = draft.growth.TakeTree();
+  int deepest = 0;
+  for (Draft& draft : *drafts) {
+    proposals[draft.index] = draft.growth.TakeTree();
+    deepest = std::max(deepest, proposals[draft.index].Depth());
+  }
+  if (chain) levels_ = std::min(deepest + 1, options_.max_depth);
   return proposals;
 }
 
@@ -71,7 +83,7 @@ absl::Status DraftModelDrafter::CommitAccepted(std::span<const DraftContext> con
       parent = node;
     }
   }
-  return model_->Commit(batch, paths, pool_.get());
+  return last_chained_ ? chains_->Commit(batch, paths, pool_.get()) : model_->Commit(batch, paths, pool_.get());
 }
 
 // Gives slots, prefills what sequences lag behind, and returns the contexts that can be drafted for.
@@ -125,10 +137,7 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
     const absl::StatusOr<VerifyResult> result =
         depth == 0 ? model_->Verify(batch, *pool_) : model_->Extend(batch, *pool_);
     if (!result.ok()) return result.status();
-    last_batch_ = batch;
-    last_sequences_.clear();
-    for (const Draft& draft : drafts) last_sequences_.push_back(draft.growth.context().sequence_id);
-
+    Remember(batch, drafts, /*chained=*/false);
     const size_t vocab = model_->config().vocab_size;
     size_t row = 0;
     bool more = false;
@@ -140,6 +149,46 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
       more |= ExpandLevel(draft, depth + 1);
     }
     if (!more) break;
+  }
+  return absl::OkStatus();
+}
+
+void DraftModelDrafter::Remember(VerifyBatch looked_at, const std::vector<Draft>& drafts, bool chained) {
+  last_batch_ = std::move(looked_at);
+  last_chained_ = chained;
+  last_sequences_.clear();
+  for (const Draft& draft : drafts) last_sequences_.push_back(draft.growth.context().sequence_id);
+}
+
+bool DraftModelDrafter::CanChain(const std::vector<Draft>& drafts) const {
+  return chains_ != nullptr && std::ranges::none_of(drafts, [](const Draft& draft) {
+           return draft.growth.context().draw == DraftDraw::kIndependent;
+         });
+}
+
+// All levels in one go, before anybody sees how sure the first ones are.
+absl::Status DraftModelDrafter::GrowChains(std::vector<Draft>& drafts) {
+  std::vector<const DraftContext*> contexts;
+  int wanted = 1;
+  for (const Draft& draft : drafts) {
+    contexts.push_back(&draft.growth.context());
+    wanted = std::max(wanted, draft.growth.budget());
+  }
+  levels_computed_ = std::min({wanted, levels_, chains_->max_levels()});
+  const VerifyBatch known = Pack(drafts);
+  const absl::StatusOr<DraftGuesses> guesses =
+      chains_->Guess(known, *pool_, contexts, levels_computed_, options_.top_k);
+  if (!guesses.ok()) return guesses.status();
+  Remember(LookedAt(known, *guesses), drafts, /*chained=*/true);
+  for (size_t r = 0; r < drafts.size(); ++r) {
+    DraftGrowth& growth = drafts[r].growth;
+    int parent = DraftGrowth::kPending;
+    for (int level = 0; level < levels_computed_; ++level) {
+      growth.AddChoices(parent, guesses->At(r, level));
+      const std::vector<int> next = growth.NextLevel(level + 1, /*room=*/1);
+      if (next.empty()) break;
+      parent = next.front();
+    }
   }
   return absl::OkStatus();
 }

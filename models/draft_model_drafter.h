@@ -1,4 +1,6 @@
-// Drafts with a small linear-attention model: a chain, or a tree grown level by level along the likeliest paths.
+// Drafts with a small linear-attention model: a chain, or a tree grown level by level along the likeliest paths. Of a model
+// that makes chains itself (DraftChains) it asks for all levels at once, as many as the deepest tree of the last call had and
+// one more, and the tree is that chain with the other choices beside each of its nodes.
 //
 // The draft model's state only ever holds tokens that the target has committed. A drafted level is verified on top of
 // the levels before it (Model::Extend), so a chain of n tokens costs n forwards of one row, and neither copies a state
@@ -17,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "models/draft_chains.h"
 #include "models/draft_growth.h"
 #include "models/drafter.h"
 #include "models/model.h"
@@ -36,10 +39,10 @@ struct DraftModelOptions {
 class DraftModelDrafter final : public Drafter {
  public:
   // INVALID_ARGUMENT: options out of range, or a draft vocabulary other than the target's. RESOURCE_EXHAUSTED:
-  // no memory for the states.
+  // no memory for the states. chains: of the model, or null; used but for independent draws, which need distributions.
   static absl::StatusOr<std::unique_ptr<DraftModelDrafter>> Create(std::unique_ptr<Model> model,
-                                                                   int64_t target_vocab_size,
-                                                                   DraftModelOptions options);
+                                                                   int64_t target_vocab_size, DraftModelOptions options,
+                                                                   std::unique_ptr<DraftChains> chains = nullptr);
 
   std::string_view name() const override { return "draft"; }
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
@@ -61,12 +64,20 @@ class DraftModelDrafter final : public Drafter {
     std::vector<int> frontier;  // candidates (or kPending) whose logits come next, in node order
   };
 
-  DraftModelDrafter(std::unique_ptr<Model> model, std::unique_ptr<StatePool> pool, DraftModelOptions options)
-      : model_(std::move(model)), pool_(std::move(pool)), options_(options) {}
+  DraftModelDrafter(std::unique_ptr<Model> model, std::unique_ptr<StatePool> pool, DraftModelOptions options,
+                    std::unique_ptr<DraftChains> chains)
+      : model_(std::move(model)),
+        pool_(std::move(pool)),
+        options_(options),
+        chains_(std::move(chains)),
+        levels_(options.max_depth) {}
 
   absl::Status CommitAccepted(std::span<const DraftContext> contexts);
   absl::StatusOr<std::vector<Draft>> StartDrafts(std::span<const DraftContext> contexts);
   absl::Status Grow(std::vector<Draft>& drafts);
+  bool CanChain(const std::vector<Draft>& drafts) const;
+  absl::Status GrowChains(std::vector<Draft>& drafts);
+  void Remember(VerifyBatch looked_at, const std::vector<Draft>& drafts, bool chained);
   bool ExpandLevel(Draft& draft, int depth) const;
   GrowthOptions growth_options() const { return {options_.max_depth, options_.top_k, options_.min_confidence}; }
   VerifyBatch Pack(const std::vector<Draft>& drafts) const;
@@ -74,12 +85,15 @@ class DraftModelDrafter final : public Drafter {
   std::unique_ptr<Model> model_;
   std::unique_ptr<StatePool> pool_;
   const DraftModelOptions options_;
+  const std::unique_ptr<DraftChains> chains_;      // or null
+  int levels_;                                     // to ask chains_ for
   std::unordered_map<uint64_t, StateSlot> slots_;  // by sequence
 
   int levels_computed_ = 0;
 
-  // What the model verified last, for CommitAccepted.
+  // What the model looked at last, for CommitAccepted.
   VerifyBatch last_batch_;
+  bool last_chained_ = false;
   std::vector<uint64_t> last_sequences_;  // [num_requests]
 };
 

@@ -103,6 +103,8 @@ class Model {
   // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
   // not, the engine cuts trees there.
   virtual bool exact_across_groups() const { return true; }
+  // Prefill leaves the bits that decoding the same tokens leaves. Where not, what was decoded is not kept for prompts.
+  virtual bool prefills_as_it_decodes() const { return true; }
   // Verify fills VerifyResult::sampled.
   virtual bool chooses_tokens() const { return false; }
   // Grows the trees of the last Verify or Extend: batch holds the same requests, each with its old nodes first.

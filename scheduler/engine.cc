@@ -22,6 +22,7 @@ absl::Status CheckOption(const char* name, int64_t value, int64_t low, int64_t h
 absl::Status CheckOptions(const EngineOptions& options) {
   const absl::Status checks[] = {
       CheckOption("max_requests", options.max_requests, 1, 1 << 20),
+      CheckOption("prefix_cache_entries", options.prefix_cache_entries, 0, 1 << 20),
       CheckOption("max_queue_requests", options.max_queue_requests, 1, INT32_MAX),
       CheckOption("max_queue_tokens", options.max_queue_tokens, 1, INT64_MAX),
       CheckOption("max_step_tokens", options.max_step_tokens, 1, 1 << 20),
@@ -56,8 +57,9 @@ class Engine::Impl {
         speculator_(std::move(drafters), options_, model_->config().vocab_size),
         queue_(options_.max_queue_requests, options_.max_queue_tokens),
         core_(model_.get(), pool_.get(), &speculator_, options_) {
-    snapshot_.slots_total = pool_->capacity();
-    snapshot_.slots_free = pool_->num_free();
+    snapshot_.slots_total = options_.max_requests;
+    snapshot_.slots_free = core_.num_free_slots();
+    snapshot_.prefix_cache_capacity = options_.prefix_cache_entries;
     snapshot_.bytes_per_slot = pool_->bytes_per_slot();
     snapshot_.state_dtype = pool_->dtype();
     snapshot_.draft_bytes_per_slot = draft_bytes_per_slot_;
@@ -93,7 +95,7 @@ class Engine::Impl {
   bool Step() {
     StepStats stats;
     const Clock::time_point start = Clock::now();
-    RequestQueue::News news = queue_.Take(pool_->num_free(), start);
+    RequestQueue::News news = queue_.Take(core_.num_free_slots(), start);
     stats.queue_s = std::chrono::duration<double>(Clock::now() - start).count();
     std::vector<uint64_t> ended;
     const bool worked = core_.Step(std::move(news), &stats, &ended);
@@ -151,7 +153,7 @@ class Engine::Impl {
 
   std::string Describe() const {
     return fmt::format("{}; {} requests at once, {} bytes of {} state each at any context length, {:.1f} MiB in all",
-                       model_->Describe(), pool_->capacity(), pool_->bytes_per_slot(), DTypeName(pool_->dtype()),
+                       model_->Describe(), options_.max_requests, pool_->bytes_per_slot(), DTypeName(pool_->dtype()),
                        static_cast<double>(pool_->total_bytes()) / (1 << 20));
   }
 
@@ -182,7 +184,8 @@ class Engine::Impl {
 
   void TakeSnapshot(const StepStats& step, const RequestQueue::Counts& waiting, int64_t num_ended) {
     std::lock_guard lock(stats_mutex_);
-    snapshot_.slots_free = pool_->num_free();
+    snapshot_.slots_free = core_.num_free_slots();
+    snapshot_.prefix_cache_entries = core_.num_kept_prefixes();
     snapshot_.num_running = core_.num_running();
     snapshot_.num_waiting = waiting.requests;
     snapshot_.waiting_tokens = waiting.tokens;
@@ -218,7 +221,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
                                                        EngineOptions options,
                                                        std::function<void(const StepStats&)> observer) {
   if (absl::Status status = CheckOptions(options); !status.ok()) return status;
-  auto pool = model->CreatePool(options.max_requests);
+  auto pool = model->CreatePool(options.max_requests + options.prefix_cache_entries);
   if (!pool.ok()) return pool.status();
   auto impl =
       std::make_unique<Impl>(std::move(model), *std::move(pool), std::move(drafters), options, std::move(observer));

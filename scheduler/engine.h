@@ -26,6 +26,7 @@ namespace linspec {
 
 struct EngineOptions {
   int max_requests = 64;               // state slots: how many requests run at once
+  int prefix_cache_entries = 0;        // states kept of earlier prompts, a slot each beside those of max_requests
   int max_queue_requests = 1024;       // waiting beyond that: RESOURCE_EXHAUSTED at Submit
   int64_t max_queue_tokens = 4 << 20;  // prompt tokens waiting
   int max_step_tokens = 512;           // token budget of one step: prefill chunk tokens + verify rows
@@ -48,11 +49,14 @@ struct StepStats {
   std::array<int, 16> accepted_per_depth{};  // [depth - 1] drafts accepted at least that deep
   std::array<int, 16> drafted_per_depth{};   // [depth - 1] drafts at least that deep
   std::string_view drafter;                  // "" when nothing was drafted, "mixed" when requests used different ones
+  int64_t num_prefix_queries = 0;            // prompt tokens that were looked up in the prefix cache
+  int64_t num_prefix_hits = 0;               // of them, found there
   int num_drafter_errors = 0;                // proposals that failed or were malformed, and so not used
 };
 
 struct EngineStats {  // a consistent snapshot
   int64_t slots_total = 0, slots_free = 0, num_running = 0, num_waiting = 0, waiting_tokens = 0;
+  int64_t prefix_cache_entries = 0, prefix_cache_capacity = 0;
   int64_t bytes_per_slot = 0, draft_bytes_per_slot = 0;  // the target's state, all drafters' together
   DType state_dtype = DType::kF32;                       // the target's
   int64_t weight_bytes = 0;                              // the target's

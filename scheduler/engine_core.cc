@@ -26,13 +26,15 @@ EngineCore::EngineCore(Model* model, StatePool* pool, Speculator* speculator, co
       pool_(pool),
       speculator_(speculator),
       options_(options),
-      scheduler_(options.max_step_tokens, speculator->empty() ? 1 : options.max_draft_nodes) {}
+      scheduler_(options.max_step_tokens, speculator->empty() ? 1 : options.max_draft_nodes),
+      prefix_cache_(pool, options.prefix_cache_entries) {}
 
 bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uint64_t>* ended) {
   const bool abort = news.abort;
   const std::unordered_set<uint64_t> cancelled = std::move(news.cancelled);
-  Admit(std::move(news));
+  Admit(std::move(news), stats);
   EndCancelled(cancelled, abort);
+  EndWaits(stats);
   if (sequences_.empty()) return false;
 
   const StepPlan plan = Plan();
@@ -47,7 +49,7 @@ bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uin
   return true;
 }
 
-void EngineCore::Admit(RequestQueue::News news) {
+void EngineCore::Admit(RequestQueue::News news, StepStats* stats) {
   const Clock::time_point now = Clock::now();
   for (RequestQueue::Ended& gone : news.ended) {
     sequences_.push_back(std::make_unique<Sequence>(next_sequence_id_++, std::move(gone.request), StateSlot(), now));
@@ -55,7 +57,63 @@ void EngineCore::Admit(RequestQueue::News news) {
   }
   for (QueuedRequest& queued : news.admitted) {
     sequences_.push_back(std::make_unique<Sequence>(next_sequence_id_++, std::move(queued), pool_->Acquire(), now));
+    if (sequences_.back()->request().prompt_logprobs) continue;  // every prompt token's logits are wanted
+    stats->num_prefix_queries += std::ssize(sequences_.back()->prompt_prefix());
+    ReusePrefix(sequences_.back().get(), stats);
   }
+}
+
+// Takes up the longest kept state. The state at the prompt's end will be kept if there is more than a little to compute
+// until there. Where the prompt shares more with another, the state at that point will be kept: by the
+// other if it is yet to get there, for which this one waits, else by this one. Waiting only for those ahead, in order of
+// admission, so that nobody waits in a circle.
+void EngineCore::ReusePrefix(Sequence* sequence, StepStats* stats) {
+  if (prefix_cache_.capacity() == 0) return;
+  const std::string_view tenant = sequence->request().tenant;
+  const std::span<const int32_t> prompt = sequence->tokens();
+  const int64_t restored = prefix_cache_.Restore(tenant, prompt, sequence->num_committed(), sequence->slot());
+  if (restored > 0) {
+    stats->num_prefix_hits += restored - sequence->num_committed();
+    sequence->TakeUp(restored);
+  }
+  const int64_t end = std::ssize(sequence->prompt_prefix());
+  if (end - sequence->num_committed() >= 2 * PrefixCache::kGrain) sequence->StopAt(end);
+  int64_t shared = prefix_cache_.LongestShared(tenant, prompt);
+  Sequence* ahead = nullptr;
+  for (const auto& other : sequences_) {
+    if (other.get() == sequence) break;
+    if (other->finished() || other->request().prompt_logprobs || other->request().tenant != tenant) continue;
+    const int64_t shared_with_it = PrefixCache::Shared(prompt, other->prompt_prefix());
+    if (shared_with_it < shared || (shared_with_it == shared && ahead != nullptr)) continue;
+    shared = shared_with_it;
+    ahead = other.get();
+  }
+  if (shared < sequence->num_committed() + PrefixCache::kGrain) return;
+  const bool waits = ahead != nullptr && ahead->num_committed() < shared;
+  (waits ? ahead : sequence)->StopAt(shared);
+  sequence->waits_for = waits ? ahead->id() : 0;
+  sequence->waits_until = shared;
+}
+
+void EngineCore::EndWaits(StepStats* stats) {
+  for (const auto& sequence : sequences_) {
+    if (sequence->waits_for == 0 || sequence->finished()) continue;
+    const auto ahead = std::find_if(sequences_.begin(), sequences_.end(),
+                                    [&](const auto& other) { return other->id() == sequence->waits_for; });
+    const bool gone = ahead == sequences_.end() || (*ahead)->finished();
+    const bool passed = !gone && (*ahead)->num_committed() >= sequence->waits_until;
+    if (!gone && !passed) continue;
+    sequence->waits_for = 0;
+    ReusePrefix(sequence.get(), stats);
+  }
+}
+
+// The state of a sequence that ends: where what continues it will start.
+void EngineCore::KeepState(Sequence* sequence) {
+  if (prefix_cache_.capacity() == 0 || !model_->prefills_as_it_decodes()) return;
+  StateSlot slot = sequence->GiveUpSlot();
+  const int64_t length = pool_->length(slot.id());
+  prefix_cache_.Keep(sequence->request().tenant, sequence->tokens().first(length), std::move(slot));
 }
 
 void EngineCore::EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort) {
@@ -76,7 +134,7 @@ StepPlan EngineCore::Plan() const {
   std::vector<SequenceView> views;
   std::vector<int> indices;
   for (size_t i = 0; i < sequences_.size(); ++i) {
-    if (sequences_[i]->finished()) continue;
+    if (sequences_[i]->finished() || sequences_[i]->waits_for != 0) continue;
     views.push_back(sequences_[i]->view());
     indices.push_back(static_cast<int>(i));
   }
@@ -99,11 +157,16 @@ void EngineCore::Prefill(const StepPlan& plan, StepStats* stats) {
   const absl::Status status = model_->Prefill(chunks, pool_);
   for (const PromptChunk& chunk : plan.prefill) {
     Sequence* sequence = sequences_[chunk.sequence].get();
-    if (status.ok()) {
-      sequence->AdvancePrompt(chunk.num_tokens);
-    } else {
+    if (!status.ok()) {
       Fail(sequence, status);
+      continue;
     }
+    sequence->AdvancePrompt(chunk.num_tokens);
+    if (!sequence->at_stop()) continue;
+    const auto committed = sequence->tokens().first(sequence->num_committed());
+    const bool whole = committed.size() == sequence->prompt_prefix().size();
+    prefix_cache_.Snapshot(sequence->request().tenant, committed, sequence->slot(),
+                           whole ? PrefixCache::Place::kPromptEnd : PrefixCache::Place::kParting);
   }
   stats->prefill_s = Seconds(start, Clock::now());
 }
@@ -233,6 +296,7 @@ void EngineCore::AcceptOne(int index, const DraftTree& tree, const VerifyResult&
     sequence->hidden.assign(last.begin(), last.end());
   }
   const std::vector<int32_t> accepted = walk.path;
+  if (ok && walk.finish_reason != FinishReason::kNone) KeepState(sequence);
   sequence->Accept(tree, std::move(walk), Clock::now());  // what was chosen before a failure is still good
   if (!ok) Fail(sequence, absl::InternalError("no token can be chosen: logits not finite, or every token is banned"));
   if (!sequence->finished()) *path = accepted;
@@ -261,7 +325,9 @@ void EngineCore::Deliver(StepStats* stats) {
   for (const auto& sequence : sequences_) {
     if (!sequence->has_news()) continue;
     const bool wanted = sequence->Deliver();
-    if (!wanted && !sequence->finished()) sequence->Abandon(Clock::now());
+    if (wanted || sequence->finished()) continue;
+    KeepState(sequence.get());
+    sequence->Abandon(Clock::now());
   }
   stats->deliver_s += Seconds(start, Clock::now());
 }

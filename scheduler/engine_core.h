@@ -13,6 +13,7 @@
 #include "models/model.h"
 #include "models/state_pool.h"
 #include "scheduler/engine.h"
+#include "scheduler/prefix_cache.h"
 #include "scheduler/request_queue.h"
 #include "scheduler/scheduler.h"
 #include "scheduler/sequence.h"
@@ -29,9 +30,15 @@ class EngineCore {
   // False when there was nothing to do.
   bool Step(RequestQueue::News news, StepStats* stats, std::vector<uint64_t>* ended);
   int num_running() const { return static_cast<int>(sequences_.size()); }
+  // For requests: the rest of the pool belongs to the prefix cache.
+  int num_free_slots() const { return pool_->num_free() - (prefix_cache_.capacity() - prefix_cache_.size()); }
+  int num_kept_prefixes() const { return prefix_cache_.size(); }
 
  private:
-  void Admit(RequestQueue::News news);
+  void Admit(RequestQueue::News news, StepStats* stats);
+  void ReusePrefix(Sequence* sequence, StepStats* stats);
+  void EndWaits(StepStats* stats);
+  void KeepState(Sequence* sequence);
   void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
   void Prefill(const StepPlan& plan, StepStats* stats);
   void Decode(const StepPlan& plan, StepStats* stats);
@@ -56,6 +63,7 @@ class EngineCore {
   Speculator* speculator_;
   const EngineOptions options_;
   Scheduler scheduler_;
+  PrefixCache prefix_cache_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // in order of admission
   std::vector<Sequence*> decoding_;                   // of the step under way
   uint64_t next_sequence_id_ = 1;

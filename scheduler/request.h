@@ -43,6 +43,7 @@ struct RequestOutput {
   absl::Status status;                               // why, when kError
   int32_t stop_token = -1;                           // the eos / stop token that ended it (not in tokens), -1: none
   int64_t num_prompt_tokens = 0;
+  int64_t num_cached_tokens = 0;    // of the prompt: taken from the prefix cache
   int64_t num_output_tokens = 0;    // so far
   int64_t num_draft_tokens = 0;     // proposed so far (roots not counted)
   int64_t num_accepted_tokens = 0;  // of those, accepted so far

@@ -27,8 +27,15 @@ Sequence::Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::tim
   }
 }
 
+void Sequence::TakeUp(int64_t num_tokens) {
+  num_committed_ = num_tokens;
+  stops_.erase(stops_.begin(), stops_.upper_bound(num_tokens));
+  output_.num_cached_tokens = num_tokens;
+}
+
 SequenceView Sequence::view() const {
-  return {.prefill_left = std::max<int64_t>(num_prompt_tokens() - 1 - num_committed_, 0),
+  const int64_t end = stops_.empty() ? num_prompt_tokens() - 1 : *stops_.begin();
+  return {.prefill_left = std::max<int64_t>(end - num_committed_, 0),
           .score_prompt = request_.prompt_logprobs,
           .tenant = request_.tenant};
 }

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "models/draft_tree.h"
@@ -36,6 +38,17 @@ class Sequence {
   int64_t num_tokens_left() const { return sampling().max_tokens - output_.num_output_tokens; }
   SequenceView view() const;
 
+  // Of the prompt, what is to be committed before decoding: all but the last token.
+  std::span<const int32_t> prompt_prefix() const { return tokens().first(num_prompt_tokens() - 1); }
+  // The slot's state covers this many tokens of the prompt: they were taken from the prefix cache.
+  void TakeUp(int64_t num_tokens);
+  // Prefill stops once at this many tokens, so that the state there can be kept.
+  void StopAt(int64_t num_tokens) { stops_.insert(num_tokens); }
+  bool at_stop() { return stops_.erase(num_committed_) > 0; }
+  // The sequence that is about to compute a state which this one would only compute again; 0: none.
+  uint64_t waits_for = 0;
+  int64_t waits_until = 0;  // that one has committed this many tokens
+
   std::span<const int32_t> NextPromptTokens(int count) const;
   void AdvancePrompt(int count) { num_committed_ += count; }
   void AddPromptScore(SampledToken token) { output_.tokens.push_back(std::move(token)); }
@@ -44,6 +57,7 @@ class Sequence {
   // Takes what a walk over `tree` chose; finishes the sequence when the walk says so.
   void Accept(const DraftTree& tree, Walk walk, Clock::time_point now);
   void Finish(FinishReason reason, absl::Status status, Clock::time_point now);
+  StateSlot GiveUpSlot() { return std::move(slot_); }  // right before it finishes
 
   // The target's hidden state at the last committed token; empty before the first decode step.
   std::vector<float> hidden;
@@ -64,6 +78,7 @@ class Sequence {
   StateSlot slot_;
   std::vector<int32_t> tokens_;  // prompt and output, the pending token last
   int64_t num_committed_ = 0;
+  std::set<int64_t> stops_;  // beyond num_committed_, within the prompt
   PenaltyHistory history_;
   int64_t num_delivered_ = 0;
   bool closed_ = false;

@@ -250,6 +250,7 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
   if (!config.ok()) return config.status();
   modes.insert(modes.begin(), "off");
   config->engine.max_requests = *std::max_element(batches.begin(), batches.end());
+  config->engine.prefix_cache = 0;
 
   SpeculationBench* observer = nullptr;
   auto parts = LoadParts(*config, [&observer](const StepStats& step) {

@@ -182,8 +182,9 @@ bool Candidates::overflowed() const {
 StreamUsage Candidates::usage() const {
   StreamUsage total;
   total.prompt_tokens = prompt_tokens_;
-  for (const Candidate& candidate : candidates_) {
-    const StreamUsage& usage = candidate.request->usage();
+  for (size_t i = 0; i < candidates_.size(); ++i) {
+    const StreamUsage& usage = candidates_[i].request->usage();
+    if (i % call_.best_of == 0) total.cached_tokens += usage.cached_tokens;  // a prompt counts once
     if (call_.sampling.max_tokens > 0) total.completion_tokens += usage.completion_tokens;
     total.draft_tokens += usage.draft_tokens;
     total.accepted_tokens += usage.accepted_tokens;

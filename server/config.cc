@@ -74,6 +74,11 @@ void VisitFlags(Config& c, Visit&& visit) {
                  "requests that run at once (state slots); 0: what fits on the GPU (at most 2048), or 64 on a CPU", 0,
                  1e6},
         c.engine.max_requests);
+  visit(FlagInfo{g, "prefix-cache",
+                 "prompt beginnings to keep the state of, for prompts that begin the same; each takes a slot beside "
+                 "those of requests, so at most as many as those; 0: none",
+                 0, 1e6},
+        c.engine.prefix_cache);
   visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},

@@ -43,6 +43,7 @@ struct ServerConfig {
   } network;
   struct EngineLimits {
     int max_requests = 0;  // 0: as many as suit the machine
+    int prefix_cache = 16;
     int max_queue_requests = 1024;
     int64_t max_queue_tokens = 4 << 20;
     int max_step_tokens = 0;  // 0: what suits the machine

@@ -244,6 +244,7 @@ void FillUsage(const StreamUsage& usage, v1::Usage* out) {
   out->set_draft_tokens(usage.draft_tokens);
   out->set_accepted_draft_tokens(usage.accepted_tokens);
   out->set_verify_steps(usage.verify_steps);
+  out->set_cached_prompt_tokens(usage.cached_tokens);
 }
 
 }  // namespace linspec

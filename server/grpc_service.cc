@@ -119,6 +119,7 @@ class LinSpecService final : public RawService {
     out->set_output_tokens(stats.output_tokens);
     out->set_engine_steps(stats.steps);
     out->set_speculation_on(stats.speculation_on);
+    out->set_prefix_cache_entries(stats.prefix_cache_entries);
     out->set_can_generate(service_->can_generate());
   }
 

@@ -53,6 +53,8 @@ const std::map<std::string, std::string> kVllmNames = {
     {"linspec_num_preemptions_total", "vllm:num_preemptions_total"},
     {"linspec_prompt_tokens_total", "vllm:prompt_tokens_total"},
     {"linspec_generation_tokens_total", "vllm:generation_tokens_total"},
+    {"linspec_prefix_cache_queries_total", "vllm:prefix_cache_queries_total"},
+    {"linspec_prefix_cache_hits_total", "vllm:prefix_cache_hits_total"},
     {"linspec_request_success_total", "vllm:request_success_total"},
     {"linspec_iteration_tokens_total", "vllm:iteration_tokens_total"},
     {"linspec_time_to_first_token_seconds", "vllm:time_to_first_token_seconds"},
@@ -145,6 +147,7 @@ struct Metrics::Impl {
                              .Register(registry);
   Gauge& slots_free = slots.Add({{"state", "free"}});
   Gauge& slots_running = slots.Add({{"state", "running"}});
+  Gauge& prefixes = MakeGauge("linspec_prefix_cache_entries", "States kept of earlier prompts, beside the slots");
   Family<Gauge>& state_bytes = prometheus::BuildGauge()
                                    .Name("linspec_state_bytes")
                                    .Help("Memory of all state slots, the target's and the drafters'")
@@ -161,7 +164,11 @@ struct Metrics::Impl {
   Gauge& state_usage = MakeGauge("linspec_state_usage_ratio", "Slots held by requests over all slots, 0 to 1");
   Gauge& weight_bytes = MakeGauge("linspec_weight_bytes", "Memory of the target's weights");
 
-  Counter& prompt_tokens = MakeCounter("linspec_prompt_tokens_total", "Prompt tokens processed");
+  Counter& prompt_tokens =
+      MakeCounter("linspec_prompt_tokens_total", "Prompt tokens processed; those found in the prefix cache are not");
+  Counter& prefix_queries =
+      MakeCounter("linspec_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache");
+  Counter& prefix_hits = MakeCounter("linspec_prefix_cache_hits_total", "Of these, tokens found there");
   Counter& generation_tokens = MakeCounter("linspec_generation_tokens_total", "Tokens generated");
   Counter& preemptions = MakeCounter("linspec_num_preemptions_total",
                                      "Always 0: an admitted request is never evicted, its state cannot grow");
@@ -248,6 +255,8 @@ void Metrics::OnStep(const StepStats& step) {
   Impl& m = *impl_;
   m.steps.Increment();
   m.prompt_tokens.Increment(step.num_prefill_tokens);
+  if (step.num_prefix_queries > 0) m.prefix_queries.Increment(static_cast<double>(step.num_prefix_queries));
+  if (step.num_prefix_hits > 0) m.prefix_hits.Increment(static_cast<double>(step.num_prefix_hits));
   m.generation_tokens.Increment(step.num_output_tokens);
   m.verify_rows.Increment(step.num_verify_rows);
   m.iteration_tokens.Observe(step.num_prefill_tokens + step.num_verify_rows);
@@ -336,7 +345,9 @@ std::string Metrics::Serialize(const EngineStats& stats) {
   m.slots_running.Set(static_cast<double>(stats.slots_total - stats.slots_free));
   const double slots = static_cast<double>(stats.slots_total);
   m.state_usage.Set(slots > 0 ? static_cast<double>(stats.slots_total - stats.slots_free) / slots : 0);
-  m.target_bytes.Set(slots * static_cast<double>(stats.bytes_per_slot));
+  m.prefixes.Set(static_cast<double>(stats.prefix_cache_entries));
+  m.target_bytes.Set((slots + static_cast<double>(stats.prefix_cache_capacity)) *
+                     static_cast<double>(stats.bytes_per_slot));
   m.draft_bytes.Set(slots * static_cast<double>(stats.draft_bytes_per_slot));
   m.state_info.Add({{"dtype", DTypeName(stats.state_dtype)}}).Set(1);
   m.bytes_per_slot.Set(static_cast<double>(stats.bytes_per_slot));

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "kernels/ops.h"
+#include "models/cuda_chains.h"
 #include "models/cuda_guesser.h"
 #include "models/draft_model_drafter.h"
 #include "models/head_chain_drafter.h"
@@ -92,23 +93,28 @@ LoadOptions OptionsFor(const std::string& path, const ServerConfig::ModelOptions
   return load;
 }
 
-// Slots when nobody said: what a GPU holds, less a reserve for drafters' states, or a number that suits a CPU.
+// Slots when nobody said: what a GPU holds, less a reserve for drafters' states and those kept, or what suits a CPU.
 int MaxRequests(const ServerConfig& config, const Model& model) {
   constexpr int kOnCpu = 64, kMostOnGpu = 2048;
   if (config.engine.max_requests > 0) return config.engine.max_requests;
   const int64_t fit = model.SlotsThatFit();
-  return fit < 0 ? kOnCpu : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10, 1, kMostOnGpu));
+  return fit < 0 ? kOnCpu
+                 : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
+
+// Rows are nearly free on a GPU: beside a chain, the other tokens that were thought possible are worth verifying.
+constexpr int kSiblingsOnGpu = 4;
 
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
-  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
-                                           {.max_sequences = max_sequences,
-                                            .max_depth = config.engine.draft_depth,
-                                            .top_k = config.engine.draft_top_k,
-                                            .min_confidence = 0});
+  std::unique_ptr<DraftChains> chains = MakeCudaChains(**model);
+  const int top_k = chains == nullptr ? config.engine.draft_top_k : std::max(config.engine.draft_top_k, kSiblingsOnGpu);
+  auto drafter = DraftModelDrafter::Create(
+      *std::move(model), vocab_size,
+      {.max_sequences = max_sequences, .max_depth = config.engine.draft_depth, .top_k = top_k, .min_confidence = 0},
+      std::move(chains));
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -132,9 +138,6 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
   if (!drafter.ok()) return drafter.status();
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
-
-// Rows are nearly free on a GPU: beside the chain, the other tokens that the head thought possible are worth verifying.
-constexpr int kSiblingsOnGpu = 4;
 
 // The recurrent head beside the target; null if there is none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
@@ -281,6 +284,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   }
   EngineOptions options;
   options.max_requests = max_requests;
+  options.prefix_cache_entries = std::min(config.engine.prefix_cache, max_requests);
   options.max_queue_requests = config.engine.max_queue_requests;
   options.max_queue_tokens = config.engine.max_queue_tokens;
   options.max_step_tokens = MaxStepTokens(config, files->machine);

@@ -121,6 +121,7 @@ absl::Status Generate(std::span<const std::string> args) {
   auto config = ParseServerConfig(flags.rest());
   if (!config.ok()) return config.status();
   config->engine.max_requests = 1;
+  config->engine.prefix_cache = 0;
 
   Metrics metrics({.model_name = "generate"});
   Log log(LogFormat::kText, LogLevel::kOff);

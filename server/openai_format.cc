@@ -127,9 +127,10 @@ void AppendChoice(const ResponseHead& head, const Choice& choice, bool chunk, co
 
 std::string UsageJson(const StreamUsage& usage) {
   return fmt::format(
-      "{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\"completion_tokens_details\":"
-      "{{\"accepted_prediction_tokens\":{},\"rejected_prediction_tokens\":{}}}}}",
-      usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens,
+      "{{\"prompt_tokens\":{},\"completion_tokens\":{},\"total_tokens\":{},\"prompt_tokens_details\":{{\"cached_"
+      "tokens\":{}}},"
+      "\"completion_tokens_details\":{{\"accepted_prediction_tokens\":{},\"rejected_prediction_tokens\":{}}}}}",
+      usage.prompt_tokens, usage.completion_tokens, usage.prompt_tokens + usage.completion_tokens, usage.cached_tokens,
       usage.accepted_tokens, usage.draft_tokens - usage.accepted_tokens);
 }
 

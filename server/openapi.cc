@@ -89,8 +89,10 @@ constexpr char kChatFields[] = R"json(
 // What the server says. Closed objects: a field that is not here is not sent.
 constexpr char kAnswers[] = R"json(
  "Usage": {"type": "object", "additionalProperties": false, "required": ["prompt_tokens", "completion_tokens",
-   "total_tokens", "completion_tokens_details"], "properties": {"prompt_tokens": {"type": "integer", "minimum": 0},
+   "total_tokens", "prompt_tokens_details", "completion_tokens_details"], "properties": {"prompt_tokens": {"type": "integer", "minimum": 0},
    "completion_tokens": {"type": "integer", "minimum": 0}, "total_tokens": {"type": "integer", "minimum": 0},
+   "prompt_tokens_details": {"type": "object", "additionalProperties": false, "properties":
+   {"cached_tokens": {"type": "integer", "minimum": 0}}},
    "completion_tokens_details": {"type": "object", "additionalProperties": false, "properties":
    {"accepted_prediction_tokens": {"type": "integer"}, "rejected_prediction_tokens": {"type": "integer"}}}}},
  "FinishReason": {"enum": ["stop", "length", null]},

@@ -122,6 +122,7 @@ StreamDelta ResponseStream::Take() {
 void ResponseStream::Consume(Item item, StreamDelta* delta) {
   RequestOutput& output = item.output;
   usage_.prompt_tokens = output.num_prompt_tokens;
+  usage_.cached_tokens = output.num_cached_tokens;
   usage_.draft_tokens = output.num_draft_tokens;
   usage_.accepted_tokens = output.num_accepted_tokens;
   usage_.verify_steps = output.num_verify_steps;

@@ -56,7 +56,8 @@ struct StreamDelta {
 };
 
 struct StreamUsage {
-  int64_t prompt_tokens = 0, completion_tokens = 0, draft_tokens = 0, accepted_tokens = 0, verify_steps = 0;
+  int64_t prompt_tokens = 0, cached_tokens = 0;  // of the prompt: not computed again
+  int64_t completion_tokens = 0, draft_tokens = 0, accepted_tokens = 0, verify_steps = 0;
 };
 
 // Latencies of one request as its consumer saw them; for the metrics.

@@ -74,8 +74,11 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
   const EngineStats stats = service->engine().stats();
   fmt::print("model     {} ({})\n{}\n", service->model_name(),
              config.model.path.empty() ? "bundled" : config.model.path, service->engine().Describe());
-  fmt::print("capacity  {} requests fit, {:.2f} MiB of {} each at any context length\n", stats.slots_total,
-             static_cast<double>(stats.bytes_per_slot) / (1 << 20), DTypeName(stats.state_dtype));
+  fmt::print(
+      "capacity  {} requests fit, {:.2f} MiB of {} each at any context length; states of {} prompt beginnings are "
+      "kept\n",
+      stats.slots_total, static_cast<double>(stats.bytes_per_slot) / (1 << 20), DTypeName(stats.state_dtype),
+      stats.prefix_cache_capacity);
   fmt::print("flags     (* differs from the default)\n{}\n", DescribeConfig(config));
   const bool tls = !config.security.tls_cert.empty();
   const std::string base = fmt::format("{}://{}:{}", tls ? "https" : "http", config.network.host, http_port);
@@ -99,6 +102,7 @@ void LogReady(const ServerConfig& config, Service* service, int http_port, int g
               {"model", service->model_name()},
               {"description", service->engine().Describe()},
               {"capacity_requests", stats.slots_total},
+              {"prefix_cache_entries", stats.prefix_cache_capacity},
               {"state_bytes_per_request", stats.bytes_per_slot},
               {"state_dtype", DTypeName(stats.state_dtype)},
               {"host", config.network.host},

@@ -68,6 +68,7 @@ void RunningRequest::Report(FinishReason reason) {
                         {{"request_id", id},
                          {"finish_reason", FinishReasonName(reason)},
                          {"prompt_tokens", usage.prompt_tokens},
+                         {"cached_tokens", usage.cached_tokens},
                          {"output_tokens", usage.completion_tokens},
                          {"draft_tokens", usage.draft_tokens},
                          {"accepted_tokens", usage.accepted_tokens},

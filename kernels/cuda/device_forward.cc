@@ -26,7 +26,7 @@ AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& sta
                      .layer_offset = index * states.bytes_per_layer / state_element_bytes(),
                      .bf16 = bf16_states()},
           .tasks = nullptr,
-          .qkv = Qkv(),
+          .qkv = qkv(),
           .ancestors = nullptr,
           .paths = nullptr,
           .out = nullptr,
@@ -53,46 +53,53 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
                     rows, stream);
     };
     norm(layer.attention_norm);
-    products_.Matmul(layer.qkv, normed, Qkv(), false, rows);
-    void* kept = attention == Attention::kVerify ? KeptKv(i) : nullptr;
-    LaunchRopeNormalize({.qkv = Qkv(),
+    products_.Matmul(layer.qkv, normed, qkv(), false, rows);
+    void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
+    LaunchRopeNormalize({.qkv = qkv(),
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
                          .num_kv_heads = shape_.num_kv_heads,
                          .head_dim = shape_.head_dim,
                          .eps = shape_.qk_norm_eps,
                          .kv = kept,
-                         .bf16 = bf16_states()},
+                         .bf16 = bf16_states(),
+                         .kv_rows = input.kept_rows},
                         rows, stream);
     AttentionParams params = AttentionOf(i, states);
     params.kv = kept;
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
-    params.scratch = PrefillStates(rows);
+    params.last_rows = input.last_rows;
+    params.scratch = prefill_states(rows);
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
     products_.Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
     norm(layer.mlp_norm);
-    products_.GateUp(layer.gate_up, normed, GateUp(), Activated(rows), rows);
-    products_.Matmul(layer.down, Activated(rows), x, true, rows);
+    products_.GateUp(layer.gate_up, normed, gate_up(), activated(rows), rows);
+    products_.Matmul(layer.down, activated(rows), x, true, rows);
   }
+}
+
+// Final norm and logits. hidden: the normed states too, or null.
+void DeviceModel::Logits(int rows, float* hidden) {
+  LaunchRmsNorm({.x = x_.as<float>(),
+                 .weight = weights_.final_norm,
+                 .out = hidden,
+                 .out_bf16 = normed_.as<uint16_t>(),
+                 .dim = shape_.hidden_size,
+                 .eps = shape_.rms_norm_eps},
+                rows, context_->stream());
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits(), false, rows);
 }
 
 // Final norm, logits, and the token after each row.
 void DeviceModel::Head(const StepInput& input) {
   const cudaStream_t stream = context_->stream();
-  LaunchRmsNorm({.x = x_.as<float>(),
-                 .weight = weights_.final_norm,
-                 .out = hidden_.as<float>(),
-                 .out_bf16 = normed_.as<uint16_t>(),
-                 .dim = shape_.hidden_size,
-                 .eps = shape_.rms_norm_eps},
-                input.num_rows, stream);
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), Logits(), false, input.num_rows);
+  Logits(input.num_rows, hidden_.as<float>());
   if (input.sampling == nullptr) return;
-  LaunchSample({.logits = Logits(),
+  LaunchSample({.logits = logits(),
                 .sampling = input.sampling,
                 .edits = input.edits,
                 .sampled = sampled_.as<int32_t>(),

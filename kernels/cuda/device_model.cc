@@ -53,7 +53,8 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
       weights_(weights),
       layers_(weights.layers, weights.layers + shape.num_layers),
       products_(context, deterministic),
-      graphs_(context) {
+      graphs_(context),
+      chain_graphs_(context) {
   weights_.layers = layers_.data();
 }
 
@@ -92,7 +93,7 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   max_rows = TreeBucket(max_rows);
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
-  std::memcpy(tasks, step.tasks, step.num_tasks * sizeof(Task));
+  std::memcpy(static_cast<void*>(tasks), step.tasks, step.num_tasks * sizeof(Task));
   for (int i = step.num_tasks; i < num_tasks; ++i) tasks[i] = {0, -1, 0, 0, 0, 0};
   const auto fill = [&](int64_t offset, const auto* values, auto padding) {
     auto* to = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(values)>>*>(host + offset);
@@ -128,7 +129,7 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
   const int num_rows = VerifyRows(step.num_rows);
   const int num_tasks = graph ? PowerOfTwo(step.num_tasks) : step.num_tasks;
   const int64_t block_bytes = LayoutOf(num_tasks, num_rows, step.sampling != nullptr).size;
-  LINSPEC_CUDA_TRY(ReserveVerify(num_rows));
+  LINSPEC_CUDA_TRY(ReserveVerify(num_rows, num_rows));
   LINSPEC_CUDA_TRY(verify_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_verify_block_.Reserve(context_, block_bytes));
   if (step.num_edits > 0) {
@@ -162,8 +163,7 @@ int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, 
 
 int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
   uint64_t stamp = reinterpret_cast<uintptr_t>(states.base);
-  for (const Buffer* buffer : ScratchBuffers()) stamp += buffer->generation();
-  stamp += verify_block_.generation() + host_verify_block_.generation();
+  stamp += ScratchStamp() + verify_block_.generation() + host_verify_block_.generation();
   const int sampling = input.sampling != nullptr;
   const int kernels = input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
   return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling}, kernels, stamp,
@@ -183,7 +183,7 @@ int32_t DeviceModel::EnqueueResults(const LinspecCudaStep& step) {
     result_.sampled = host_sampled_.as<int32_t>();
   }
   if (step.want_logits) {
-    LINSPEC_CUDA_TRY(fetch(host_logits_, Logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
+    LINSPEC_CUDA_TRY(fetch(host_logits_, logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
     result_.logits = host_logits_.as<float>();
   }
   if (step.want_hidden) {
@@ -250,7 +250,7 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
   std::memcpy(host + paths_at, paths, int64_t{num_paths} * 4);
   for (int i = 0; i < shape_.num_layers; ++i) {
     AttentionParams params = AttentionOf(i, states);
-    params.kv = KeptKv(i);
+    params.kv = kept_kv(i);
     params.tasks = reinterpret_cast<const Task*>(device);
     params.paths = reinterpret_cast<const int32_t*>(device + paths_at);
     std::memcpy(host + layers_at + i * sizeof(AttentionParams), &params, sizeof(params));
@@ -274,9 +274,9 @@ int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), Logits(), false, rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits(), false, rows);
   LINSPEC_CUDA_TRY(context_->Check(
-      cudaMemcpyAsync(logits, Logits(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream), "download"));
+      cudaMemcpyAsync(logits, logits(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream), "download"));
   return context_->Sync("unembed");
 }
 

@@ -5,6 +5,9 @@
 // else that changes between steps is data. Rows and tasks that pad a bucket belong to no slot; their results are never
 // read and reach no state.
 //
+// A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
+// above the k and v that the levels before left in kept_kv_. All levels are one graph.
+//
 // Activations: fp32 residual stream and attention, bf16 inputs of the matrix products. Threads: one at a time per
 // context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
 #pragma once
@@ -35,6 +38,7 @@ class DeviceModel {
   int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
                  int num_paths);
   int32_t Unembed(const float* hidden, int rows, float* logits);
+  int32_t DraftChains(const LinspecCudaChainStep& step, LinspecCudaDraftResult* result);
   // Device memory that steps of up to this size need beyond what is held already.
   int64_t ScratchBytes(const LinspecCudaStepSize& size) const;
   int32_t Reserve(const LinspecCudaStepSize& size);  // takes it now, so that no such step can fail for want of it
@@ -57,13 +61,23 @@ class DeviceModel {
     const LinspecCudaSampling* sampling;       // null: nothing is chosen
     const LinspecCudaLogitEdit* const* edits;  // one pointer, in the block
     int num_tasks, num_rows;
-    int max_rows;    // of one task, or more
-    int num_groups;  // prefill: that the tasks touch
+    int max_rows;                        // of one task, or more
+    int num_groups;                      // prefill: that the tasks touch
+    const int32_t* kept_rows = nullptr;  // chains: where in kept_kv_ each row's k and v go; null: row by row
+    int last_rows = 0;                   // chains: as AttentionParams
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
   };
   enum class Attention : uint8_t { kVerify, kPrefill };
+  struct ChainSize {  // with padding
+    int tasks, first_rows, levels, top_k;
+    int max_known;  // rows of one task at the first level, or more
+    int Row(int level) const { return level == 0 ? 0 : first_rows + (level - 1) * tasks; }  // in arrays of all levels
+  };
+  struct ChainLayout {  // byte offsets in the input block; kept: StepInput::kept_rows
+    int64_t rows, tasks, tokens, positions, kept, size;
+  };
 
   DeviceModel(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights, bool deterministic);
 
@@ -71,24 +85,27 @@ class DeviceModel {
   int32_t CheckStep(const LinspecCudaStep& step) const;
   // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_ for a step of one kind.
   using ScratchSizes = std::array<int64_t, 8>;
-  ScratchSizes VerifySizes(int64_t rows) const;
+  ScratchSizes VerifySizes(int64_t rows, int64_t kept_rows) const;
   ScratchSizes PrefillSizes(int64_t rows, int64_t groups) const;
   ScratchSizes LargestSizes(const LinspecCudaStepSize& size) const;
   std::array<const Buffer*, 8> ScratchBuffers() const;  // in that order
+  uint64_t ScratchStamp() const;                        // of their addresses, for captured graphs
   static int VerifyRows(int num_rows);                  // that a step of num_rows is padded to
   int32_t ReserveScratch(const ScratchSizes& sizes);
-  int32_t ReserveVerify(int num_rows);
+  int32_t ReserveVerify(int num_rows, int kept_rows);
   int32_t ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups);
   // Where things are in arena_, in a step of `rows`. Those of one line live at the same time, those of different lines
   // do not: the products of the attention and of the MLP, then the logits.
-  float* Qkv() const { return arena_.as<float>(); }
-  float* PrefillStates(int64_t rows) const { return reinterpret_cast<float*>(arena_.as<std::byte>() + QkvBytes(rows)); }
-  uint16_t* GateUp() const { return arena_.as<uint16_t>(); }
-  uint16_t* Activated(int64_t rows) const {
+  float* qkv() const { return arena_.as<float>(); }
+  float* prefill_states(int64_t rows) const {
+    return reinterpret_cast<float*>(arena_.as<std::byte>() + QkvBytes(rows));
+  }
+  uint16_t* gate_up() const { return arena_.as<uint16_t>(); }
+  uint16_t* activated(int64_t rows) const {
     return reinterpret_cast<uint16_t*>(arena_.as<std::byte>() + GateUpBytes(rows));
   }
-  float* Logits() const { return arena_.as<float>(); }
-  void* KeptKv(int layer) const {
+  float* logits() const { return arena_.as<float>(); }
+  void* kept_kv(int layer) const {
     return kept_kv_.as<std::byte>() + layer * kept_rows_ * kv_width() * state_element_bytes();
   }
   int64_t QkvBytes(int64_t rows) const;
@@ -102,6 +119,13 @@ class DeviceModel {
   int32_t EnqueueResults(const LinspecCudaStep& step);
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
+  void Logits(int rows, float* hidden);
+
+  static ChainLayout LayoutOf(const ChainSize& size);
+  int32_t CheckChains(const LinspecCudaChainStep& step) const;
+  int32_t ReserveChains(const ChainSize& size, int64_t block_bytes, int64_t candidate_bytes);
+  static void PackChains(const LinspecCudaChainStep& step, const ChainSize& size, std::byte* host);
+  void EnqueueChains(const ChainSize& size, const LinspecCudaStates& states);
   LayerParams ShapeOf(int layer) const;
   AttentionParams AttentionOf(int layer, const LinspecCudaStates& states) const;
 
@@ -118,18 +142,21 @@ class DeviceModel {
   Products products_;
 
   // Scratch [rows, ...]: residual stream, inputs of products, what lives only within a layer or at a step's end, and of the
-  // last verify k and v of every layer and the states after the final norm.
+  // last verify or chains k and v of every layer, and the states after the final norm.
   Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_;
   int hidden_rows_ = 0;
   int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
+  Buffer chain_block_, chain_tokens_, candidates_;  // chain_tokens_: chosen at the level before
+  Buffer host_chain_block_{true}, host_candidates_{true};
   cudaEvent_t prefill_uploaded_ = nullptr, prefill_begin_ = nullptr, prefill_end_ = nullptr;
   cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
   bool prefilled_ = false;  // since the verify before
 
-  GraphCache graphs_;  // by tasks, rows, rows of one task, sampling
+  GraphCache graphs_;        // by tasks, rows, rows of one task, sampling
+  GraphCache chain_graphs_;  // by ChainSize
 
   LinspecCudaVerifyResult result_ = {};
   bool pending_ = false;  // verify_start without verify_finish

@@ -30,17 +30,18 @@ DeviceModel::ScratchSizes DeviceModel::PrefillSizes(int64_t rows, int64_t groups
           0};
 }
 
-DeviceModel::ScratchSizes DeviceModel::VerifySizes(int64_t rows) const {
+DeviceModel::ScratchSizes DeviceModel::VerifySizes(int64_t rows, int64_t kept_rows) const {
   ScratchSizes sizes = PrefillSizes(rows, 0);
   sizes[4] = std::max(sizes[4], rows * shape_.vocab_size * kF32);
-  sizes[5] = shape_.num_layers * std::max(rows, kept_rows_) * kv_width() * state_element_bytes();
+  sizes[5] = shape_.num_layers * std::max(kept_rows, kept_rows_) * kv_width() * state_element_bytes();
   sizes[6] = rows * shape_.hidden_size * kF32;
   sizes[7] = rows * int64_t{sizeof(int32_t)};
   return sizes;
 }
 
 DeviceModel::ScratchSizes DeviceModel::LargestSizes(const LinspecCudaStepSize& size) const {
-  ScratchSizes sizes = VerifySizes(VerifyRows(size.verify_rows));
+  const int verify_rows = VerifyRows(size.verify_rows);
+  ScratchSizes sizes = VerifySizes(verify_rows, verify_rows);
   const ScratchSizes prefill = PrefillSizes(size.prefill_rows, size.prefill_groups);
   std::transform(sizes.begin(), sizes.end(), prefill.begin(), sizes.begin(),
                  [](int64_t a, int64_t b) { return std::max(a, b); });
@@ -49,6 +50,12 @@ DeviceModel::ScratchSizes DeviceModel::LargestSizes(const LinspecCudaStepSize& s
 
 std::array<const Buffer*, 8> DeviceModel::ScratchBuffers() const {
   return {&x_, &normed_, &attention_, &angles_, &arena_, &kept_kv_, &hidden_, &sampled_};
+}
+
+uint64_t DeviceModel::ScratchStamp() const {
+  uint64_t stamp = 0;
+  for (const Buffer* buffer : ScratchBuffers()) stamp += buffer->generation();
+  return stamp;
 }
 
 int64_t DeviceModel::ScratchBytes(const LinspecCudaStepSize& size) const {
@@ -77,9 +84,9 @@ int32_t DeviceModel::Reserve(const LinspecCudaStepSize& size) {
   return kLinspecCudaOk;
 }
 
-int32_t DeviceModel::ReserveVerify(int num_rows) {
-  LINSPEC_CUDA_TRY(ReserveScratch(VerifySizes(num_rows)));
-  kept_rows_ = std::max<int64_t>(kept_rows_, num_rows);
+int32_t DeviceModel::ReserveVerify(int num_rows, int kept_rows) {
+  LINSPEC_CUDA_TRY(ReserveScratch(VerifySizes(num_rows, kept_rows)));
+  kept_rows_ = std::max<int64_t>(kept_rows_, kept_rows);
   return host_sampled_.Reserve(context_, num_rows * int64_t{sizeof(int32_t)});
 }
 

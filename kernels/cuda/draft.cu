@@ -192,7 +192,11 @@ __global__ void __launch_bounds__(kChooseThreads) ChooseDraftKernel(const Choose
   const int r = static_cast<int>(blockIdx.x) % p.input.num_rows, vocab = static_cast<int>(p.vocab);
   const LinspecCudaDraftRow row = p.input.rows[r];
   const int64_t position = row.position + p.first_level + static_cast<int>(blockIdx.x) / p.input.num_rows;
-  float* scores = p.logits + blockIdx.x * p.vocab;
+  if (p.at_hidden_row && row.hidden_row < 0) {  // padding
+    if (threadIdx.x == 0) p.next_tokens[r] = 0;
+    return;
+  }
+  float* scores = p.logits + (p.at_hidden_row ? row.hidden_row : blockIdx.x) * p.vocab;
   const bool noisy = row.coupled != 0 && row.temperature > 0.0f;
   const float scale = !noisy && row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
   float max = -INFINITY;

@@ -56,6 +56,7 @@ struct ChooseDraftParams {
   int first_level, num_levels, top_k;
   LinspecCudaDraftCandidate* candidates;  // [num_levels, num_rows, top_k]
   int32_t* next_tokens;                   // [num_rows] or null
+  bool at_hidden_row = false;             // one level: a row's logits are those at hidden_row; -1: it has none
 };
 void LaunchChooseDraft(const ChooseDraftParams& params, cudaStream_t stream);
 

@@ -17,7 +17,7 @@ namespace linspec::cuda {
 
 class GraphCache {
  public:
-  using Key = std::array<int, 4>;
+  using Key = std::array<int, 5>;
   explicit GraphCache(Context* context) : context_(context) {}
   ~GraphCache() { Drop(); }
   GraphCache(const GraphCache&) = delete;

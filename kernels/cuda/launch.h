@@ -60,8 +60,9 @@ struct RopeRows {
   const float2* angles;  // [rows, d / 2]: cosine, sine
   int num_heads, num_kv_heads, head_dim;
   float eps;
-  void* kv = nullptr;  // [rows, 2 Hkv d]: if set, k and v go here instead
-  bool bf16 = false;   // k and v are rounded to bf16; in kv they are bf16
+  void* kv = nullptr;                // [rows, 2 Hkv d]: if set, k and v go here instead
+  bool bf16 = false;                 // k and v are rounded to bf16; in kv they are bf16
+  const int32_t* kv_rows = nullptr;  // [rows] row of kv that row i's go to; -1: nowhere. Null: row i
 };
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream);

@@ -248,6 +248,10 @@ int32_t Draft(LinspecCudaDrafter* drafter, const LinspecCudaDraftStep* step, Lin
   return drafter->impl->Draft(*step, result);
 }
 
+int32_t DraftChains(LinspecCudaModel* draft, const LinspecCudaChainStep* step, LinspecCudaDraftResult* result) {
+  return draft->impl->DraftChains(*step, result);
+}
+
 constexpr LinspecCudaApi kApi = {
     .abi_version = LINSPEC_CUDA_ABI_VERSION,
     .size = sizeof(LinspecCudaApi),
@@ -276,6 +280,7 @@ constexpr LinspecCudaApi kApi = {
     .create_medusa_drafter = CreateMedusaDrafter,
     .destroy_drafter = DestroyDrafter,
     .draft = Draft,
+    .draft_chains = DraftChains,
 };
 
 }  // namespace

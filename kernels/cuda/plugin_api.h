@@ -2,7 +2,7 @@
 //
 // Every function returns a LinspecCudaCode; last_error(context) says more. After kLinspecCudaDeviceError the context is
 // poisoned: every later call returns the same code, and the process must make a new context or stop. Work is queued on
-// the context's stream in call order; only verify_finish, draft, download and measure wait for it. Threads: one at a time per
+// the context's stream in call order; only verify_finish, draft, draft_chains, download and measure wait for it. Threads: one at a time per
 // context. Pointers marked "host" are read before the function returns.
 #pragma once
 
@@ -185,6 +185,19 @@ typedef struct LinspecCudaDraftStep {
   int32_t num_rows, num_levels, top_k;
 } LinspecCudaDraftStep;
 
+// A draft model's chains: after the known tokens of each task, num_levels tokens that it chooses itself, each the best
+// candidate of the level before. Nothing is written to the states. Commit then takes the same tasks and reads their rows
+// in order: those of task r begin after the num_rows + num_levels - 1 rows of each task before it (the last token chosen
+// was never looked at).
+typedef struct LinspecCudaChainStep {
+  LinspecCudaStates states;
+  const LinspecCudaTask*
+      tasks;              // host [num_tasks]; of it length, slot and num_rows: known tokens, the pending one last
+  const int32_t* tokens;  // host [sum of num_rows]
+  const LinspecCudaDraftRow* rows;  // host [num_tasks]; of it seed, position, temperature and coupled
+  int32_t num_tasks, num_levels, top_k, reserved;
+} LinspecCudaChainStep;
+
 typedef struct LinspecCudaDraftResult {         // host memory of the drafter, valid until its next draft
   const LinspecCudaDraftCandidate* candidates;  // [num_levels][row_stride][top_k], best first
   int32_t row_stride, reserved;
@@ -232,6 +245,8 @@ typedef struct LinspecCudaApi {
   // Guesses for all rows and levels in one launch. A recurrent head follows its best guess from level to level; the
   // guesses of Medusa heads do not depend on each other. Not between verify_start and verify_finish of the target.
   int32_t (*draft)(LinspecCudaDrafter*, const LinspecCudaDraftStep*, LinspecCudaDraftResult*);
+  // All levels of all chains in one launch; not between verify_start and verify_finish of the same model.
+  int32_t (*draft_chains)(LinspecCudaModel* draft, const LinspecCudaChainStep*, LinspecCudaDraftResult*);
 } LinspecCudaApi;
 
 // Null if the plugin does not speak abi_version.

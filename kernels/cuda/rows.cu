@@ -166,7 +166,8 @@ __global__ void RopeNormalizeKernel(const RopeRows p, int heads) {
   const int head = blockIdx.y * kRopeHeads + threadIdx.x / kWarp, lane = threadIdx.x % kWarp, half = p.head_dim / 2;
   const int turned = p.num_heads + p.num_kv_heads, all = turned + p.num_kv_heads;
   if (head >= heads) return;
-  const int64_t row = blockIdx.x, kept = (row * (all - p.num_heads) + head - p.num_heads) * p.head_dim;
+  const int64_t row = blockIdx.x, to = p.kv_rows != nullptr ? p.kv_rows[row] : row;
+  const int64_t kept = (to * (all - p.num_heads) + head - p.num_heads) * p.head_dim;
   float* own = p.qkv + (row * all + head) * p.head_dim;
   RopeLane x;
   x.Load(own, lane, half);
@@ -185,6 +186,7 @@ __global__ void RopeNormalizeKernel(const RopeRows p, int heads) {
     x.Scale(1.0f / sqrtf(WarpSum(squares) + p.eps));
   }
   if (head < p.num_heads) return x.Store(own, lane, half);
+  if (to < 0) return;
   if (p.kv != nullptr && p.bf16) return x.Store(static_cast<uint16_t*>(p.kv) + kept, lane, half);
   if (p.bf16) x.Round();
   x.Store(p.kv != nullptr ? static_cast<float*>(p.kv) + kept : own, lane, half);

@@ -116,7 +116,7 @@ struct Verifier {
       const int query_head = item.kv_head * item.heads + head;
       info.node = node;
       info.head = head;
-      info.out = (item.row_begin + node) * p.layer.num_heads + query_head;
+      info.out = (item.out_begin + node) * p.layer.num_heads + query_head;
       if (p.layer.global == Global::kRmsNorm) CopyAsync4(&info.gain, p.layer.global_gain + query_head);
     }
     __syncwarp();
@@ -279,7 +279,8 @@ VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   VerifyWork work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
-  work.splits = (nodes * heads + rows - 1) / rows;
+  const int queries = p.last_rows > 0 && p.last_rows < nodes ? p.last_rows : nodes;
+  work.splits = (queries * heads + rows - 1) / rows;
   work.items = num_tasks * p.layer.num_kv_heads * work.splits;
   return work;
 }
@@ -308,7 +309,8 @@ void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
 
 template <int kDim, typename T>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  if (p.max_rows * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1, T>(p, num_tasks, stream);
+  const int nodes = p.last_rows > 0 ? p.last_rows : p.max_rows;
+  if (nodes * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1, T>(p, num_tasks, stream);
   if (Resident<kDim, kTreeRows, T>(p) > 1) return LaunchTiles<kDim, kTreeRows, T>(p, num_tasks, stream);
   LaunchTiles<kDim, kLargeTreeRows, T>(p, num_tasks, stream);
 }

@@ -14,10 +14,11 @@ struct VerifyWork {
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it are
 // the history, which only taps reach.
 struct Item {
-  const void* state;                     // S of the head; base of all states where S is not read
-  const void* ring;                      // keys of the head; its values follow all heads' keys
-  int kv_head, heads, first_row, rows;   // heads: query heads of the kv head; rows: of the item, 0: nothing to do
-  int phase, history, nodes, row_begin;  // nodes: of the request that any row of the item can see
+  const void* state;                    // S of the head; base of all states where S is not read
+  const void* ring;                     // keys of the head; its values follow all heads' keys
+  int kv_head, heads, first_row, rows;  // heads: query heads of the kv head; rows: of the item, 0: nothing to do
+  int phase, history, nodes;            // nodes: of the request that any row of the item can see
+  int row_begin, out_begin;             // of the request: its first row of k and v; of queries and outputs
   bool reads_state;
 
   __device__ Item() {}
@@ -26,10 +27,11 @@ struct Item {
     const LayerParams& layer = p.layer;
     kv_head = index / work.splits % layer.num_kv_heads;
     heads = layer.num_heads / layer.num_kv_heads;
-    first_row = index % work.splits * tile;
+    first_row = (p.last_rows > 0 ? max(0, task.num_rows - p.last_rows) : 0) * heads + index % work.splits * tile;
     rows = task.slot < 0 ? 0 : max(0, min(tile, task.num_rows * heads - first_row));
     nodes = (first_row + rows - 1) / heads + 1;
     row_begin = task.row_begin;
+    out_begin = task.row_begin - task.out_shift;
     phase = static_cast<int>(task.length & (layer.group_size - 1));
     const bool folded = task.length >= layer.group_size;
     history = folded ? max(0, layer.conv_kernel - 1 - phase) : 0;
@@ -111,7 +113,7 @@ struct WindowFetch {
     if (item.rows == 0) return;
     const KvRows<T> kv = p.Kv<T>();
     const T* from = kv.data + item.row_begin * kv.stride + item.kv_head * kDim;
-    const float* q = p.qkv + item.row_begin * QueryStride();
+    const float* q = p.qkv + item.out_begin * QueryStride();
 #pragma unroll 1
     for (int i = Lane(); i < item.nodes + item.rows; i += kWarp) {
       const int query = i - item.nodes;

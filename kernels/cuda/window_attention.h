@@ -55,6 +55,7 @@ struct Task {      // one request of a call
   int32_t slot;    // -1: padding, the block returns
   int32_t row_begin, num_rows;
   int32_t path_begin, path_length;  // commit: into AttentionParams::paths
+  int32_t out_shift = 0;            // verify: queries and outputs are this many rows above k and v
 };
 
 template <typename T>
@@ -76,6 +77,7 @@ struct AttentionParams {
   float* out;                 // [rows, H d] or null
   uint16_t* out_bf16;         // the same, rounded, for the next matrix product; or null
   int32_t max_rows = 0;       // verify: no task has more rows; 0: up to kMaxNodes. Changes the grid, never a bit
+  int32_t last_rows = 0;      // verify: outputs of this many last rows of each task only; 0: of all
   // Prefill: PrefillScratchFloats of `num_groups`, the sum over the tasks of PrefillGroups (or more).
   float* scratch = nullptr;
   int32_t num_groups = 0;
@@ -139,13 +141,14 @@ struct Window {
   const float *ring_k, *ring_v;        // [G, d]
   const float *row_k, *row_v, *row_q;  // of the request's first row; row_q of the kv head's first query head
   const uint64_t* ancestors;           // [num_rows] or null
-  int64_t stride, kv_stride, first_row;
+  int64_t stride, kv_stride, first_out;
   int kv_head, num_rows, phase, ring_begin;
-  bool folded;  // S holds at least one group
+  int first_query = 0;  // rows before it are seen, but not computed
+  bool folded;          // S holds at least one group
 
   LINSPEC_BLOCK Window(const AttentionParams& p, int64_t length, int64_t row, int rows, bool chain, float* state,
                        int head)
-      : layer(p.layer), ancestors(chain ? nullptr : p.ancestors + row), first_row(row), kv_head(head), num_rows(rows) {
+      : layer(p.layer), ancestors(chain ? nullptr : p.ancestors + row), first_out(row), kv_head(head), num_rows(rows) {
     const int d = layer.head_dim, g = layer.group_size;
     stride = static_cast<int64_t>(layer.num_heads + 2 * layer.num_kv_heads) * d;
     ring_k = state + static_cast<int64_t>(layer.num_kv_heads) * d * d + static_cast<int64_t>(head) * g * d;
@@ -299,7 +302,7 @@ struct HeadProgram {  // kDim 0: head_dim is known at run time only
       }
       Fma4(scale, sum.grouped, y);
     }
-    const int64_t at = (w.first_row + row_begin + row) * w.layer.num_heads * d + static_cast<int64_t>(head) * d + c;
+    const int64_t at = (w.first_out + row_begin + row) * w.layer.num_heads * d + static_cast<int64_t>(head) * d + c;
     if (params.out != nullptr) Store4(params.out + at, y);
     if (params.out_bf16 == nullptr) return;
     params.out_bf16[at] = RoundToBf16(y.x);
@@ -318,7 +321,7 @@ LINSPEC_BLOCK void Attend(const Block& block, const Window& w, const AttentionPa
   typename Block::template PerThread<Accumulator> sums;
   for (int h = 0; h < heads; ++h) {
     const int head = w.kv_head * heads + h;
-    for (int row = 0; row < w.num_rows; row += kRowTile) {
+    for (int row = w.first_query; row < w.num_rows; row += kRowTile) {
       const int rows = w.num_rows - row < kRowTile ? w.num_rows - row : kRowTile;
       const int tokens = w.ring_tokens() + row + rows;  // no row sees nodes after itself
       block.Phase([&](int t) {

@@ -58,7 +58,10 @@ LINSPEC_BLOCK void VerifyBlock(const Block& block, const AttentionParams& p, con
                                AttentionShared& shared) {
   if (task.slot < 0) return;
   float* state = SlotState(p, task);
-  const Window w(p, task.length, task.row_begin, task.num_rows, p.ancestors == nullptr, state, kv_head);
+  Window w(p, task.length, task.row_begin, task.num_rows, p.ancestors == nullptr, state, kv_head);
+  w.first_out -= task.out_shift;
+  w.row_q -= task.out_shift * w.stride;
+  if (p.last_rows > 0 && p.last_rows < task.num_rows) w.first_query = task.num_rows - p.last_rows;
   const Grid grid(kDim != 0 ? kDim : p.layer.head_dim);
   typename Block::template PerThread<Fragment> s;
   // Issued first and used last: S travels while the window is worked on.

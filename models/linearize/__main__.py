@@ -7,7 +7,7 @@ import random
 import torch
 from tokenizers import Tokenizer
 
-from . import data, evaluate, export, medusa, objectives, own_text, pipeline, recurrent, train
+from . import data, evaluate, export, medusa, objectives, own_text, pipeline, prompts, recurrent, train
 from . import tokenizer as tok
 from .config import VARIANTS, ModelConfig
 from .model import LanguageModel
@@ -44,7 +44,8 @@ def add_training_arguments(parser, *extra):
 
 def training_options(args, recipe, stage):
     values = dict(recipe["train"], **recipe.get(stage, {}))
-    values.pop("kl_share", None)
+    for name in ("kl_share", "overlap_weight"):
+        values.pop(name, None)
     for name in ("minutes", "max_tokens", "seed"):
         if getattr(args, name) is not None:
             values[name] = getattr(args, name)
@@ -116,7 +117,8 @@ def stage_distill(args):
     student = new_model(recipe, "model" if args.role == "target" else "draft_model", args.variant, options.seed)
     if args.init:
         start_from(student, args.init)
-    objective = objectives.distill(student, teacher, recipe[stage]["kl_share"], args.device)
+    objective = objectives.distill(student, teacher, recipe[stage]["kl_share"], args.device,
+                                   recipe[stage].get("overlap_weight", 0.0))
     train.run(student, objective, args.data + "/train.bin", options)
 
 
@@ -125,7 +127,10 @@ def stage_medusa(args):
     options = training_options(args, recipe, "medusa")
     target = load_model(args.target).to(args.device)
     torch.manual_seed(options.seed)
-    heads = medusa.MedusaHeads(target.cfg, **recipe["medusa_heads"]).to(args.device)
+    heads = medusa.MedusaHeads(target.cfg, **recipe["medusa_heads"])
+    if args.init:
+        heads.load_state_dict(medusa.load(target.cfg, args.init).state_dict())
+    heads = heads.to(args.device)
     train.run(heads, objectives.medusa(heads, target, args.device), args.data + "/train.bin", options)
 
 
@@ -135,13 +140,19 @@ def stage_recurrent(args):
     target = load_model(args.target).to(args.device)
     torch.manual_seed(options.seed)
     shape = recipe["recurrent_head"]
-    head = recurrent.RecurrentHead(target.cfg, shape["intermediate_size"]).to(args.device)
-    objective = objectives.recurrent_head(head, target, shape["levels"], args.device)
+    head = recurrent.RecurrentHead(target.cfg, shape["intermediate_size"])
+    if args.init:
+        head.load_state_dict(recurrent.load(target.cfg, args.init).state_dict())
+    head = head.to(args.device)
+    objective = objectives.recurrent_head(head, target, shape["levels"], args.device,
+                                          recipe["recurrent"].get("overlap_weight", 0.0))
     train.run(head, objective, args.data + "/train.bin", options)
 
 
 def stage_own_text(args):
-    count = own_text.collect(args.server, args.prompts, args.out, args.minutes * 60, args.temperatures, args.parallel)
+    mixed = (prompt for _, prompt in prompts.mixed(args.prompts, args.chat, args.kinds, args.seed))
+    count = own_text.collect(args.server, mixed, args.out, args.minutes * 60, args.temperatures, args.parallel,
+                             args.seed * 1000000)
     print(f"{args.out}: {count} documents")
 
 
@@ -229,20 +240,25 @@ def main():
     add_training_arguments(p, variant, role, init, teacher)
     p.set_defaults(run=stage_distill)
 
+    heads_init = ("--init", dict(help="training folder or exported folder of heads of the same shape to start from"))
+    target = ("--target", dict(required=True, help="training folder or exported folder of the target"))
     p = stages.add_parser("medusa", help="train Medusa heads on a finished target")
-    add_training_arguments(p, ("--target", dict(required=True, help="training folder of the target")))
+    add_training_arguments(p, target, heads_init)
     p.set_defaults(run=stage_medusa)
 
     p = stages.add_parser("recurrent", help="train the recurrent draft head on a finished target")
-    add_training_arguments(p, ("--target", dict(required=True, help="training folder or exported folder of the target")))
+    add_training_arguments(p, target, heads_init)
     p.set_defaults(run=stage_recurrent)
     p = stages.add_parser("own-text", help="collect what a running server writes after prompts, to train drafts on")
     p.add_argument("--server", required=True, help="http://host:port of an OpenAI-style server of the target")
-    p.add_argument("--prompts", required=True, help="text, documents separated by <|endoftext|>")
+    p.add_argument("--prompts", required=True, help="text to cut passages from, documents separated by <|endoftext|>")
+    p.add_argument("--chat", help="JSONL of dialogues to cut conversations from")
+    p.add_argument("--kinds", nargs="*", default=list(prompts.SHARES), choices=list(prompts.SHARES))
     p.add_argument("--out", required=True, help="text, likewise")
     p.add_argument("--minutes", type=float, default=2)
     p.add_argument("--temperatures", type=float, nargs="*", default=[0.0, 1.0])
     p.add_argument("--parallel", type=int, default=64, help="requests at a time")
+    p.add_argument("--seed", type=int, default=0, help="of prompts and requests: one for each of several collectors")
     p.set_defaults(run=stage_own_text)
 
     p = stages.add_parser("eval", help="perplexity, bits per byte, loss by position, copy probe")

@@ -26,14 +26,19 @@ def read_documents(path, limit_bytes=None, seed=0):
     return kept
 
 
-def read_chats(path, limit_bytes, seed=0):
+def read_messages(path):
+    """Conversations of a JSONL file of {messages} or {question, answer}."""
     with open(path, encoding="utf-8") as f:
         rows = [json.loads(line) for line in f]
+    return [row.get("messages") or [{"role": "user", "content": row["question"]},
+                                    {"role": "assistant", "content": row["answer"]}] for row in rows]
+
+
+def read_chats(path, limit_bytes, seed=0):
+    rows = read_messages(path)
     random.Random(seed).shuffle(rows)
     kept, size = [], 0
-    for row in rows:
-        messages = row.get("messages") or [
-            {"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    for messages in rows:
         kept.append(tok.render_chat(messages))
         size += len(kept[-1])
         if size >= limit_bytes:

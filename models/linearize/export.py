@@ -75,16 +75,19 @@ def write(model, tokenizer_path, folder, int8=True):
     return os.path.getsize(path)
 
 
+def read_tensors(path):
+    """Tensors by name, 8-bit ones as the values that they stand for."""
+    stored = load_file(path)
+    return {name: value.float() * stored[name + "_scale"][:, None] if value.dtype == torch.int8 else value
+            for name, value in stored.items() if not name.endswith("_scale")}
+
+
 def read(folder):
     """The model of an exported folder, with the weights that a server sees."""
     with open(os.path.join(folder, "config.json")) as f:
         model = LanguageModel(ModelConfig.from_hf(json.load(f)))
-    stored, state = load_file(os.path.join(folder, "model.safetensors")), {}
-    for name, value in stored.items():
-        if name.endswith("_scale"):
-            continue
-        if value.dtype == torch.int8:
-            value = value.float() * stored[name + "_scale"][:, None]
+    state = {}
+    for name, value in read_tensors(os.path.join(folder, "model.safetensors")).items():
         if name.endswith("global_decay"):
             name, value = name.replace("global_decay", "decay_logit"), torch.logit(value.double()).float()
         state[name] = value

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from .export import quantize_rows
+from .export import quantize_rows, read_tensors
 
 
 class Block(nn.Module):
@@ -36,8 +36,12 @@ class MedusaHeads(nn.Module):
 
 
 def load(cfg, folder):
-    """Heads of a training folder, with the weights of its latest checkpoint."""
-    saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
+    """Heads of an exported folder, or of a training folder with the weights of its latest checkpoint."""
+    exported = os.path.join(folder, "medusa.safetensors")
+    if os.path.exists(exported):
+        saved = {"heads." + name: value for name, value in read_tensors(exported).items()}
+    else:
+        saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
     names = [name.split(".") for name in saved if name.endswith(".weight")]
     heads = MedusaHeads(cfg, 1 + max(int(n[1]) for n in names), 1 + max(int(n[2]) for n in names))
     heads.load_state_dict(saved)

@@ -12,8 +12,11 @@ def language_model(model, device="cpu"):
     return loss
 
 
-def distill(student, teacher, kl_share, device="cpu"):
-    """kl_share * KL(teacher || student) + (1 - kl_share) * next-token loss, both per token."""
+def distill(student, teacher, kl_share, device="cpu", overlap_weight=0.0):
+    """kl_share * KL(teacher || student) + (1 - kl_share) * next-token loss, both per token.
+
+    A draft is accepted as often as sum min(teacher, student), its overlap: overlap_weight adds what that lacks to 1.
+    """
     teacher.eval().requires_grad_(False)
 
     def loss(x, y):
@@ -21,9 +24,19 @@ def distill(student, teacher, kl_share, device="cpu"):
             with torch.no_grad():
                 target = F.log_softmax(teacher(x).float().flatten(0, 1), dim=-1)
             logits = student(x).float().flatten(0, 1)
-        kl = F.kl_div(F.log_softmax(logits, dim=-1), target, log_target=True, reduction="batchmean")
-        return kl_share * kl + (1 - kl_share) * F.cross_entropy(logits, y.flatten())
+        got = F.log_softmax(logits, dim=-1)
+        total = kl_share * F.kl_div(got, target, log_target=True, reduction="batchmean")
+        if kl_share < 1:
+            total = total + (1 - kl_share) * F.cross_entropy(logits, y.flatten())
+        if overlap_weight:
+            total = total + overlap_weight * (1 - overlap(got, target).mean())
+        return total
     return loss
+
+
+def overlap(got, want):
+    """sum min(p, q) of log distributions [..., V]: how often a draft from q is accepted by p."""
+    return torch.minimum(got, want).exp().sum(-1)
 
 
 def attention_transfer(student, teacher, device="cpu"):
@@ -73,21 +86,28 @@ def medusa(heads, target, device="cpu", depth_weight=0.8):
     return loss
 
 
-def recurrent_head(head, target, levels, device="cpu", depth_weight=0.8):
-    """KL from the target's own distribution to the head's at every place and depth, the tokens between given."""
+def recurrent_head(head, target, levels, device="cpu", overlap_weight=0.0):
+    """KL from the target's own distribution to the head's at every place and depth, the tokens between given, plus
+    overlap_weight times what the overlap lacks to 1.
+
+    A depth counts at a place as much as it would be reached there: by the product of the overlaps above it. So the head
+    spends itself on what makes drafts longer, and need not say what follows a token that it would not have drafted.
+    """
     target.eval().requires_grad_(False)
 
     def loss(x, _):
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
                 hidden = target.hidden(x)
-                logits = target.unembed(hidden)
-            total, weights = 0.0, 0.0
+                want = F.log_softmax(target.unembed(hidden).float(), dim=-1)
+            total, weight, reached = 0.0, 0.0, torch.ones(x.shape, device=x.device)
             for n, state in recurrent.unrolled(head, target, hidden, x, levels):
-                want = F.log_softmax(logits[:, n:].float().flatten(0, 1), dim=-1)
-                got = F.log_softmax(target.unembed(state).float().flatten(0, 1), dim=-1)
-                weight = depth_weight ** (n - 1)
-                total = total + weight * F.kl_div(got, want, log_target=True, reduction="batchmean")
-                weights += weight
-        return total / weights
+                got = F.log_softmax(target.unembed(state).float(), dim=-1)
+                accepted = overlap(got, want[:, n:])
+                lost = F.kl_div(got, want[:, n:], log_target=True, reduction="none").sum(-1)
+                reached = reached[:, :accepted.shape[1]]
+                total = total + (reached * (lost + overlap_weight * (1 - accepted))).mean()
+                weight = weight + reached.mean()
+                reached = reached * accepted.detach()
+        return total / weight
     return loss

@@ -1,4 +1,4 @@
-"""Muon for the matrices of the layers, AdamW for everything else."""
+"""Muon for the matrices between embedding and unembedding, AdamW for everything else."""
 import torch
 
 
@@ -50,7 +50,7 @@ def build(model, kind, lr, matrix_lr=0.02, weight_decay=0.0):
             continue
         if p.dim() < 2 or name.endswith("conv_taps"):
             scalars.append(p)
-        elif kind == "muon" and ".layers." in name:
+        elif kind == "muon" and "embed" not in name and "lm_head" not in name:
             matrices.append(p)
         else:
             rest.append(p)

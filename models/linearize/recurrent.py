@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from .export import quantize_rows
+from .export import quantize_rows, read_tensors
 from .model import RMSNorm
 
 
@@ -36,8 +36,12 @@ class RecurrentHead(nn.Module):
 
 
 def load(cfg, folder):
-    """The head of a training folder, with the weights of its latest checkpoint."""
-    saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
+    """The head of an exported folder, or of a training folder with the weights of its latest checkpoint."""
+    exported = os.path.join(folder, "recurrent_head.safetensors")
+    if os.path.exists(exported):
+        saved = read_tensors(exported)
+    else:
+        saved = torch.load(os.path.join(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)["model"]
     head = RecurrentHead(cfg, saved["down_proj.weight"].shape[1])
     head.load_state_dict(saved)
     return head

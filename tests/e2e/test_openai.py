@@ -344,3 +344,30 @@ def test_openapi_describes_the_requests(server, document, has_chat, route, schem
             assert status(**{name: "none of them"}) == 400, name
     response = httpx.post(server.url + route, json={**base, "no_such_field": 1})
     assert response.status_code == 400 and response.json()["error"]["param"] == "no_such_field"
+
+
+def test_prefix_cache(make_server, model):
+    """The next turn and the copies of one prompt take up kept states, and say what a server without says."""
+    question = [{"role": "user", "content": "Tell me of the old house by the sea, and of those who lived in it. " * 12}]
+    answers = []
+    for size in ("8", "0"):
+        server = make_server("--max-requests", "8", "--prefix-cache", size)
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0)
+        said, cached = [], []
+        messages = list(question)
+        for n in (1, 1, 3):
+            result = client.chat.completions.create(model=model, messages=messages, max_tokens=24, n=n, seed=3,
+                                                    extra_body={"ignore_eos": True})
+            said.append([choice.message.content for choice in result.choices])
+            cached.append(result.usage.prompt_tokens_details.cached_tokens)
+            messages += [{"role": "assistant", "content": said[-1][0]}, {"role": "user", "content": "And then?"}]
+        answers.append(said)
+        if size == "8":
+            assert cached[0] == 0 and cached[1] > 64 and cached[2] >= cached[1]
+            assert server.metric("linspec_prefix_cache_hits_total") >= sum(cached)
+            assert 1 <= server.metric("linspec_prefix_cache_entries") <= 8
+        else:
+            assert cached == [0, 0, 0]
+        server.wait_idle()
+        server.stop()
+    assert answers[0] == answers[1]

@@ -35,7 +35,7 @@ class BundledModelsTest : public ::testing::Test {
  protected:
   // kind: "", "draft", "draft tree", "medusa", "medusa static", "recurrent", "recurrent tree", "ngram"
   // or "auto" (all of them).
-  std::unique_ptr<Engine> MakeEngine(const std::string& kind, bool adaptive) {
+  std::unique_ptr<Engine> MakeEngine(const std::string& kind, bool adaptive, int prefix_cache = 0) {
     const std::shared_ptr<CpuOps> ops = *CpuOps::Create({.num_threads = 2});
     auto target = LoadModel({.path = kFolder + "target", .ops = ops});
     EXPECT_TRUE(target.ok()) << target.status().message();
@@ -62,6 +62,7 @@ class BundledModelsTest : public ::testing::Test {
     if (kind == "ngram" || kind == "auto") drafters.push_back(std::make_unique<NgramDrafter>());
     EngineOptions options;
     options.max_requests = 4;
+    options.prefix_cache_entries = prefix_cache;
     options.calibrate = adaptive;
     options.max_draft_nodes = 8;
     auto engine = Engine::Create(*std::move(target), std::move(drafters), options, nullptr);
@@ -136,6 +137,44 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecoding) {
         EXPECT_GT(accepted, 0) << "the drafter is never right";
       }
     }
+  }
+}
+
+// A chat of three turns and two copies of its last prompt at once: what is taken up from the prefix cache has the bits of
+// what is computed.
+TEST_F(BundledModelsTest, ThePrefixCacheChangesNoBit) {
+  const std::string turn =
+      kPrompts[1] + " Of course. For what time, and where?<|end|><|user|>At seven, in San Jose.<|end|>";
+  const std::vector<int32_t> words =
+      *tokenizer_->Encode(turn + turn + turn, {.add_special_tokens = false, .parse_special = true});
+  const auto run = [&](Engine* engine, const std::vector<std::vector<int32_t>>& prompts, int64_t* cached) {
+    std::vector<Said> said(prompts.size());
+    for (size_t i = 0; i < prompts.size(); ++i) {
+      Request request = MakeRequest(i + 1, "", true, &said[i]);
+      request.sampling.seed = 5;
+      request.sampling.ignore_eos = true;
+      request.prompt_tokens = prompts[i];
+      request.sink = [sink = std::move(request.sink), cached](RequestOutput&& output) {
+        *cached = output.num_cached_tokens;
+        return sink(std::move(output));
+      };
+      EXPECT_TRUE(engine->Submit(std::move(request)).ok());
+    }
+    while (engine->Step()) {
+    }
+    return said;
+  };
+  const std::unique_ptr<Engine> cached_engine = MakeEngine("auto", false, 3), plain_engine = MakeEngine("", false);
+  std::vector<int32_t> prompt = words;
+  for (int round = 0; round < 3; ++round) {
+    const std::vector<std::vector<int32_t>> prompts(round == 2 ? 3 : 1, prompt);
+    int64_t cached = 0, none = 0;
+    const std::vector<Said> said = run(cached_engine.get(), prompts, &cached);
+    EXPECT_TRUE(said == run(plain_engine.get(), prompts, &none)) << round;
+    EXPECT_EQ(none, 0);
+    EXPECT_GE(cached, round == 0 ? 0 : round == 1 ? std::ssize(words) : std::ssize(prompt) - 1);
+    prompt.insert(prompt.end(), said[0].tokens.begin(), said[0].tokens.end());
+    prompt.insert(prompt.end(), words.begin(), words.end());
   }
 }
 

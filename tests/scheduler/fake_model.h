@@ -42,6 +42,7 @@ class FakeModel : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t weight_bytes() const override { return 0; }
   std::string Describe() const override { return "fake"; }
+  bool prefills_as_it_decodes() const override { return same_bits; }
   absl::Status health() const override { return failed ? absl::InternalError("the device failed") : absl::OkStatus(); }
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override {
@@ -98,6 +99,7 @@ class FakeModel : public Model {
   std::function<void()> on_verify;
   int num_prefills = 0, num_verifies = 0;
   bool failed = false;
+  bool same_bits = true;  // of prefill and decoding, says the model
 
  private:
   static uint64_t Load(int32_t slot, const StatePool& pool) {

@@ -87,6 +87,8 @@ TEST(MetricsTest, StepsFeedStagesAndSpeculation) {
   step.num_verify_rows = 7;
   step.verify_s = 0.004;
   step.num_drafter_errors = 1;
+  step.num_prefix_queries = 300;
+  step.num_prefix_hits = 256;
   metrics.OnStep(step);
   const std::string text = metrics.Serialize(SomeStats());
   EXPECT_EQ(Value(text, "linspec_spec_decode_num_draft_tokens_total"), 5);
@@ -94,6 +96,8 @@ TEST(MetricsTest, StepsFeedStagesAndSpeculation) {
   EXPECT_EQ(Value(text, "linspec_spec_decode_num_accepted_tokens_per_pos_total", {"position=\"1\""}), 1);
   EXPECT_EQ(Value(text, "linspec_spec_decode_num_draft_tokens_per_pos_total", {"position=\"2\""}), 1);
   EXPECT_EQ(Value(text, "linspec_drafter_errors_total"), 1);
+  EXPECT_EQ(Value(text, "linspec_prefix_cache_queries_total"), 300);
+  EXPECT_EQ(Value(text, "linspec_prefix_cache_hits_total"), 256);
   EXPECT_EQ(Value(text, "linspec_step_stage_seconds_count", {"stage=\"verify\""}), 1);
   EXPECT_EQ(Value(text, "linspec_step_stage_seconds_bucket", {"stage=\"verify\"", "le=\"0.005\""}), 1);
   EXPECT_EQ(Value(text, "linspec_step_stage_seconds_bucket", {"stage=\"verify\"", "le=\"0.003\""}), 0);

@@ -1,6 +1,8 @@
 """Every stage of the command line, on a toy recipe, and what the export holds."""
+import itertools
 import json
 import os
+import random
 import sys
 
 import numpy as np
@@ -10,7 +12,7 @@ from jinja2 import Environment
 from safetensors.numpy import load_file
 
 from linearize import __main__ as cli
-from linearize import data, medusa, own_text, recurrent, reference
+from linearize import data, medusa, objectives, own_text, prompts, recurrent, reference
 from linearize import tokenizer as tok
 
 SHAPE = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
@@ -21,9 +23,10 @@ RECIPE = {
     "draft_model": dict(SHAPE, num_hidden_layers=1),
     "train": {"minutes": 1, "batch": 4, "length": 64, "optimizer": "muon", "seed": 1},
     "distill": {"kl_share": 0.5},
-    "draft": {"kl_share": 0.9},
+    "draft": {"kl_share": 1.0, "overlap_weight": 1.0},
     "medusa_heads": {"count": 2, "layers": 1},
     "recurrent_head": {"intermediate_size": 24, "levels": 3},
+    "recurrent": {"overlap_weight": 1.0},
 }
 
 
@@ -145,6 +148,9 @@ def test_recurrent_head_learns_from_an_exported_target_and_is_exported(work):
     stored = load_file("with_head/recurrent_head.safetensors")
     assert stored["gate_proj.weight"].shape == (24, 64) and stored["gate_proj.weight"].dtype == np.int8
     assert stored["down_proj.weight_scale"].shape == (32,)
+    train("recurrent", "longer", "--target", "with_head", "--init", "with_head", tokens=2000)
+    begun = json.loads(open("longer/log.jsonl").readline())["loss"]
+    assert begun < (rows[0]["loss"] + rows[-1]["loss"]) / 2
 
 
 def test_recurrent_head_says_what_the_reference_says():
@@ -202,17 +208,45 @@ def test_own_text_keeps_prompt_and_reply_and_passes_errors_on(work, monkeypatch)
         return " REPLY"
 
     monkeypatch.setattr(own_text, "complete", reply)
-    count = own_text.collect("http://server", long_text(), "own.txt", 0.2, [0.0, 1.0], 2)
+    run("own-text", "--server", "http://server", "--prompts", long_text(), "--chat", "chat.jsonl", "--out", "own.txt",
+        "--minutes", 0.003, "--temperatures", 0, 1, "--parallel", 2, "--seed", 7)
     documents = data.read_documents("own.txt")
-    assert len(documents) == count and all(d.endswith(" REPLY") for d in documents)
-    assert {t for t, _ in asked} == {0.0, 1.0} and len({s for _, s in asked}) == len(asked)
+    assert len(documents) == len(asked) and all(d.endswith(" REPLY") for d in documents)
+    assert {t for t, _ in asked} == {0.0, 1.0}
+    assert sorted(seed for _, seed in asked) == list(range(7000000, 7000000 + len(asked)))
 
     def fail(*_):
         raise OSError("refused")
 
     monkeypatch.setattr(own_text, "complete", fail)
     with pytest.raises(OSError, match="refused"):
-        own_text.collect("http://server", "text_long.txt", "own.txt", 5, [0.0], 2)
+        own_text.collect("http://server", iter("abc"), "own.txt", 5, [0.0], 2)
+
+
+def test_prompts_are_of_every_kind_and_the_same_for_a_seed(work):
+    def drawn(chat, seed, count=400):
+        return list(itertools.islice(prompts.mixed(long_text(), chat, seed=seed), count))
+
+    first = drawn("chat.jsonl", 1)
+    assert first == drawn("chat.jsonl", 1) and first != drawn("chat.jsonl", 2)
+    shares = {kind: sum(k == kind for k, _ in first) / len(first) for kind in prompts.SHARES}
+    assert all(abs(shares[kind] - share) < 0.1 for kind, share in prompts.SHARES.items())
+    assert not any(c in prompt for _, prompt in first for c in "[]") and len({p for _, p in first}) > 100
+    assert all(p.endswith("Hello<|end|><|assistant|>") for kind, p in first if kind == "chat")
+    assert "chat" not in {kind for kind, _ in drawn(None, 1)}
+
+
+def test_every_template_can_be_filled():
+    rng = random.Random(0)
+    for template in [t for kind in prompts.QUESTIONS.values() for t in kind] + list(prompts.STRUCTURED):
+        for _ in range(20):
+            assert not set("{}[]") & set(prompts.fill(prompts.fill_once(template, rng), rng))
+
+
+def test_overlap_is_what_rejection_sampling_accepts():
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.1, 0.8, 0.1])
+    assert objectives.overlap(p.log(), q.log()).item() == pytest.approx(0.5)
+    assert objectives.overlap(p.log(), p.log()).item() == pytest.approx(1.0)
 
 
 def long_text():
