@@ -6,19 +6,13 @@
 #include <atomic>
 #include <utility>
 
+#include "models/cuda_capacity.h"
 #include "models/cuda_memory.h"
 #include "models/cuda_weights.h"
 #include "models/verify_batch.h"
 
 namespace linspec {
 namespace {
-
-// Of one prefill pass: bound the scratch; the bits do not depend on them.
-constexpr int64_t kPrefillRows = 2048, kPrefillGroups = 48;
-// Of device memory when slots fill it, for what is not scratch: kernels, which load when first launched, graphs, and the
-// inputs of steps.
-constexpr int64_t kMostSlots = 1 << 20;
-constexpr int64_t kSystemBytes = int64_t{256} << 20;
 
 const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
   return static_cast<const CudaMatrix&>(*weight).matrix();
@@ -60,11 +54,6 @@ class CudaModel final : public Model {
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
-  // Steps of a server of so many requests: all decode at once, or prompts are taken in. Trees may make larger ones.
-  static LinspecCudaStepSize StepSize(int64_t num_slots) {
-    return {
-        .verify_rows = static_cast<int32_t>(num_slots), .prefill_rows = kPrefillRows, .prefill_groups = kPrefillGroups};
-  }
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
   absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
   void FillStep(const VerifyBatch& batch, const StatePool& pool);
@@ -173,7 +162,7 @@ std::string CudaModel::Describe() const {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) const {
-  const LinspecCudaStepSize size = StepSize(num_slots);
+  const LinspecCudaStepSize size = StepSizeOf(num_slots);
   if (absl::Status reserved = device_->Check(device_->api().reserve(model_, &size), "scratch memory"); !reserved.ok()) {
     return reserved;
   }
@@ -191,21 +180,7 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
 }
 
 int64_t CudaModel::SlotsThatFit() const {
-  const auto info = device_->Info();
-  if (!info.ok()) return 0;
-  const int64_t state_bytes = config_.StateBytes(state_dtype_);
-  const auto fits = [&](int64_t slots) {
-    const LinspecCudaStepSize size = StepSize(slots);
-    int64_t scratch = 0;
-    if (!device_->Check(device_->api().scratch_bytes(model_, &size, &scratch), "scratch memory").ok()) return false;
-    return (slots + 1) * state_bytes + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
-  };
-  int64_t fit = 0, too_many = std::min(info->free_bytes / state_bytes, kMostSlots) + 1;
-  while (too_many - fit > 1) {
-    const int64_t middle = fit + (too_many - fit) / 2;
-    (fits(middle) ? fit : too_many) = middle;
-  }
-  return fit;
+  return CudaSlotsThatFit(device_.get(), model_, config_.StateBytes(state_dtype_));
 }
 
 absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
