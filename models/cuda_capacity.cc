@@ -12,6 +12,14 @@ constexpr int64_t kSystemBytes = int64_t{256} << 20;
 
 }  // namespace
 
+int64_t PrefillPassSize::Take(int64_t length, int64_t left, int64_t group_size) {
+  const int64_t begin = length % group_size;
+  const int64_t taken = std::min({left, kPrefillRows - rows_, (kPrefillGroups - groups_) * group_size - begin});
+  rows_ += taken;
+  groups_ += (begin + taken + group_size - 1) / group_size;
+  return taken;
+}
+
 LinspecCudaStepSize StepSizeOf(int64_t num_slots) {
   return {
       .verify_rows = static_cast<int32_t>(num_slots), .prefill_rows = kPrefillRows, .prefill_groups = kPrefillGroups};

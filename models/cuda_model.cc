@@ -189,26 +189,19 @@ absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool*
   }
   if (absl::Status valid = CheckDistinctSlots(chunks); !valid.ok()) return valid;
   std::vector<PrefillChunk> pieces;
-  int64_t rows = 0, groups = 0;
+  PrefillPassSize size;
   const auto flush = [&]() -> absl::Status {
-    rows = groups = 0;
-    if (pieces.empty()) return absl::OkStatus();
-    return PrefillPass(std::exchange(pieces, {}), pool);
+    size = {};
+    return pieces.empty() ? absl::OkStatus() : PrefillPass(std::exchange(pieces, {}), pool);
   };
-  const int64_t group_size = config_.linear_attention.group_size;
   for (const PrefillChunk& chunk : chunks) {
-    const int64_t phase = pool->length(chunk.slot) % group_size, total = std::ssize(chunk.tokens);
-    for (int64_t done = 0; done < total;) {
-      if (rows == kPrefillRows || groups == kPrefillGroups) {
+    const int64_t length = pool->length(chunk.slot), total = std::ssize(chunk.tokens);
+    for (int64_t done = 0, taken = 0; done < total; done += taken) {
+      if (size.full()) {
         if (absl::Status status = flush(); !status.ok()) return status;
       }
-      const int64_t begin = (phase + done) % group_size;
-      const int64_t take =
-          std::min({total - done, kPrefillRows - rows, (kPrefillGroups - groups) * group_size - begin});
-      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, take)});
-      done += take;
-      rows += take;
-      groups += (begin + take + group_size - 1) / group_size;
+      taken = size.Take(length + done, total - done, config_.linear_attention.group_size);
+      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, taken)});
     }
   }
   return flush();

@@ -274,9 +274,10 @@ int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits(), false, rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), this->logits(), false, rows);
   LINSPEC_CUDA_TRY(context_->Check(
-      cudaMemcpyAsync(logits, logits(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream), "download"));
+      cudaMemcpyAsync(logits, this->logits(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
+      "download"));
   return context_->Sync("unembed");
 }
 
