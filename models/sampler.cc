@@ -99,15 +99,29 @@ void ApplyPenalties(const SamplingParams& params, const PenaltyHistory& history,
   }
 }
 
+void Ban(const SamplingContext& context, std::vector<float>* logits) {
+  const SamplingParams& params = *context.params;
+  for (const int32_t token : context.banned) (*logits)[token] = kMinusInfinity;
+  for (const std::vector<int32_t>& sequence : params.banned_sequences) {
+    const auto beginning = std::span(sequence).first(sequence.size() - 1);
+    if (beginning.empty() || context.history->OutputEndsWith(beginning)) (*logits)[sequence.back()] = kMinusInfinity;
+  }
+  if (params.allowed_token_ids.empty()) return;
+  std::vector<float> allowed(logits->size(), kMinusInfinity);
+  for (const int32_t token : params.allowed_token_ids) allowed[token] = (*logits)[token];
+  *logits = std::move(allowed);
+}
+
 // Everything before the temperature. Returns `logits` itself when there is nothing to change.
 std::span<const float> Process(std::span<const float> logits, const SamplingContext& context,
                                std::vector<float>* scratch) {
   const SamplingParams& params = *context.params;
-  if (!HasPenalties(params) && params.logit_bias.empty() && context.banned.empty()) return logits;
+  const bool bans = !context.banned.empty() || !params.banned_sequences.empty() || !params.allowed_token_ids.empty();
+  if (!HasPenalties(params) && params.logit_bias.empty() && !bans) return logits;
   scratch->assign(logits.begin(), logits.end());
   for (const auto& [token, bias] : params.logit_bias) (*scratch)[token] += bias;
   if (HasPenalties(params)) ApplyPenalties(params, *context.history, *scratch);
-  for (const int32_t token : context.banned) (*scratch)[token] = kMinusInfinity;
+  if (bans) Ban(context, scratch);
   return *scratch;
 }
 
@@ -245,11 +259,9 @@ PenaltyHistory::PenaltyHistory(std::span<const int32_t> prompt) {
   for (const int32_t token : prompt) ++prompt_counts_[token];
 }
 
-void PenaltyHistory::Push(int32_t token) { ++output_counts_[token]; }
-
-void PenaltyHistory::Pop(int32_t token) {
-  const auto it = output_counts_.find(token);
-  if (it != output_counts_.end() && --it->second == 0) output_counts_.erase(it);
+void PenaltyHistory::Push(int32_t token) {
+  ++output_counts_[token];
+  output_.push_back(token);
 }
 
 int PenaltyHistory::OutputCount(int32_t token) const {
@@ -257,8 +269,8 @@ int PenaltyHistory::OutputCount(int32_t token) const {
   return it == output_counts_.end() ? 0 : it->second;
 }
 
-bool PenaltyHistory::Seen(int32_t token) const {
-  return prompt_counts_.contains(token) || output_counts_.contains(token);
+bool PenaltyHistory::OutputEndsWith(std::span<const int32_t> tokens) const {
+  return tokens.size() <= output_.size() && std::equal(tokens.rbegin(), tokens.rend(), output_.rbegin());
 }
 
 SampleResult SampleToken(std::span<const float> logits, const SamplingContext& context) {

@@ -53,19 +53,19 @@ struct SampledToken {
   std::vector<TokenLogprob> top_logprobs;  // params.logprobs best, descending
 };
 
-// Occurrence counts that penalties need, kept along a sequence; a verify walk pushes and pops tree tokens on top.
+// What penalties and banned sequences need to know of a sequence, kept along it.
 class PenaltyHistory {
  public:
   explicit PenaltyHistory(std::span<const int32_t> prompt);
-  void Push(int32_t token);
-  void Pop(int32_t token);  // undoes the latest Push of token
+  void Push(int32_t token);  // of the output
   int OutputCount(int32_t token) const;
-  bool Seen(int32_t token) const;  // prompt or output
+  bool OutputEndsWith(std::span<const int32_t> tokens) const;  // none: true
   const std::unordered_map<int32_t, int>& output_counts() const { return output_counts_; }
   const std::unordered_map<int32_t, int>& prompt_counts() const { return prompt_counts_; }
 
  private:
   std::unordered_map<int32_t, int> prompt_counts_, output_counts_;
+  std::vector<int32_t> output_;
 };
 
 struct SamplingContext {
@@ -75,7 +75,8 @@ struct SamplingContext {
   int64_t position;                 // absolute position of the token being chosen
 };
 
-// Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans, temperature, then
+// Order as Hugging Face / vLLM: logit_bias, repetition, frequency and presence penalties, bans (banned,
+// banned_sequences, what allowed_token_ids leaves out), temperature, then
 // min_p, top_k, typical_p, top_p on the tempered distribution, each renormalised over what the one before kept; then
 // the Gumbel draw. Ties go to the lower id. At temperature 0 truncation cannot change the choice and is skipped.
 // If every token is banned or masked, or a logit is NaN or +Inf: reported by ok = false (the request fails, the process

@@ -1,6 +1,7 @@
 #include "models/sampling_params.h"
 
 #include <cmath>
+#include <span>
 #include <string_view>
 
 #include "fmt/format.h"
@@ -39,15 +40,26 @@ absl::Status CheckLogitBias(const SamplingParams& params, int64_t vocab_size) {
   return absl::OkStatus();
 }
 
-absl::Status CheckStops(const SamplingParams& params, int64_t vocab_size) {
-  for (size_t i = 0; i < params.stop_token_ids.size(); ++i) {
-    const int32_t token = params.stop_token_ids[i];
-    if (absl::Status s = CheckInteger(fmt::format("stop_token_ids[{}]", i), token, 0, vocab_size - 1); !s.ok()) {
-      return s;
-    }
+absl::Status CheckTokens(std::string_view field, std::span<const int32_t> tokens, int64_t vocab_size) {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    absl::Status status = CheckInteger(fmt::format("{}[{}]", field, i), tokens[i], 0, vocab_size - 1);
+    if (!status.ok()) return status;
   }
-  for (size_t i = 0; i < params.stop.size(); ++i) {
-    if (params.stop[i].empty()) return Invalid(fmt::format("stop[{}]", i), "\"\"", "a non-empty string");
+  return absl::OkStatus();
+}
+
+absl::Status CheckStopStrings(const std::vector<std::string>& stop) {
+  for (size_t i = 0; i < stop.size(); ++i) {
+    if (stop[i].empty()) return Invalid(fmt::format("stop[{}]", i), "\"\"", "a non-empty string");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckBannedSequences(const std::vector<std::vector<int32_t>>& sequences, int64_t vocab_size) {
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const std::string field = fmt::format("banned_sequences[{}]", i);
+    if (sequences[i].empty()) return Invalid(field, "[]", "at least one token");
+    if (absl::Status status = CheckTokens(field, sequences[i], vocab_size); !status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -70,7 +82,10 @@ absl::Status SamplingParams::Validate(int64_t vocab_size) const {
       CheckInteger("min_tokens", min_tokens, 0, max_tokens),
       CheckInteger("logprobs", logprobs, -1, kMaxLogprobs),
       CheckLogitBias(*this, vocab_size),
-      CheckStops(*this, vocab_size),
+      CheckTokens("stop_token_ids", stop_token_ids, vocab_size),
+      CheckStopStrings(stop),
+      CheckTokens("allowed_token_ids", allowed_token_ids, vocab_size),
+      CheckBannedSequences(banned_sequences, vocab_size),
   };
   for (const absl::Status& check : checks) {
     if (!check.ok()) return check;

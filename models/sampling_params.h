@@ -20,7 +20,10 @@ struct SamplingParams {
   float frequency_penalty = 0.0f;                 // [-2, 2]; over output
   float presence_penalty = 0.0f;                  // [-2, 2]; over output
   std::unordered_map<int32_t, float> logit_bias;  // token -> added to the logit; [-100, 100]
-  uint64_t seed = 0;                              // the server draws one when the client gives none
+  std::vector<int32_t> allowed_token_ids;         // nothing else is ever chosen; empty: all are allowed
+  // Never all of a sequence in the output: where its beginning stands, its last token is not chosen. vLLM's bad_words.
+  std::vector<std::vector<int32_t>> banned_sequences;
+  uint64_t seed = 0;  // the server draws one when the client gives none
 
   int32_t max_tokens = 16;
   int32_t min_tokens = 0;  // no end-of-sequence or stop token before this many
@@ -30,7 +33,7 @@ struct SamplingParams {
   bool include_stop_in_output = false;
   int32_t logprobs = -1;  // -1: none; 0: the chosen token's; n: and the n best (<= 20)
 
-  // INVALID_ARGUMENT names field and value. vocab_size bounds logit_bias and stop_token_ids.
+  // INVALID_ARGUMENT names field and value. vocab_size bounds every token id.
   absl::Status Validate(int64_t vocab_size) const;
 };
 

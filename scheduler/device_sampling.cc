@@ -48,7 +48,8 @@ std::unordered_map<int32_t, int> PathCounts(const DraftTree& tree, int node) {
 
 bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance) {
   const bool coupled = acceptance == AcceptanceMode::kGumbel || params.temperature == 0;
-  return coupled && params.logprobs < 0 && params.typical_p >= 1.0f;
+  const bool restricted = !params.allowed_token_ids.empty() || !params.banned_sequences.empty();
+  return coupled && params.logprobs < 0 && params.typical_p >= 1.0f && !restricted;
 }
 
 void AppendRowSampling(const DraftTree& tree, const WalkInput& input, VerifyBatch* batch) {

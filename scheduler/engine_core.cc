@@ -19,6 +19,16 @@ DraftTree Chain(std::span<const int32_t> tokens) {
   return chain;
 }
 
+// Whose fault it is: what a request forbids can leave nothing, else it is the model's.
+absl::Status NothingToChoose(const SamplingParams& params) {
+  const bool restricted =
+      !params.allowed_token_ids.empty() || !params.banned_sequences.empty() || params.min_tokens > 0;
+  if (restricted) {
+    return absl::InvalidArgumentError("every token is banned: by allowed_token_ids, bad_words and min_tokens together");
+  }
+  return absl::InternalError("no token can be chosen: logits not finite");
+}
+
 }  // namespace
 
 EngineCore::EngineCore(Model* model, StatePool* pool, Speculator* speculator, const EngineOptions& options)
@@ -69,20 +79,20 @@ void EngineCore::Admit(RequestQueue::News news, StepStats* stats) {
 // admission, so that nobody waits in a circle.
 void EngineCore::ReusePrefix(Sequence* sequence, StepStats* stats) {
   if (prefix_cache_.capacity() == 0) return;
-  const std::string_view tenant = sequence->request().tenant;
+  const std::string_view owner = sequence->cache_owner();
   const std::span<const int32_t> prompt = sequence->tokens();
-  const int64_t restored = prefix_cache_.Restore(tenant, prompt, sequence->num_committed(), sequence->slot());
+  const int64_t restored = prefix_cache_.Restore(owner, prompt, sequence->num_committed(), sequence->slot());
   if (restored > 0) {
     stats->num_prefix_hits += restored - sequence->num_committed();
     sequence->TakeUp(restored);
   }
   const int64_t end = std::ssize(sequence->prompt_prefix());
   if (end - sequence->num_committed() >= 2 * PrefixCache::kGrain) sequence->StopAt(end);
-  int64_t shared = prefix_cache_.LongestShared(tenant, prompt);
+  int64_t shared = prefix_cache_.LongestShared(owner, prompt);
   Sequence* ahead = nullptr;
   for (const auto& other : sequences_) {
     if (other.get() == sequence) break;
-    if (other->finished() || other->request().prompt_logprobs || other->request().tenant != tenant) continue;
+    if (other->finished() || other->request().prompt_logprobs || other->cache_owner() != owner) continue;
     const int64_t shared_with_it = PrefixCache::Shared(prompt, other->prompt_prefix());
     if (shared_with_it < shared || (shared_with_it == shared && ahead != nullptr)) continue;
     shared = shared_with_it;
@@ -113,7 +123,7 @@ void EngineCore::KeepState(Sequence* sequence) {
   if (prefix_cache_.capacity() == 0 || !model_->prefills_as_it_decodes()) return;
   StateSlot slot = sequence->GiveUpSlot();
   const int64_t length = pool_->length(slot.id());
-  prefix_cache_.Keep(sequence->request().tenant, sequence->tokens().first(length), std::move(slot));
+  prefix_cache_.Keep(sequence->cache_owner(), sequence->tokens().first(length), std::move(slot));
 }
 
 void EngineCore::EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort) {
@@ -165,7 +175,7 @@ void EngineCore::Prefill(const StepPlan& plan, StepStats* stats) {
     if (!sequence->at_stop()) continue;
     const auto committed = sequence->tokens().first(sequence->num_committed());
     const bool whole = committed.size() == sequence->prompt_prefix().size();
-    prefix_cache_.Snapshot(sequence->request().tenant, committed, sequence->slot(),
+    prefix_cache_.Snapshot(sequence->cache_owner(), committed, sequence->slot(),
                            whole ? PrefixCache::Place::kPromptEnd : PrefixCache::Place::kParting);
   }
   stats->prefill_s = Seconds(start, Clock::now());
@@ -298,7 +308,7 @@ void EngineCore::AcceptOne(int index, const DraftTree& tree, const VerifyResult&
   const std::vector<int32_t> accepted = walk.path;
   if (ok && walk.finish_reason != FinishReason::kNone) KeepState(sequence);
   sequence->Accept(tree, std::move(walk), Clock::now());  // what was chosen before a failure is still good
-  if (!ok) Fail(sequence, absl::InternalError("no token can be chosen: logits not finite, or every token is banned"));
+  if (!ok) Fail(sequence, NothingToChoose(sequence->sampling()));
   if (!sequence->finished()) *path = accepted;
 }
 

@@ -21,13 +21,12 @@ int64_t PrefixCache::Shared(std::span<const int32_t> prompt, std::span<const int
   return equal / kGrain * kGrain;
 }
 
-int64_t PrefixCache::Restore(std::string_view tenant, std::span<const int32_t> prompt, int64_t committed,
-                             int32_t slot) {
+int64_t PrefixCache::Restore(std::string_view owner, std::span<const int32_t> prompt, int64_t committed, int32_t slot) {
   Entry* best = nullptr;
   int64_t longest = committed;
   for (Entry& entry : entries_) {
     const int64_t length = std::ssize(entry.tokens);
-    if (length <= longest || length >= std::ssize(prompt) || entry.tenant != tenant) continue;
+    if (length <= longest || length >= std::ssize(prompt) || entry.owner != owner) continue;
     if (!StartsWith(prompt, entry.tokens)) continue;
     best = &entry;
     longest = length;
@@ -38,36 +37,36 @@ int64_t PrefixCache::Restore(std::string_view tenant, std::span<const int32_t> p
   return longest;
 }
 
-int64_t PrefixCache::LongestShared(std::string_view tenant, std::span<const int32_t> prompt) const {
+int64_t PrefixCache::LongestShared(std::string_view owner, std::span<const int32_t> prompt) const {
   int64_t longest = 0;
   for (const Entry& entry : entries_) {
-    if (entry.tenant == tenant) longest = std::max(longest, Shared(prompt, entry.tokens));
+    if (entry.owner == owner) longest = std::max(longest, Shared(prompt, entry.tokens));
   }
   return longest;
 }
 
-void PrefixCache::Snapshot(std::string_view tenant, std::span<const int32_t> tokens, int32_t slot, Place place) {
-  if (!Admit(tenant, tokens, place)) return;
+void PrefixCache::Snapshot(std::string_view owner, std::span<const int32_t> tokens, int32_t slot, Place place) {
+  if (!Admit(owner, tokens, place)) return;
   StateSlot copy = pool_->Acquire();
   LINSPEC_CHECK(copy.valid());  // the pool has capacity() slots beyond what sequences hold
   pool_->CopySlot(slot, copy.id());
-  Insert(tenant, tokens, place, std::move(copy));
+  Insert(owner, tokens, place, std::move(copy));
 }
 
-void PrefixCache::Keep(std::string_view tenant, std::span<const int32_t> tokens, StateSlot slot) {
-  if (Admit(tenant, tokens, Place::kEnd)) Insert(tenant, tokens, Place::kEnd, std::move(slot));
+void PrefixCache::Keep(std::string_view owner, std::span<const int32_t> tokens, StateSlot slot) {
+  if (Admit(owner, tokens, Place::kEnd)) Insert(owner, tokens, Place::kEnd, std::move(slot));
 }
 
-bool PrefixCache::Admit(std::string_view tenant, std::span<const int32_t> tokens, Place place) {
+bool PrefixCache::Admit(std::string_view owner, std::span<const int32_t> tokens, Place place) {
   if (capacity_ == 0 || std::ssize(tokens) < kGrain) return false;
   for (Entry& entry : entries_) {
-    if (entry.tenant != tenant || !std::ranges::equal(entry.tokens, tokens)) continue;
+    if (entry.owner != owner || !std::ranges::equal(entry.tokens, tokens)) continue;
     entry.last_use = ++clock_;
     return false;
   }
   for (Entry& entry : entries_) {
     const bool continued = entry.place == Place::kEnd || (entry.place == place && place == Place::kPromptEnd);
-    if (!continued || place == Place::kParting || entry.tenant != tenant || !StartsWith(tokens, entry.tokens)) continue;
+    if (!continued || place == Place::kParting || entry.owner != owner || !StartsWith(tokens, entry.tokens)) continue;
     entry.asked_for = false;
     entry.last_use = 0;
   }
@@ -77,8 +76,8 @@ bool PrefixCache::Admit(std::string_view tenant, std::span<const int32_t> tokens
   return true;
 }
 
-void PrefixCache::Insert(std::string_view tenant, std::span<const int32_t> tokens, Place place, StateSlot slot) {
-  entries_.push_back({.tenant = std::string(tenant),
+void PrefixCache::Insert(std::string_view owner, std::span<const int32_t> tokens, Place place, StateSlot slot) {
+  entries_.push_back({.owner = std::string(owner),
                       .tokens = {tokens.begin(), tokens.end()},
                       .slot = std::move(slot),
                       .place = place,

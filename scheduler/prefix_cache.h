@@ -6,7 +6,7 @@
 // same tokens again; and where two prompts were seen to part (a shared system prompt). A restored state has the bits of a
 // computed one (docs/design.md, invariant 2): the cache changes speed only.
 //
-// An entry belongs to the tenant that made it; others can neither use it nor learn of it from response times. The least
+// An entry belongs to its owner (a tenant, and the salt of its requests); others can neither use it nor learn of it from response times. The least
 // recently used entry makes room, and entries that were never asked for go first.
 //
 // Threads: engine thread only. Holds at most `capacity` slots of the pool, which must outlive it.
@@ -38,20 +38,20 @@ class PrefixCache {
   // Puts the longest kept state that `prompt` starts with into `slot` and returns how many tokens it covers: more than
   // `committed`, what the slot covers now, and fewer than the prompt has, since the logits after the last token are
   // wanted. 0: there is none; the slot is untouched.
-  int64_t Restore(std::string_view tenant, std::span<const int32_t> prompt, int64_t committed, int32_t slot);
+  int64_t Restore(std::string_view owner, std::span<const int32_t> prompt, int64_t committed, int32_t slot);
   // The most that the prompt shares with what was kept.
-  int64_t LongestShared(std::string_view tenant, std::span<const int32_t> prompt) const;
+  int64_t LongestShared(std::string_view owner, std::span<const int32_t> prompt) const;
 
   enum class Place : uint8_t { kParting, kPromptEnd, kEnd };
   // `tokens` led to the state in the slot. Snapshot copies the state; Keep takes the slot of a sequence that ended. An end
   // takes over from those that it continues, which go first from then on: a prompt's from all, a sequence's from sequences'.
   // So a long conversation does not push out the others.
-  void Snapshot(std::string_view tenant, std::span<const int32_t> tokens, int32_t slot, Place place);
-  void Keep(std::string_view tenant, std::span<const int32_t> tokens, StateSlot slot);
+  void Snapshot(std::string_view owner, std::span<const int32_t> tokens, int32_t slot, Place place);
+  void Keep(std::string_view owner, std::span<const int32_t> tokens, StateSlot slot);
 
  private:
   struct Entry {
-    std::string tenant;
+    std::string owner;
     std::vector<int32_t> tokens;
     StateSlot slot;
     Place place;
@@ -59,8 +59,8 @@ class PrefixCache {
     uint64_t last_use = 0;
   };
   // Makes room for an entry, unless the tokens are too few or known.
-  bool Admit(std::string_view tenant, std::span<const int32_t> tokens, Place place);
-  void Insert(std::string_view tenant, std::span<const int32_t> tokens, Place place, StateSlot slot);
+  bool Admit(std::string_view owner, std::span<const int32_t> tokens, Place place);
+  void Insert(std::string_view owner, std::span<const int32_t> tokens, Place place, StateSlot slot);
   void Touch(Entry* entry);  // it was asked for
 
   StatePool* const pool_;

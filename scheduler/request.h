@@ -62,7 +62,8 @@ struct Request {
   SpeculationMode speculation = SpeculationMode::kDefault;
   AcceptanceMode acceptance = AcceptanceMode::kDefault;
   std::string tenant = {};  // who asks; tenants share queue, slots and prompt tokens of a step fairly. "": everybody
-  int32_t priority = 0;     // lower runs first, as vLLM; among the requests of one tenant
+  std::string cache_salt = {};  // of a tenant's requests, those of one salt share the states kept of prompts
+  int32_t priority = 0;         // lower runs first, as vLLM; among the requests of one tenant
   std::optional<Clock::time_point> deadline;
   bool prompt_logprobs = false;  // deliver prompt logprobs (echo); tokens of the first output then start with
                                  // the prompt, whose first token has the logprob NaN: nothing predicts it

@@ -13,10 +13,19 @@ std::span<const int32_t> PenalizedPrompt(const Request& request) {
   return request.prompt_tokens;
 }
 
+// No tenant's name has a line's end in it.
+std::string CacheOwner(const Request& request) {
+  return request.cache_salt.empty() ? request.tenant : request.tenant + '\n' + request.cache_salt;
+}
+
 }  // namespace
 
 Sequence::Sequence(uint64_t id, QueuedRequest queued, StateSlot slot, Clock::time_point now)
-    : id_(id), request_(std::move(queued.request)), slot_(std::move(slot)), history_(PenalizedPrompt(request_)) {
+    : id_(id),
+      request_(std::move(queued.request)),
+      slot_(std::move(slot)),
+      cache_owner_(CacheOwner(request_)),
+      history_(PenalizedPrompt(request_)) {
   tokens_ = std::exchange(request_.prompt_tokens, {});
   output_.request_id = request_.id;
   output_.num_prompt_tokens = static_cast<int64_t>(tokens_.size());

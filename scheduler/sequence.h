@@ -29,6 +29,8 @@ class Sequence {
   const Request& request() const { return request_; }
   const SamplingParams& sampling() const { return request_.sampling; }
   AcceptanceMode acceptance() const { return request_.acceptance; }
+  // Whom states kept of this sequence are for: tenant and salt.
+  const std::string& cache_owner() const { return cache_owner_; }
   int32_t slot() const { return slot_.id(); }
   bool finished() const { return output_.finish_reason != FinishReason::kNone; }
   std::span<const int32_t> tokens() const { return tokens_; }
@@ -79,6 +81,7 @@ class Sequence {
   std::vector<int32_t> tokens_;  // prompt and output, the pending token last
   int64_t num_committed_ = 0;
   std::set<int64_t> stops_;  // beyond num_committed_, within the prompt
+  const std::string cache_owner_;
   PenaltyHistory history_;
   int64_t num_delivered_ = 0;
   bool closed_ = false;

@@ -254,6 +254,19 @@ absl::StatusOr<std::unique_ptr<Model>> BenchModel(const std::string& shape, cons
   return BuildRandomModel(*config, 1, load);
 }
 
+absl::Status PrintPrefill(const ModelConfig& model, const std::vector<int>& prompts, Bencher* bencher) {
+  const char* comma = "\n";
+  for (const int prompt : prompts) {
+    auto rate = bencher->PrefillTokensPerSecond(prompt);
+    if (!rate.ok()) return rate.status();
+    const double flops = 2.0 * static_cast<double>(model.num_layers * model.NumLayerMatrixParameters()) * *rate;
+    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}, \"product_tflop_s\": {:.2f}}}", comma, prompt,
+               *rate, flops / 1e12);
+    comma = ",\n";
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Bench(std::span<const std::string> args) {
@@ -311,16 +324,7 @@ absl::Status Bench(std::span<const std::string> args) {
     }
   }
   fmt::print("],\n\"prefill\": [");
-  comma = "\n";
-  for (const int prompt : prompts) {
-    auto rate = bencher.PrefillTokensPerSecond(prompt);
-    if (!rate.ok()) return rate.status();
-    const ModelConfig& c = (*model)->config();
-    const double flops = 2.0 * static_cast<double>(c.num_layers * c.NumLayerMatrixParameters()) * *rate;
-    fmt::print("{}  {{\"prompt_tokens\": {}, \"tokens_per_s\": {:.1f}, \"product_tflop_s\": {:.2f}}}", comma, prompt,
-               *rate, flops / 1e12);
-    comma = ",\n";
-  }
+  if (absl::Status status = PrintPrefill((*model)->config(), prompts, &bencher); !status.ok()) return status;
   fmt::print("]\n}}\n");
   return absl::OkStatus();
 }

@@ -5,12 +5,30 @@
 #include <limits>
 #include <random>
 
+#include "server/errors.h"
+
 namespace linspec {
 namespace {
 
 uint64_t DrawSeed() {
   thread_local std::mt19937_64 generator{std::random_device{}()};
   return generator();
+}
+
+// What is never to come out of each word, at the beginning of a text and inside it, as in vLLM.
+absl::StatusOr<std::vector<std::vector<int32_t>>> BannedSequences(const std::vector<std::string>& words,
+                                                                  const Tokenizer& tokenizer) {
+  std::vector<std::vector<int32_t>> sequences;
+  for (const std::string& word : words) {
+    for (const char* before : {"", " "}) {
+      auto tokens = tokenizer.Encode(before + word, {.add_special_tokens = false, .parse_special = true});
+      if (!tokens.ok()) return FieldError("bad_words", std::string(tokens.status().message()));
+      if (!tokens->empty() && std::ranges::find(sequences, *tokens) == sequences.end()) {
+        sequences.push_back(*std::move(tokens));
+      }
+    }
+  }
+  return sequences;
 }
 
 // An echoed prompt that is not scored.
@@ -31,8 +49,11 @@ absl::StatusOr<std::unique_ptr<Candidates>> Candidates::Start(Service* service, 
                                                               std::function<void()> notify) {
   std::unique_ptr<Candidates> run(new Candidates(service, std::move(call)));
   std::vector<std::vector<int32_t>> prompts;
+  auto banned = BannedSequences(run->call_.bad_words, service->tokenizer());
+  if (!banned.ok()) return banned.status();
+  run->banned_sequences_ = *std::move(banned);
   for (const PromptInput& input : run->call_.prompts) {
-    auto tokens = service->ToTokens(input);
+    auto tokens = service->ToTokens(input, run->call_.prompt_options);
     if (!tokens.ok()) return tokens.status();
     prompts.push_back(*std::move(tokens));
   }
@@ -47,37 +68,48 @@ absl::StatusOr<std::unique_ptr<Candidates>> Candidates::Start(Service* service, 
   return run;
 }
 
+GenerateSpec Candidates::SpecOf(uint64_t seed) const {
+  GenerateSpec spec{.sampling = call_.sampling,
+                    .speculation = call_.speculation,
+                    .acceptance = call_.acceptance,
+                    .priority = call_.priority,
+                    .cache_salt = call_.cache_salt,
+                    .prompt_logprobs = call_.scores_prompt(),
+                    .detokenize = call_.detokenize,
+                    .skip_special_tokens = call_.skip_special_tokens,
+                    .deadline = call_.deadline,
+                    .tenant = call_.tenant,
+                    .name = call_.name,
+                    .log_id = call_.log_id,
+                    .n = call_.n};
+  spec.sampling.seed = seed;
+  spec.sampling.max_tokens = std::max(call_.sampling.max_tokens, 1);
+  spec.sampling.banned_sequences = banned_sequences_;
+  if (ranked()) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);
+  return spec;
+}
+
+// A text comes back as it was sent, unless only a part of it was used.
+absl::StatusOr<std::string> Candidates::EchoText(int index, const std::vector<int32_t>& tokens) const {
+  if (!call_.echo || !call_.detokenize || call_.scores_prompt()) return std::string();
+  const auto* text = std::get_if<std::string>(&call_.prompts[index]);
+  if (text != nullptr && call_.prompt_options.truncate_tokens == 0) return *text;
+  return service_->tokenizer().Decode(tokens, false);
+}
+
 absl::Status Candidates::StartPrompt(int index, const std::vector<int32_t>& tokens, uint64_t seed) {
   prompt_tokens_ += static_cast<int64_t>(tokens.size());
-  std::string echo;
-  if (call_.echo && call_.detokenize && !call_.scores_prompt()) {
-    const auto* text = std::get_if<std::string>(&call_.prompts[index]);
-    auto decoded = text != nullptr ? absl::StatusOr<std::string>(*text) : service_->tokenizer().Decode(tokens, false);
-    if (!decoded.ok()) return decoded.status();
-    echo = *std::move(decoded);
-  }
+  const absl::StatusOr<std::string> echo = EchoText(index, tokens);
+  if (!echo.ok()) return echo.status();
   for (int i = 0; i < call_.best_of; ++i) {
-    GenerateSpec spec{.sampling = call_.sampling,
-                      .speculation = call_.speculation,
-                      .acceptance = call_.acceptance,
-                      .priority = call_.priority,
-                      .prompt_logprobs = call_.scores_prompt(),
-                      .detokenize = call_.detokenize,
-                      .skip_special_tokens = call_.skip_special_tokens,
-                      .deadline = call_.deadline,
-                      .tenant = call_.tenant,
-                      .name = call_.name,
-                      .log_id = call_.log_id,
-                      .n = call_.n};
-    spec.sampling.seed = seed + static_cast<uint64_t>(i);  // candidates differ, and can be repeated
-    spec.sampling.max_tokens = std::max(call_.sampling.max_tokens, 1);
-    if (ranked()) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);
-    auto request = service_->Start(tokens, std::move(spec));
+    // Candidates differ, and can be repeated.
+    auto request = service_->Start(tokens, SpecOf(seed + static_cast<uint64_t>(i)));
     if (!request.ok()) return request.status();
     Candidate& candidate = candidates_.emplace_back();
     candidate.request = *std::move(request);
     candidate.news.index = index * call_.n + i;
-    candidate.news.text = echo;
+    candidate.news.text = *echo;
+    if (call_.prompt_token_ids) candidate.news.prompt_token_ids = tokens;
     if (call_.echo && call_.token_ids && !call_.scores_prompt()) candidate.news.tokens = PromptTokens(tokens);
   }
   return absl::OkStatus();
@@ -94,7 +126,8 @@ absl::Status Candidates::Take(Candidate* candidate) {
   Choice& news = candidate->news;
   news.text += delta.text;
   for (OutputToken& token : delta.tokens) {
-    if (!token.from_prompt) {
+    if (token.beyond_text && !call_.token_ids) continue;
+    if (!token.from_prompt && !token.beyond_text) {
       candidate->logprob_sum += token.sampled.logprob;
       ++candidate->num_tokens;
     }
@@ -102,6 +135,8 @@ absl::Status Candidates::Take(Candidate* candidate) {
   }
   news.finish = delta.finish_reason;
   news.stop_string = delta.stop_string;
+  const std::vector<int32_t>& stops = call_.sampling.stop_token_ids;
+  if (std::ranges::find(stops, delta.stop_token) != stops.end()) news.stop_token = delta.stop_token;
   candidate->ended = delta.finish_reason != FinishReason::kNone;
   return EndError(*candidate, delta);
 }

@@ -20,9 +20,12 @@ namespace linspec {
 struct Choice {
   int index = 0;  // prompt * n + rank
   std::string text;
-  std::vector<OutputToken> tokens;  // when logprobs or token ids are wanted; a scored prompt's first has logprob NaN
+  std::vector<OutputToken> tokens;  // when logprobs or token ids are wanted; a scored prompt's first has logprob NaN;
+                                    // those beyond the text only when token ids are wanted
+  std::vector<int32_t> prompt_token_ids;  // in its first piece, when wanted
   FinishReason finish = FinishReason::kNone;
   std::string stop_string;  // which one ended it
+  int32_t stop_token = -1;  // which of the call's stop tokens ended it; -1: none, or the model's end of sequence
   bool empty() const { return text.empty() && tokens.empty() && finish == FinishReason::kNone; }
 };
 
@@ -51,6 +54,8 @@ class Candidates {
   };
 
   Candidates(Service* service, GenerateCall call) : service_(service), call_(std::move(call)) {}
+  GenerateSpec SpecOf(uint64_t seed) const;
+  absl::StatusOr<std::string> EchoText(int index, const std::vector<int32_t>& tokens) const;
   absl::Status StartPrompt(int index, const std::vector<int32_t>& tokens, uint64_t seed);
   absl::Status Take(Candidate* candidate);
   absl::Status EndError(const Candidate& candidate, const StreamDelta& delta) const;
@@ -60,6 +65,7 @@ class Candidates {
   Service* const service_;
   const GenerateCall call_;
   CallName name_;
+  std::vector<std::vector<int32_t>> banned_sequences_;
   int64_t prompt_tokens_ = 0;
   std::vector<Candidate> candidates_;
   size_t next_ = 0;  // whose turn it is

@@ -42,6 +42,9 @@ constexpr char kGenerateHelp[] = R"(linspec generate [flags of serve] PROMPT
 constexpr char kEvalHelp[] = R"(linspec eval [flags of serve] --text FILE
   --context N        tokens per window; the state starts empty at each (default: what the model was trained at)
   --max-tokens N     stop after so many tokens of the file (default: all)
+  --reference-state-dtype f32|bf16
+                     run beside it with such states: divergence of the distributions and how often the first choice
+                     is the same
 )";
 
 constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|CONFIG.JSON] [flags]

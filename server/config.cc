@@ -23,139 +23,161 @@ struct FlagInfo {
   std::vector<std::string> choices = {};  // strings; empty: free text
 };
 
-// Calls visit(info, field) for each flag. The only list of flags there is.
-template <class Config, class Visit>
-void VisitFlags(Config& c, Visit&& visit) {
-  const char* g = "Model";
+// The flags of each group; visit(info, field). Options is const or not.
+template <class Options, class Visit>
+void VisitModelFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Model";
   visit(
       FlagInfo{g, "model", "model folder (config.json, model.safetensors, tokenizer.json); default: the bundled model"},
-      c.model.path);
+      o.path);
   visit(FlagInfo{g, "draft-model", "folder of the draft model with the same tokenizer; none: do not load one"},
-        c.model.draft_path);
+        o.draft_path);
   visit(FlagInfo{g, "served-model-name", "name that clients send as `model`; default: the folder's name"},
-        c.model.served_name);
-  visit(FlagInfo{g, "threads", "threads of the engine's arithmetic; 0: one per core", 0, 1024}, c.model.threads);
+        o.served_name);
+  visit(FlagInfo{g, "threads", "threads of the engine's arithmetic; 0: one per core", 0, 1024}, o.threads);
   visit(FlagInfo{g, "device", "where the models run; auto: a GPU if there is one", 0, 0, {"auto", "cpu", "cuda"}},
-        c.model.device);
+        o.device);
   visit(FlagInfo{g, "cuda-plugin", "liblinspec_cuda.so; default: where an installation or a build has it"},
-        c.model.cuda_plugin);
+        o.cuda_plugin);
   visit(FlagInfo{g, "deterministic", "GPU: a reply never depends on what else runs, at any batch; costs speed"},
-        c.model.deterministic);
-  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}},
-        c.model.isa);
+        o.deterministic);
+  visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}}, o.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
-        c.model.weight_dtype);
+        o.weight_dtype);
   visit(FlagInfo{g, "state-dtype", "states of requests, in memory; bf16: half of it", 0, 0, {"f32", "bf16"}},
-        c.model.state_dtype);
-  g = "Network";
-  visit(FlagInfo{g, "host", "address to listen on"}, c.network.host);
-  visit(FlagInfo{g, "http-port", "REST port; 0: any free port, -1: no REST", -1, 65535}, c.network.http_port);
-  visit(FlagInfo{g, "grpc-port", "gRPC port; 0: any free port, -1: no gRPC", -1, 65535}, c.network.grpc_port);
-  visit(FlagInfo{g, "io-threads", "threads that serve HTTP connections", 1, 256}, c.network.io_threads);
-  visit(FlagInfo{g, "max-connections", "open HTTP connections; more are answered 503", 1, 1e6},
-        c.network.max_connections);
-  visit(FlagInfo{g, "max-body-bytes", "largest request body and gRPC message", 1024, 1 << 30},
-        c.network.max_body_bytes);
-  visit(FlagInfo{g, "max-header-bytes", "largest HTTP header block", 1024, 1 << 20}, c.network.max_header_bytes);
-  visit(FlagInfo{g, "header-timeout", "seconds to send headers and body", 0.1, 3600}, c.network.header_timeout_s);
+        o.state_dtype);
+}
+
+template <class Options, class Visit>
+void VisitNetworkFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Network";
+  visit(FlagInfo{g, "host", "address to listen on"}, o.host);
+  visit(FlagInfo{g, "http-port", "REST port; 0: any free port, -1: no REST", -1, 65535}, o.http_port);
+  visit(FlagInfo{g, "grpc-port", "gRPC port; 0: any free port, -1: no gRPC", -1, 65535}, o.grpc_port);
+  visit(FlagInfo{g, "io-threads", "threads that serve HTTP connections", 1, 256}, o.io_threads);
+  visit(FlagInfo{g, "max-connections", "open HTTP connections; more are answered 503", 1, 1e6}, o.max_connections);
+  visit(FlagInfo{g, "max-body-bytes", "largest request body and gRPC message", 1024, 1 << 30}, o.max_body_bytes);
+  visit(FlagInfo{g, "max-header-bytes", "largest head of an HTTP request: request line and headers", 1024, 1 << 20},
+        o.max_header_bytes);
+  visit(FlagInfo{g, "header-timeout", "seconds to send headers and body", 0.1, 3600}, o.header_timeout_s);
   visit(
       FlagInfo{g, "idle-timeout", "seconds a keep-alive connection may stay silent, or a write may stall", 0.1, 86400},
-      c.network.idle_timeout_s);
+      o.idle_timeout_s);
   visit(FlagInfo{g, "stream-buffer-bytes",
                  "output kept per stream for a slow reader, and the size of its socket buffer; beyond it the stream is "
                  "cancelled",
                  4096, 1 << 30},
-        c.network.stream_buffer_bytes);
-  visit(FlagInfo{g, "max-grpc-streams", "gRPC calls open at once on one connection", 1, 1e6},
-        c.network.max_grpc_streams);
-  visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, c.network.cors_origin);
-  g = "Limits";
+        o.stream_buffer_bytes);
+  visit(FlagInfo{g, "max-grpc-streams", "gRPC calls open at once on one connection", 1, 1e6}, o.max_grpc_streams);
+  visit(FlagInfo{g, "cors-origin", "Access-Control-Allow-Origin to send; empty: no CORS"}, o.cors_origin);
+}
+
+template <class Options, class Visit>
+void VisitLimitsFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Limits";
   visit(FlagInfo{g, "max-requests",
                  "requests that run at once (state slots); 0: what fits on the GPU (at most 2048), or 64 on a CPU", 0,
                  1e6},
-        c.engine.max_requests);
+        o.max_requests);
   visit(FlagInfo{g, "prefix-cache",
                  "prompt beginnings to keep the state of, for prompts that begin the same; each takes a slot beside "
                  "those of requests, so at most as many as those; 0: none",
                  0, 1e6},
-        c.engine.prefix_cache);
-  visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, c.engine.max_queue_requests);
-  visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, c.engine.max_queue_tokens);
+        o.prefix_cache);
+  visit(FlagInfo{g, "max-queue-requests", "requests that wait; beyond: 503", 0, 1e7}, o.max_queue_requests);
+  visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, o.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},
-        c.engine.max_step_tokens);
-  visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, c.engine.max_prompt_tokens);
-  visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, c.engine.max_output_tokens);
-  visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, c.engine.max_n);
-  visit(FlagInfo{g, "default-chat-tokens", "max_tokens of a chat that gives none", 1, 1 << 30},
-        c.engine.default_chat_tokens);
-  visit(FlagInfo{g, "max-stop-strings", "stop strings of a request, and as many stop token ids", 0, 4096},
-        c.engine.max_stop_strings);
-  visit(FlagInfo{g, "max-stop-bytes", "longest stop string", 1, 65536}, c.engine.max_stop_bytes);
-  visit(FlagInfo{g, "max-logit-bias", "entries of logit_bias", 0, 1e6}, c.engine.max_logit_bias);
-  visit(FlagInfo{g, "max-messages", "messages of a chat", 1, 1e6}, c.engine.max_messages);
+        o.max_step_tokens);
+  visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, o.max_prompt_tokens);
+  visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, o.max_output_tokens);
+  visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, o.max_n);
+  visit(FlagInfo{g, "default-chat-tokens", "max_tokens of a chat that gives none", 1, 1 << 30}, o.default_chat_tokens);
+  visit(FlagInfo{g, "max-stop-strings", "stop strings of a request, and as many stop token ids and bad words", 0, 4096},
+        o.max_stop_strings);
+  visit(FlagInfo{g, "max-stop-bytes", "longest stop string or bad word", 1, 65536}, o.max_stop_bytes);
+  visit(FlagInfo{g, "max-logit-bias", "entries of logit_bias", 0, 1e6}, o.max_logit_bias);
+  visit(FlagInfo{g, "max-messages", "messages of a chat", 1, 1e6}, o.max_messages);
   visit(FlagInfo{g, "max-requests-per-key", "open requests of one API key; beyond: 429; 0: no limit", 0, 1e6},
-        c.engine.max_requests_per_key);
+        o.max_requests_per_key);
   visit(FlagInfo{g, "max-running-per-key",
                  "requests of one API key that run at once, more wait; 0: with several keys, seven times as many as "
                  "slots stay free",
                  0, 1e6},
-        c.engine.max_running_per_key);
-  g = "Speculation";
+        o.max_running_per_key);
+}
+
+template <class Options, class Visit>
+void VisitSpeculationFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Speculation";
   visit(FlagInfo{g,
                  "speculation",
                  "default for requests that do not say",
                  0,
                  0,
                  {"off", "draft", "medusa", "recurrent", "ngram", "auto"}},
-        c.engine.speculation);
-  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, c.engine.max_draft_nodes);
+        o.speculation);
+  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, o.max_draft_nodes);
   visit(FlagInfo{g,
                  "acceptance",
                  "of drafts: gumbel keeps a seed's text, rejection its distribution; typical CHANGES THE DISTRIBUTION",
                  0,
                  0,
                  {"gumbel", "rejection", "typical"}},
-        c.engine.acceptance);
+        o.acceptance);
   visit(FlagInfo{g, "adaptive-speculation",
                  "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
-        c.engine.adaptive_speculation);
+        o.adaptive_speculation);
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
-        c.engine.draft_depth);
-  visit(
-      FlagInfo{
-          g, "draft-top-k",
-          "children of a node of their trees; 1: chains, but for the recurrent head on a GPU, which offers at least 4",
-          1, 63},
-      c.engine.draft_top_k);
+        o.draft_depth);
+  visit(FlagInfo{g, "draft-top-k",
+                 "children of a node of their trees; 1: chains. On a GPU always a chain with the tokens beside its "
+                 "nodes, at least 4",
+                 1, 63},
+        o.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",
                  "trees of the Medusa heads: the likeliest paths of each step, or those of Medusa's published tree",
                  0,
                  0,
                  {"dynamic", "mc_sim_7b_63"}},
-        c.engine.medusa_tree);
-  g = "Security";
-  visit(FlagInfo{g, "api-key-file", "one key a line, plain or sha256:<hex>; reread when it changes"},
-        c.security.api_key_file);
-  visit(FlagInfo{g, "public-metrics", "/metrics without a key"}, c.security.public_metrics);
-  visit(FlagInfo{g, "tls-cert", "PEM certificate chain, for REST and gRPC"}, c.security.tls_cert);
-  visit(FlagInfo{g, "tls-key", "PEM private key"}, c.security.tls_key);
+        o.medusa_tree);
+}
+
+template <class Options, class Visit>
+void VisitSecurityFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Security";
+  visit(FlagInfo{g, "api-key-file", "one key a line, plain or sha256:<hex>; reread when it changes"}, o.api_key_file);
+  visit(FlagInfo{g, "public-metrics", "/metrics without a key"}, o.public_metrics);
+  visit(FlagInfo{g, "tls-cert", "PEM certificate chain, for REST and gRPC"}, o.tls_cert);
+  visit(FlagInfo{g, "tls-key", "PEM private key"}, o.tls_key);
   visit(FlagInfo{g, "tls-client-ca", "PEM certificates that must have signed the client's (mutual TLS)"},
-        c.security.tls_client_ca);
-  g = "Operations";
-  visit(FlagInfo{g, "drain-timeout", "seconds that running requests get after SIGTERM", 0, 86400},
-        c.operations.drain_timeout_s);
+        o.tls_client_ca);
+}
+
+template <class Options, class Visit>
+void VisitOperationsFlags(Options& o, Visit&& visit) {
+  constexpr const char* g = "Operations";
+  visit(FlagInfo{g, "drain-timeout", "seconds that running requests get after SIGTERM", 0, 86400}, o.drain_timeout_s);
   visit(FlagInfo{g, "probe-interval", "seconds between looks whether tokens come out (/health_generate); 0: off", 0,
                  3600},
-        c.operations.probe_interval_s);
-  visit(FlagInfo{g, "log-level", "", 0, 0, {"debug", "info", "warn", "error", "off"}}, c.operations.log_level);
-  visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, c.operations.log_format);
-  visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"},
-        c.operations.log_prompts);
-  visit(FlagInfo{g, "metrics", "count and time what happens; false: nothing, and /metrics is not found"},
-        c.operations.metrics);
+        o.probe_interval_s);
+  visit(FlagInfo{g, "log-level", "", 0, 0, {"debug", "info", "warn", "error", "off"}}, o.log_level);
+  visit(FlagInfo{g, "log-format", "", 0, 0, {"text", "json"}}, o.log_format);
+  visit(FlagInfo{g, "log-prompts", "write prompts to the log: for debugging, they may be private"}, o.log_prompts);
+  visit(FlagInfo{g, "metrics", "count and time what happens; false: nothing, and /metrics is not found"}, o.metrics);
   visit(FlagInfo{g, "metrics-alias", "vllm: export the core metrics a second time as vllm:*", 0, 0, {"", "vllm"}},
-        c.operations.metrics_alias);
+        o.metrics_alias);
+}
+
+// Calls visit(info, field) for each flag. The only list of flags there is.
+template <class Config, class Visit>
+void VisitFlags(Config& c, Visit&& visit) {
+  VisitModelFlags(c.model, visit);
+  VisitNetworkFlags(c.network, visit);
+  VisitLimitsFlags(c.engine, visit);
+  VisitSpeculationFlags(c.engine, visit);
+  VisitSecurityFlags(c.security, visit);
+  VisitOperationsFlags(c.operations, visit);
 }
 
 absl::Status BadValue(const FlagInfo& info, const std::string& value, const std::string& want) {
@@ -206,10 +228,10 @@ int EditDistance(std::string_view a, std::string_view b) {
 }
 
 absl::Status UnknownFlag(const std::string& name, const std::string& where) {
-  ServerConfig defaults;
   std::string nearest;
   int best = 4;  // further away is no suggestion
-  VisitFlags(defaults, [&](const FlagInfo& info, auto&) {
+  const ServerConfig defaults;
+  VisitFlags(defaults, [&](const FlagInfo& info, const auto&) {
     const int distance = EditDistance(name, info.name);
     if (distance < best) best = distance, nearest = info.name;
   });
@@ -334,15 +356,13 @@ absl::StatusOr<ServerConfig> ParseServerConfig(std::span<const std::string> args
 }
 
 std::string ServerHelp() {
-  ServerConfig defaults;
   std::string text =
       "linspec serve [--flag value]...\n\n  --config FILE          the same flags as `name: value` lines of YAML\n";
   std::string group;
-  VisitFlags(defaults, [&](const FlagInfo& info, auto& field) {
+  VisitValues(ServerConfig(), [&](const FlagInfo& info, const std::string& value, bool) {
     if (group != info.group) text += fmt::format("\n{}\n", group = info.group);
     text += fmt::format("  --{:<21} {}", info.name, info.help);
     if (!info.choices.empty()) text += fmt::format("{}[{}]", *info.help ? " " : "", fmt::join(info.choices, "|"));
-    const std::string value = Print(field);
     if (value != "\"\"") text += fmt::format(" (default {})", value);
     text += '\n';
   });

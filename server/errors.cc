@@ -139,22 +139,32 @@ const char* HttpReason(int http_status) {
   }
 }
 
+std::string OpenAiErrorCode(const absl::Status& status) {
+  switch (HttpStatusOf(status)) {
+    case 404:
+      return "not_found";
+    case 405:
+      return "method_not_allowed";
+    case 413:
+      return "request_too_large";
+    case 429:
+      return "rate_limit_exceeded";
+    default:
+      return Map(status.code()).code;
+  }
+}
+
 std::string OpenAiErrorJson(const absl::Status& status) {
-  HttpMapping mapping = Map(status.code());
-  const int http_status = HttpStatusOf(status);
-  if (http_status == 429) mapping.type = "rate_limit_error", mapping.code = "rate_limit_exceeded";
-  if (http_status == 404) mapping.code = "not_found";
-  if (http_status == 405) mapping.code = "method_not_allowed";
-  if (http_status == 413) mapping.code = "request_too_large";
   const std::string field = ErrorField(status);
   std::string json = "{\"error\":{\"message\":";
   AppendJsonString(std::string(status.message()), &json);
-  json += fmt::format(",\"type\":\"{}\",\"param\":", mapping.type);
+  json += fmt::format(",\"type\":\"{}\",\"param\":",
+                      HttpStatusOf(status) == 429 ? "rate_limit_error" : Map(status.code()).type);
   if (field.empty())
     json += "null";
   else
     AppendJsonString(field, &json);
-  json += fmt::format(",\"code\":\"{}\"}}}}", mapping.code);
+  json += fmt::format(",\"code\":\"{}\"}}}}", OpenAiErrorCode(status));
   return json;
 }
 

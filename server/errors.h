@@ -20,7 +20,8 @@ absl::Status HttpError(int http_status, const std::string& message);
 std::string ErrorField(const absl::Status& status);  // "" if none
 int RetryAfterSeconds(const absl::Status& status);   // 0 if none
 int HttpStatusOf(const absl::Status& status);
-const char* HttpReason(int http_status);  // "Not Found"
+const char* HttpReason(int http_status);                  // "Not Found"
+std::string OpenAiErrorCode(const absl::Status& status);  // "invalid_value"
 // {"error":{"message":...,"type":...,"param":...,"code":...}}
 std::string OpenAiErrorJson(const absl::Status& status);
 

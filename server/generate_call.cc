@@ -14,23 +14,43 @@ absl::Status CheckRange(const char* field, int64_t value, int64_t min, int64_t m
   return FieldError(field, fmt::format("{} is not in [{}, {}]", value, min, max));
 }
 
-absl::Status CheckStops(const SamplingParams& sampling, const CallLimits& limits) {
+absl::Status CheckStrings(const char* field, const std::vector<std::string>& strings, const CallLimits& limits) {
   const auto most = static_cast<size_t>(limits.max_stop_strings);
-  if (sampling.stop.size() > most) {
-    return FieldError("stop", fmt::format("{} strings; at most {} (--max-stop-strings)", sampling.stop.size(), most));
+  if (strings.size() > most) {
+    return FieldError(field, fmt::format("{} strings; at most {} (--max-stop-strings)", strings.size(), most));
   }
-  for (const std::string& text : sampling.stop) {
-    if (text.empty()) return FieldError("stop", "a stop string is empty");
+  for (const std::string& text : strings) {
+    if (text.empty()) return FieldError(field, "a string is empty");
     if (text.size() > static_cast<size_t>(limits.max_stop_bytes)) {
-      return FieldError("stop", fmt::format("a stop string has {} bytes; at most {} (--max-stop-bytes)", text.size(),
-                                            limits.max_stop_bytes));
+      return FieldError(field, fmt::format("a string has {} bytes; at most {} (--max-stop-bytes)", text.size(),
+                                           limits.max_stop_bytes));
     }
   }
-  if (sampling.stop_token_ids.size() > most) {
-    return FieldError("stop_token_ids",
-                      fmt::format("{} ids; at most {} (--max-stop-strings)", sampling.stop_token_ids.size(), most));
-  }
   return absl::OkStatus();
+}
+
+absl::Status CheckStops(const GenerateCall& call, const CallLimits& limits) {
+  const SamplingParams& sampling = call.sampling;
+  if (absl::Status status = CheckStrings("stop", sampling.stop, limits); !status.ok()) return status;
+  if (absl::Status status = CheckStrings("bad_words", call.bad_words, limits); !status.ok()) return status;
+  if (!call.detokenize && !sampling.stop.empty()) return FieldError("stop", "needs text, and skip_text asks for none");
+  const size_t num_ids = sampling.stop_token_ids.size();
+  if (num_ids <= static_cast<size_t>(limits.max_stop_strings)) return absl::OkStatus();
+  return FieldError("stop_token_ids",
+                    fmt::format("{} ids; at most {} (--max-stop-strings)", num_ids, limits.max_stop_strings));
+}
+
+absl::Status CheckSalt(const std::string& salt) {
+  constexpr size_t kMost = 1024;  // vLLM's
+  if (salt.size() <= kMost) return absl::OkStatus();
+  return FieldError("cache_salt", fmt::format("{} bytes; at most {}", salt.size(), kMost));
+}
+
+absl::Status CheckPromptOptions(const PromptOptions& options, const CallLimits& limits) {
+  const int32_t tokens = options.truncate_tokens;
+  if (tokens >= -1 && tokens <= limits.max_prompt_tokens) return absl::OkStatus();
+  return FieldError("truncate_prompt_tokens",
+                    fmt::format("{} is not -1 or in [1, {}] (--max-prompt-tokens)", tokens, limits.max_prompt_tokens));
 }
 
 absl::Status CheckCounts(const GenerateCall& call, const CallLimits& limits) {
@@ -86,8 +106,9 @@ absl::Status CheckCall(const GenerateCall& call, const CallLimits& limits) {
     return FieldError("logit_bias", fmt::format("{} entries; at most {} (--max-logit-bias)", sampling.logit_bias.size(),
                                                 limits.max_logit_bias));
   }
-  if (!call.detokenize && !sampling.stop.empty()) return FieldError("stop", "needs text, and skip_text asks for none");
-  return CheckStops(sampling, limits);
+  if (absl::Status status = CheckPromptOptions(call.prompt_options, limits); !status.ok()) return status;
+  if (absl::Status status = CheckSalt(call.cache_salt); !status.ok()) return status;
+  return CheckStops(call, limits);
 }
 
 }  // namespace linspec

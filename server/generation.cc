@@ -1,9 +1,11 @@
 #include "server/generation.h"
 
-#include <fmt/format.h>
-
+#include <algorithm>
 #include <chrono>
+#include <iterator>
+#include <utility>
 
+#include "server/answer_writer.h"
 #include "server/candidates.h"
 #include "server/errors.h"
 
@@ -15,14 +17,12 @@ class Generation : public HttpOperation {
   Generation(Service* service, OpenAiCall call, std::string request_id)
       : service_(service), call_(std::move(call)), request_id_(std::move(request_id)) {
     const auto now = std::chrono::system_clock::now().time_since_epoch();
-    const bool chat = call_.generate.chat();
-    head_ = {.id = fmt::format("{}-{}", chat ? "chatcmpl" : "cmpl", request_id_),
-             .model = service->model_name(),
-             .created = std::chrono::duration_cast<std::chrono::seconds>(now).count(),
-             .chat = chat,
-             .logprobs = call_.generate.sampling.logprobs};
-    if (call_.generate.stream) BeginChunks(&head_);
-    token_bytes_ = [tokenizer = &service->tokenizer()](int32_t id) { return tokenizer->TokenBytes(id); };
+    AnswerHead head{.request_id = request_id_,
+                    .model = service->model_name(),
+                    .created = std::chrono::duration_cast<std::chrono::seconds>(now).count()};
+    const auto token_bytes = [tokenizer = &service->tokenizer()](int32_t id) { return tokenizer->TokenBytes(id); };
+    writer_ = call_.responses ? MakeResponsesWriter(&call_, std::move(head))
+                              : MakeCompletionWriter(&call_, std::move(head), token_bytes);
     const size_t num_choices = call_.generate.prompts.size() * static_cast<size_t>(call_.generate.n);
     choices_.resize(call_.generate.stream ? 0 : num_choices);
   }
@@ -46,11 +46,10 @@ class Generation : public HttpOperation {
   Service* const service_;
   const OpenAiCall call_;
   const std::string request_id_;
-  ResponseHead head_;
-  TokenBytesFn token_bytes_;
+  std::unique_ptr<AnswerWriter> writer_;
   std::unique_ptr<Candidates> candidates_;
   std::vector<Choice> choices_;  // of a plain answer, as far as they are known
-  bool opened_ = false;
+  bool begun_ = false;
 };
 
 absl::StatusOr<bool> Generation::Collect() {
@@ -63,6 +62,9 @@ absl::StatusOr<bool> Generation::Collect() {
     choice.index = piece.index;
     choice.text += piece.text;
     choice.finish = piece.finish;
+    choice.stop_string = piece.stop_string;
+    choice.stop_token = piece.stop_token;
+    if (choice.prompt_token_ids.empty()) choice.prompt_token_ids = std::move(piece.prompt_token_ids);
     std::ranges::move(piece.tokens, std::back_inserter(choice.tokens));
   }
 }
@@ -76,7 +78,7 @@ bool Generation::Poll(HttpReply* reply) {
     const absl::StatusOr<bool> complete = Collect();
     if (complete.ok() && !*complete) return false;
     *reply = complete.ok()
-                 ? HttpReply{.body = FullResponseJson(head_, choices_, candidates_->usage(), token_bytes_)}
+                 ? HttpReply{.body = writer_->Whole(choices_, candidates_->usage())}
                  : HttpReply{.status = HttpStatusOf(complete.status()), .body = OpenAiErrorJson(complete.status())};
     candidates_.reset();  // after an error the others need not run on
   }
@@ -86,24 +88,17 @@ bool Generation::Poll(HttpReply* reply) {
 
 HttpOperation::Progress Generation::Next(std::string* body) {
   if (candidates_ == nullptr) return Progress::kDone;
-  if (!opened_ && head_.chat) {
-    for (int i = 0; i < call_.generate.n; ++i) AppendRoleChunk(head_, i, body);
-  }
-  opened_ = true;
+  if (!std::exchange(begun_, true)) writer_->Begin(body);
   Choice piece;
   auto more = candidates_->Next(&piece);
-  for (; more.ok() && *more; more = candidates_->Next(&piece)) {
-    const StreamUsage usage = call_.continuous_usage ? candidates_->usage() : StreamUsage{};
-    AppendChunk(head_, piece, token_bytes_, body, call_.continuous_usage ? &usage : nullptr);
-  }
+  for (; more.ok() && *more; more = candidates_->Next(&piece)) writer_->Piece(piece, candidates_->usage(), body);
   if (!more.ok()) {
-    *body += "data: " + OpenAiErrorJson(more.status()) + "\n\n";
+    writer_->Error(more.status(), body);
   } else if (!candidates_->finished()) {
     return body->empty() ? Progress::kWait : Progress::kData;
-  } else if (call_.include_usage) {
-    AppendUsageChunk(head_, candidates_->usage(), body);
+  } else {
+    writer_->End(candidates_->usage(), body);
   }
-  *body += "data: [DONE]\n\n";
   candidates_.reset();
   return Progress::kDone;
 }

@@ -1,5 +1,5 @@
-// The operation behind /v1/completions and /v1/chat/completions: the choices of a call (candidates.h) become one answer,
-// whole or as server-sent events.
+// The operation behind the generating routes: the choices of a call (candidates.h) become one answer, whole or as
+// server-sent events, in the words of its writer (answer_writer.h).
 //
 // Threads: one connection's strand; the notify function travels to the engine.
 #pragma once

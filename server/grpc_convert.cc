@@ -135,6 +135,8 @@ void ReadSampling(const v1::GenerateRequest& request, const CallLimits& limits, 
   if (p.has_frequency_penalty()) s.frequency_penalty = p.frequency_penalty();
   if (p.has_presence_penalty()) s.presence_penalty = p.presence_penalty();
   for (const auto& [token, bias] : p.logit_bias()) s.logit_bias[token] = bias;
+  s.allowed_token_ids.assign(p.allowed_token_ids().begin(), p.allowed_token_ids().end());
+  call->bad_words.assign(p.bad_words().begin(), p.bad_words().end());
   call->has_seed = p.has_seed();
   s.seed = p.seed();
   const auto& stop = request.stopping();
@@ -145,7 +147,32 @@ void ReadSampling(const v1::GenerateRequest& request, const CallLimits& limits, 
   s.include_stop_in_output = stop.include_stop_in_output();
   s.stop_token_ids.assign(stop.stop_token_ids().begin(), stop.stop_token_ids().end());
   s.stop.assign(stop.stop().begin(), stop.stop().end());
-  if (request.response().has_logprobs()) s.logprobs = request.response().logprobs();
+}
+
+absl::Status ReadPromptOptions(const v1::PromptParameters& parameters, PromptOptions* options) {
+  if (parameters.has_add_special_tokens()) options->add_special_tokens = parameters.add_special_tokens();
+  if (parameters.has_truncate_tokens() && parameters.truncate_tokens() == 0) {
+    return FieldError("truncate_tokens", "0 leaves nothing; give -1 or a positive number");
+  }
+  options->truncate_tokens = parameters.truncate_tokens();
+  options->truncate_end = parameters.truncate_end();
+  return absl::OkStatus();
+}
+
+absl::Status ReadResponse(const v1::ResponseParameters& response, GenerateCall* call) {
+  if (response.has_logprobs() && response.logprobs() < 0) {
+    return FieldError("logprobs", fmt::format("{} is negative; leave it out for none", response.logprobs()));
+  }
+  if (response.has_logprobs()) call->sampling.logprobs = response.logprobs();
+  call->stream = true;
+  call->echo = response.echo();
+  call->n = response.has_n() ? response.n() : 1;
+  call->best_of = response.has_best_of() ? response.best_of() : call->n;
+  call->detokenize = !response.skip_text();
+  if (response.has_skip_special_tokens()) call->skip_special_tokens = response.skip_special_tokens();
+  call->token_ids = response.token_ids() || response.skip_text();
+  call->prompt_token_ids = response.prompt_token_ids();
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -188,23 +215,17 @@ absl::StatusOr<GenerateCall> CallFromProto(const v1::GenerateRequest& request, c
   GenerateCall call;
   if (absl::Status status = ReadPrompts(request, limits, &call); !status.ok()) return status;
   ReadSampling(request, limits, &call);
-  const auto& response = request.response();
-  if (response.has_logprobs() && response.logprobs() < 0) {
-    return FieldError("logprobs", fmt::format("{} is negative; leave it out for none", response.logprobs()));
+  if (absl::Status status = ReadResponse(request.response(), &call); !status.ok()) return status;
+  if (absl::Status status = ReadPromptOptions(request.prompt_parameters(), &call.prompt_options); !status.ok()) {
+    return status;
   }
-  call.stream = true;
-  call.echo = response.echo();
-  call.n = response.has_n() ? response.n() : 1;
-  call.best_of = response.has_best_of() ? response.best_of() : call.n;
-  call.detokenize = !response.skip_text();
-  if (response.has_skip_special_tokens()) call.skip_special_tokens = response.skip_special_tokens();
-  call.token_ids = response.token_ids() || response.skip_text();
   auto mode = ModeFromProto(request.speculation());
   if (!mode.ok()) return mode.status();
   call.speculation = *mode;
   auto acceptance = AcceptanceFromProto(request.acceptance());
   if (!acceptance.ok()) return acceptance.status();
   call.acceptance = *acceptance;
+  call.cache_salt = request.prompt_parameters().cache_salt();
   call.priority = request.priority();
   if (call.priority < -kMaxPriority || call.priority > kMaxPriority) {
     return FieldError("priority", fmt::format("{} is not in [{}, {}]", call.priority, -kMaxPriority, kMaxPriority));
@@ -226,16 +247,18 @@ void FillResponse(const Choice& choice, const GenerateCall& call, const Tokenize
   for (const OutputToken& token : choice.tokens) {
     num_echoed += token.from_prompt;
     if (call.token_ids) response->add_token_ids(token.sampled.token);
-    if (call.sampling.logprobs < 0) continue;
+    if (call.sampling.logprobs < 0 || token.beyond_text) continue;
     v1::LogprobEntry* entry = response->add_logprobs();
     FillTokenLogprob(token.sampled.token, token.sampled.logprob, tokenizer, entry->mutable_chosen());
     for (const auto& top : token.sampled.top_logprobs)
       FillTokenLogprob(top.token, top.logprob, tokenizer, entry->add_top());
   }
   response->set_num_echoed_tokens(num_echoed);
+  response->mutable_prompt_token_ids()->Add(choice.prompt_token_ids.begin(), choice.prompt_token_ids.end());
   if (choice.finish == FinishReason::kLength) response->set_finish_reason(v1::FINISH_REASON_LENGTH);
   if (choice.finish == FinishReason::kStop) response->set_finish_reason(v1::FINISH_REASON_STOP);
   response->set_stop_string(choice.stop_string);
+  if (choice.stop_token >= 0) response->set_stop_token_id(choice.stop_token);
 }
 
 void FillUsage(const StreamUsage& usage, v1::Usage* out) {

@@ -12,19 +12,7 @@
 namespace linspec {
 namespace {
 
-// Order: none. GET routes also answer HEAD.
-constexpr HttpApi::RouteInfo kRoutes[] = {
-    {"/v1/completions", "POST"}, {"/v1/chat/completions", "POST"}, {"/v1/models", "GET"},
-    {"/tokenize", "POST"},       {"/detokenize", "POST"},          {"/health", "GET"},
-    {"/ready", "GET"},           {"/health_generate", "GET"},      {"/version", "GET"},
-    {"/metrics", "GET"},         {"/openapi.json", "GET"},         {"/ping", "GET"}};
 constexpr std::string_view kModelPrefix = "/v1/models/";
-
-const HttpApi::RouteInfo* FindRoute(const std::string& path) {
-  if (path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size()) return FindRoute("/v1/models");
-  const auto found = std::ranges::find_if(kRoutes, [&](const HttpApi::RouteInfo& route) { return path == route.path; });
-  return found == std::end(kRoutes) ? nullptr : found;
-}
 
 class ReadyOperation : public HttpOperation {
  public:
@@ -35,13 +23,11 @@ class ReadyOperation : public HttpOperation {
   HttpReply reply_;
 };
 
-// The client's id if it is short and printable, else one of ours.
-std::string RequestId(const std::string& given) {
-  const bool usable = !given.empty() && given.size() <= 128 && std::ranges::all_of(given, [](char c) {
+// An id that a client may give its request: it comes back in headers, answers and the log.
+bool IsUsableId(const std::string& id) {
+  return !id.empty() && id.size() <= 128 && std::ranges::all_of(id, [](char c) {
     return std::isalnum(static_cast<uint8_t>(c)) || c == '-' || c == '_' || c == '.';
   });
-  if (usable) return given;
-  return NewRequestId();
 }
 
 absl::Status CheckContentType(const HttpRequest& request) {
@@ -61,6 +47,29 @@ absl::Status CheckContentType(const HttpRequest& request) {
 
 }  // namespace
 
+const HttpApi::RouteInfo HttpApi::kRoutes[] = {{"/v1/completions", "POST", nullptr, ParseCompletion},
+                                               {"/v1/chat/completions", "POST", nullptr, ParseChat},
+                                               {"/v1/responses", "POST", nullptr, ParseResponses},
+                                               {"/v1/models", "GET", &HttpApi::Models},
+                                               {"/v1/models/{id}", "GET", &HttpApi::Model},
+                                               {"/tokenize", "POST", &HttpApi::Tokenize},
+                                               {"/detokenize", "POST", &HttpApi::Detokenize},
+                                               {"/health", "GET", &HttpApi::Alive},
+                                               {"/ping", "GET", &HttpApi::Alive},  // SageMaker's and vLLM's
+                                               {"/ready", "GET", &HttpApi::Ready},
+                                               {"/health_generate", "GET", &HttpApi::CanGenerate},
+                                               {"/version", "GET", &HttpApi::Version},
+                                               {"/props", "GET", &HttpApi::Props},  // llama.cpp's
+                                               {"/metrics", "GET", &HttpApi::MetricsText},
+                                               {"/openapi.json", "GET", &HttpApi::OpenApi}};
+
+const HttpApi::RouteInfo* HttpApi::FindRoute(const std::string& path) {
+  const bool model = path.starts_with(kModelPrefix) && path.size() > kModelPrefix.size();
+  const std::string_view name = model ? "/v1/models/{id}" : std::string_view(path);
+  const auto found = std::ranges::find_if(kRoutes, [&](const RouteInfo& route) { return name == route.path; });
+  return found == std::end(kRoutes) ? nullptr : found;
+}
+
 HttpApi::HttpApi(Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
 
 HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
@@ -72,13 +81,14 @@ HttpReply HttpApi::ErrorReply(const absl::Status& status) const {
 }
 
 std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify notify) {
-  request.request_id = RequestId(request.request_id);
+  if (!IsUsableId(request.request_id)) request.request_id.clear();
   const RouteInfo* route = FindRoute(request.path);
   const bool cors = !service_->config().network.cors_origin.empty();
   if (route != nullptr && request.method == "OPTIONS" && cors)
     return Preflight(*route);  // browsers send it without key
-  auto operation = Route(&request, route, std::move(notify));
+  auto operation = Route(request, route, std::move(notify));
   if (operation.ok()) return *std::move(operation);
+  if (request.request_id.empty()) request.request_id = NewRequestId();
   HttpReply reply = ErrorReply(operation.status());
   // Field and code only: messages may quote what the client sent.
   service_->log().Write(LogLevel::kInfo, "request refused",
@@ -102,64 +112,44 @@ std::unique_ptr<HttpOperation> HttpApi::Preflight(const RouteInfo& route) {
 }
 
 // The key comes first: without one, not even which paths exist is told.
-absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(HttpRequest* request, const RouteInfo* route,
+absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Route(const HttpRequest& request, const RouteInfo* route,
                                                               HttpNotify notify) {
   std::string tenant;
-  if (!auth_->IsPublicRoute(request->path)) {
-    auto checked = auth_->Check(request->authorization);
+  if (!auth_->IsPublicRoute(request.path)) {
+    auto checked = auth_->Check(request.authorization);
     if (!checked.ok()) return checked.status();
     tenant = *std::move(checked);
   }
-  if (route == nullptr) return HttpError(404, fmt::format("no such path: {}", request->path.substr(0, 200)));
-  const bool head = request->method == "HEAD" && std::string_view(route->method) == "GET";
-  if (request->method != route->method && !head) {
-    return HttpError(405, fmt::format("{} does not answer {}", route->path, request->method.substr(0, 50)));
+  if (route == nullptr) return HttpError(404, fmt::format("no such path: {}", request.path.substr(0, 200)));
+  const bool head = request.method == "HEAD" && std::string_view(route->method) == "GET";
+  if (request.method != route->method && !head) {
+    return HttpError(405, fmt::format("{} does not answer {}", route->path, request.method.substr(0, 50)));
   }
-  const std::string& path = request->path;
-  if (request->method == "POST") {
-    if (absl::Status status = CheckContentType(*request); !status.ok()) return status;
-    if (path == "/v1/completions") return Generate(*request, false, tenant, std::move(notify));
-    if (path == "/v1/chat/completions") return Generate(*request, true, tenant, std::move(notify));
+  if (request.method == "POST") {
+    if (absl::Status status = CheckContentType(request); !status.ok()) return status;
   }
-  if (path == "/metrics" && !service_->config().operations.metrics) {
-    return HttpError(404, "this server keeps no metrics (--metrics false)");
-  }
-  absl::StatusOr<HttpReply> reply = HttpReply{};
-  if (path == "/tokenize")
-    reply = Tokenize(*request);
-  else if (path == "/detokenize")
-    reply = Detokenize(*request);
-  else if (path == "/v1/models")
-    reply = Models();
-  else if (path.starts_with(kModelPrefix))
-    reply = Model(path.substr(kModelPrefix.size()));
-  else if (path == "/health" || path == "/ping")
-    reply->body = "{\"status\":\"ok\"}";
-  else if (path == "/ready")
-    reply = Ready();
-  else if (path == "/health_generate")
-    reply = CanGenerate();
-  else if (path == "/version")
-    reply->body = fmt::format("{{\"version\":\"{}\"}}", kVersion);
-  else if (path == "/metrics")
-    *reply = {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_->MetricsText()};
-  else
-    reply->body = OpenApiJson();
+  if (route->parse != nullptr) return Generate(request, route->parse, tenant, std::move(notify));
+  auto reply = (this->*route->answer)(request);
   if (!reply.ok()) return reply.status();
-  reply->headers.emplace_back("X-Request-Id", request->request_id);
+  reply->headers.emplace_back("X-Request-Id", request.request_id.empty() ? NewRequestId() : request.request_id);
   return std::unique_ptr<HttpOperation>(std::make_unique<ReadyOperation>(*std::move(reply)));
 }
 
-absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, bool chat,
+absl::StatusOr<std::unique_ptr<HttpOperation>> HttpApi::Generate(const HttpRequest& request, Parse parse,
                                                                  const std::string& tenant, HttpNotify notify) {
   if (absl::Status status = service_->CheckAdmission(tenant); !status.ok()) return status;
-  const CallLimits limits = service_->call_limits();
-  auto call = chat ? ParseChat(request.body, limits) : ParseCompletion(request.body, limits);
+  auto call = parse(request.body, service_->call_limits());
   if (!call.ok()) return call.status();
   if (absl::Status status = service_->CheckModelName(call->generate.model); !status.ok()) return status;
+  if (!call->request_id.empty() && !IsUsableId(call->request_id)) {
+    return FieldError("request_id", "is not up to 128 letters, digits, '-', '_' and '.'");
+  }
+  // The header's first, then the body's, else one of ours.
+  std::string id = request.request_id.empty() ? call->request_id : request.request_id;
+  if (id.empty()) id = NewRequestId();
   call->generate.tenant = tenant;
-  call->generate.log_id = request.request_id;
-  return StartGeneration(service_, *std::move(call), request.request_id, std::move(notify));
+  call->generate.log_id = id;
+  return StartGeneration(service_, *std::move(call), std::move(id), std::move(notify));
 }
 
 absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
@@ -167,7 +157,7 @@ absl::StatusOr<HttpReply> HttpApi::Tokenize(const HttpRequest& request) const {
   if (!call.ok()) return call.status();
   if (absl::Status status = service_->CheckModelName(call->model); !status.ok()) return status;
   absl::StatusOr<std::vector<int32_t>> tokens;
-  if (const auto* text = std::get_if<std::string>(&call->prompt)) {
+  if (const auto* text = std::get_if<std::string>(&call->prompt)) {  // may be empty, and longer than a prompt
     tokens =
         service_->tokenizer().Encode(*text, {.add_special_tokens = call->add_special_tokens, .parse_special = true});
   } else {
@@ -208,25 +198,63 @@ std::string HttpApi::ModelJson() const {
   return json;
 }
 
-HttpReply HttpApi::Models() const {
-  return {.body = fmt::format("{{\"object\":\"list\",\"data\":[{}]}}", ModelJson())};
+absl::StatusOr<HttpReply> HttpApi::Models(const HttpRequest&) const {
+  return HttpReply{.body = fmt::format("{{\"object\":\"list\",\"data\":[{}]}}", ModelJson())};
 }
 
-absl::StatusOr<HttpReply> HttpApi::Model(const std::string& name) const {
+absl::StatusOr<HttpReply> HttpApi::Model(const HttpRequest& request) const {
+  const std::string name = request.path.substr(kModelPrefix.size());
   if (absl::Status status = service_->CheckModelName(name); !status.ok()) return status;
   return HttpReply{.body = ModelJson()};
 }
 
-HttpReply HttpApi::Ready() const {
-  if (service_->draining()) return {.status = 503, .body = "{\"status\":\"draining\"}"};
-  if (!service_->engine().health().ok()) return {.status = 503, .body = "{\"status\":\"failed\"}"};
-  return {.body = "{\"status\":\"ready\"}"};
+absl::StatusOr<HttpReply> HttpApi::Alive(const HttpRequest&) const { return HttpReply{.body = "{\"status\":\"ok\"}"}; }
+
+absl::StatusOr<HttpReply> HttpApi::Ready(const HttpRequest&) const {
+  if (service_->draining()) return HttpReply{.status = 503, .body = "{\"status\":\"draining\"}"};
+  if (!service_->engine().health().ok()) return HttpReply{.status = 503, .body = "{\"status\":\"failed\"}"};
+  return HttpReply{.body = "{\"status\":\"ready\"}"};
 }
 
-HttpReply HttpApi::CanGenerate() const {
-  if (!service_->can_generate()) return {.status = 503, .body = "{\"status\":\"no tokens come out\"}"};
-  return {.body = "{\"status\":\"ok\"}"};
+absl::StatusOr<HttpReply> HttpApi::CanGenerate(const HttpRequest&) const {
+  if (!service_->can_generate()) return HttpReply{.status = 503, .body = "{\"status\":\"no tokens come out\"}"};
+  return HttpReply{.body = "{\"status\":\"ok\"}"};
 }
+
+absl::StatusOr<HttpReply> HttpApi::Version(const HttpRequest&) const {
+  return HttpReply{.body = fmt::format("{{\"version\":\"{}\"}}", kVersion)};
+}
+
+// What clients of llama.cpp look up: how long a prompt may be, how many slots there are, the template. n_ctx: there is no
+// context window, so it is the longest prompt. A path on this machine is nobody's business: the model goes by its name.
+absl::StatusOr<HttpReply> HttpApi::Props(const HttpRequest&) const {
+  const SamplingParams defaults;
+  std::string name;
+  AppendJsonString(service_->model_name(), &name);
+  std::string body = fmt::format(
+      "{{\"default_generation_settings\":{{\"n_ctx\":{},\"params\":{{\"temperature\":{},\"top_k\":{},\"top_p\":{},"
+      "\"min_p\":{},\"typical_p\":{},\"repeat_penalty\":{},\"presence_penalty\":{},\"frequency_penalty\":{},"
+      "\"max_tokens\":{}}}}},\"total_slots\":{},\"model_alias\":{},\"model_path\":{},"
+      "\"modalities\":{{\"vision\":false,\"audio\":false}},\"build_info\":\"linspec {}\",\"chat_template\":",
+      service_->config().engine.max_prompt_tokens, defaults.temperature, defaults.top_k, defaults.top_p, defaults.min_p,
+      defaults.typical_p, defaults.repetition_penalty, defaults.presence_penalty, defaults.frequency_penalty,
+      defaults.max_tokens, service_->engine().options().max_requests, name, name, kVersion);
+  AppendJsonString(service_->chat_template_source(), &body);
+  body += ",\"bos_token\":";
+  AppendJsonString(service_->BosToken(), &body);
+  body += ",\"eos_token\":";
+  AppendJsonString(service_->EosToken(), &body);
+  return HttpReply{.body = body + "}"};
+}
+
+absl::StatusOr<HttpReply> HttpApi::MetricsText(const HttpRequest&) const {
+  if (!service_->config().operations.metrics) {
+    return HttpError(404, "this server keeps no metrics (--metrics false)");
+  }
+  return HttpReply{.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_->MetricsText()};
+}
+
+absl::StatusOr<HttpReply> HttpApi::OpenApi(const HttpRequest&) const { return HttpReply{.body = OpenApiJson()}; }
 
 void HttpApi::Observe(const HttpRequest& request, int status, double seconds) {
   const RouteInfo* route = FindRoute(request.path);

@@ -105,9 +105,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
 
   void NextRequest() {
     parser_.emplace();
-    parser_->eager(true);
     parser_->header_limit(static_cast<uint32_t>(shared_->options.max_header_bytes));
     parser_->body_limit(static_cast<uint64_t>(shared_->options.max_body_bytes));
+    head_bytes_ = 0;
     continued_ = false;
     receiving_ = true;
     SetDeadline(buffer_.size() > 0 ? shared_->options.header_timeout_s : shared_->options.idle_timeout_s);
@@ -116,18 +116,21 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
 
   void Parse() {
     while (receiving_ && buffer_.size() > 0) {
+      const bool in_head = !parser_->is_header_done();
+      parser_->eager(!in_head);  // stops where the head ends, so that its bytes can be counted
       Error error;
       const size_t used = parser_->put(buffer_.data(), error);
       buffer_.consume(used);
-      if (error == http::error::need_more) break;
-      if (error) return RejectParse(error);
+      if (in_head) head_bytes_ += used;
+      if (error && error != http::error::need_more) return RejectParse(error);
+      // The parser's own limit is on what it has not consumed yet, line by line, and so depends on how a head is cut.
+      // What is left of an unfinished head belongs to it.
+      const size_t head = head_bytes_ + (parser_->is_header_done() ? 0 : buffer_.size());
+      if (head > static_cast<size_t>(shared_->options.max_header_bytes)) {
+        return RejectParse(http::error::header_limit);
+      }
       if (parser_->is_done()) return Dispatch();
-      if (used == 0) break;
-    }
-    // The header limit is the parser's; what it has not consumed is an unfinished header.
-    if (static_cast<int64_t>(buffer_.size()) > shared_->options.max_header_bytes && !parser_->is_header_done()) {
-      return SendError(
-          HttpError(431, fmt::format("headers are larger than {} bytes", shared_->options.max_header_bytes)));
+      if (error || used == 0) break;
     }
     if (parser_->is_header_done() && !continued_) {
       continued_ = true;
@@ -151,7 +154,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
           HttpError(413, fmt::format("the body is larger than {} bytes (--max-body-bytes)", o.max_body_bytes)));
     }
     if (error == http::error::header_limit) {
-      return SendError(HttpError(431, fmt::format("headers are larger than {} bytes", o.max_header_bytes)));
+      return SendError(
+          HttpError(431, fmt::format("the head is larger than {} bytes (--max-header-bytes)", o.max_header_bytes)));
     }
     SendError(HttpError(400, fmt::format("malformed HTTP request: {}", error.message())));
   }
@@ -365,6 +369,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   beast::flat_buffer buffer_;                // read, not yet parsed
   std::array<char, kReadBytes> incoming_{};  // of the read under way
   std::optional<http::request_parser<http::string_body>> parser_;
+  size_t head_bytes_ = 0;  // of the head that is being received: request line and headers, as far as parsed
   std::unique_ptr<HttpOperation> operation_;
   HttpRequest request_;
   std::string output_;

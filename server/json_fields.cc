@@ -122,10 +122,12 @@ void FieldReader::Only(const char* name, const nlohmann::json& value) {
   Fail(name, fmt::format("{} is not supported by this server; only {}", Shorten(*json), value.dump()));
 }
 
-void FieldReader::Unsupported(std::initializer_list<const char*> names) {
-  for (const char* name : names) {
-    if (Find(name) != nullptr) Fail(name, "is not supported by this server");
-  }
+void FieldReader::Unsupported(const char* name, const char* reason) {
+  if (Find(name) != nullptr) Fail(name, reason);
+}
+
+void FieldReader::Absorb(const absl::Status& status) {
+  if (status_.ok()) status_ = status;
 }
 
 absl::Status FieldReader::Finish() {

@@ -35,13 +35,15 @@ class FieldReader {
   // Token ids; bounds against the vocabulary are the engine's to check.
   void TokenIds(const char* name, std::vector<int32_t>* value);
   void Ignore(std::initializer_list<const char*> names);
-  // Known to OpenAI's API, changes the result, not done here: an error when present and not null.
-  void Unsupported(std::initializer_list<const char*> names);
-
-  // Known to vLLM's API, and done here in one way only: an error when present with another value.
+  // Known to the APIs that we speak, would change the result, not done here: an error with the reason when present and
+  // not null.
+  void Unsupported(const char* name, const char* reason = "is not supported by this server");
+  // Known to those APIs, and done here in one way only: an error when present with another value.
   void Only(const char* name, const nlohmann::json& value);
 
   void Fail(const std::string& name, const std::string& message);
+  // Takes over the error of a reader of a part of this object, if it has one.
+  void Absorb(const absl::Status& status);
   bool ok() const { return status_.ok(); }
   absl::Status Finish();  // the first error, or the first field nobody read
 

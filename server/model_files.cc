@@ -28,8 +28,12 @@ absl::Status InFile(const std::string& path, const absl::Status& status) {
   return absl::Status(status.code(), fmt::format("{}: {}", path, std::string(status.message())));
 }
 
+struct TemplateText {
+  std::string source, from;  // "" if the folder has none; the file
+};
+
 // chat_template.jinja, or the template inside tokenizer_config.json (a string, or the one named "default").
-absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string& folder) {
+absl::StatusOr<TemplateText> FindChatTemplate(const std::string& folder) {
   const std::string own = folder + "/chat_template.jinja";
   const std::string config = folder + "/tokenizer_config.json";
   std::string source, from = own;
@@ -54,10 +58,18 @@ absl::StatusOr<std::unique_ptr<ChatTemplate>> LoadChatTemplate(const std::string
       }
     }
   }
-  if (source.empty()) return std::unique_ptr<ChatTemplate>();
-  auto parsed = ChatTemplate::Parse(source);
-  if (!parsed.ok()) return InFile(from, parsed.status());
-  return parsed;
+  return TemplateText{.source = std::move(source), .from = from};
+}
+
+absl::Status LoadChatTemplate(ModelFiles* files) {
+  auto text = FindChatTemplate(files->path);
+  if (!text.ok()) return text.status();
+  if (text->source.empty()) return absl::OkStatus();
+  auto parsed = ChatTemplate::Parse(text->source);
+  if (!parsed.ok()) return InFile(text->from, parsed.status());
+  files->chat_template = *std::move(parsed);
+  files->chat_template_source = std::move(text->source);
+  return absl::OkStatus();
 }
 
 // Target and draft run on one engine thread, so they share one pool of worker threads.
@@ -168,6 +180,44 @@ std::string DraftPath(const ServerConfig& config) {
   return FindBundledModel("draft").value_or("");
 }
 
+// What the folder offers and what the default mode needs; the n-gram drafter is always there, and last.
+absl::StatusOr<std::vector<std::unique_ptr<Drafter>>> LoadDrafters(const ModelFiles& files, const ServerConfig& config,
+                                                                   SpeculationMode mode, int max_requests) {
+  std::vector<std::unique_ptr<Drafter>> drafters;
+  const std::string draft = DraftPath(config);
+  if (mode == SpeculationMode::kDraft && draft.empty()) {
+    return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
+  }
+  if (!draft.empty()) {
+    auto drafter = LoadDraft(draft, config, files.machine, files.model->config().vocab_size, max_requests);
+    if (!drafter.ok()) return drafter.status();
+    drafters.push_back(*std::move(drafter));
+  }
+  auto medusa = LoadMedusa(files, config);
+  if (!medusa.ok()) return medusa.status();
+  if (mode == SpeculationMode::kMedusa && *medusa == nullptr) {
+    return absl::InvalidArgumentError(
+        fmt::format("--speculation medusa needs {} and {} in {}", kMedusaConfigFile, kMedusaWeightsFile, files.path));
+  }
+  if (*medusa != nullptr) drafters.push_back(*std::move(medusa));
+  auto recurrent = LoadRecurrent(files, config);
+  if (!recurrent.ok()) return recurrent.status();
+  if (mode == SpeculationMode::kRecurrent && *recurrent == nullptr) {
+    return absl::InvalidArgumentError(fmt::format("--speculation recurrent needs {} and {} in {}",
+                                                  kRecurrentHeadConfigFile, kRecurrentHeadWeightsFile, files.path));
+  }
+  if (*recurrent != nullptr) drafters.push_back(*std::move(recurrent));
+  drafters.push_back(std::make_unique<NgramDrafter>());
+  return drafters;
+}
+
+// The folder's name. The bundled model's folder is called "target": a place, not a name.
+std::string ModelName(const ServerConfig& config, const std::string& path) {
+  if (config.model.path.empty()) return "linspec-bundled";
+  const fs::path folder(path);
+  return (folder.has_filename() ? folder : folder.parent_path()).filename().string();
+}
+
 }  // namespace
 
 absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options) {
@@ -237,9 +287,7 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto tokenizer = Tokenizer::FromFile(files.path + "/tokenizer.json");
   if (!tokenizer.ok()) return InFile(files.path + "/tokenizer.json", tokenizer.status());
   files.tokenizer = *std::move(tokenizer);
-  auto chat = LoadChatTemplate(files.path);
-  if (!chat.ok()) return chat.status();
-  files.chat_template = *std::move(chat);
+  if (absl::Status status = LoadChatTemplate(&files); !status.ok()) return status;
   auto machine = OpenMachine(options);
   if (!machine.ok()) return machine.status();
   files.machine = *std::move(machine);
@@ -249,62 +297,44 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   return files;
 }
 
+EngineOptions EngineOptionsOf(const ServerConfig& config) {
+  const auto& engine = config.engine;
+  EngineOptions options;
+  options.max_requests = engine.max_requests;
+  options.prefix_cache_entries = std::min(engine.prefix_cache, engine.max_requests);
+  options.max_queue_requests = engine.max_queue_requests;
+  options.max_queue_tokens = engine.max_queue_tokens;
+  options.max_step_tokens = engine.max_step_tokens;
+  options.max_prompt_tokens = engine.max_prompt_tokens;
+  options.max_output_tokens = engine.max_output_tokens;
+  options.max_draft_nodes = engine.max_draft_nodes;
+  if (engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
+  if (engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
+  options.calibrate = engine.adaptive_speculation;
+  return options;
+}
+
 absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::function<void(const StepStats&)> observer) {
   auto mode = ParseSpeculation(config.engine.speculation);
   if (!mode.ok()) return mode.status();
   auto files = LoadModelFiles(config.model);
   if (!files.ok()) return files.status();
-  const int max_requests = MaxRequests(config, *files->model);
-  Service::Parts parts;
-  std::vector<std::unique_ptr<Drafter>> drafters;
-  if (const std::string draft = DraftPath(config); !draft.empty()) {
-    auto drafter = LoadDraft(draft, config, files->machine, files->model->config().vocab_size, max_requests);
-    if (!drafter.ok()) return drafter.status();
-    drafters.push_back(*std::move(drafter));
-  }
-  const bool has_draft = !drafters.empty();
-  auto medusa = LoadMedusa(*files, config);
-  if (!medusa.ok()) return medusa.status();
-  if (*mode == SpeculationMode::kMedusa && *medusa == nullptr) {
-    return absl::InvalidArgumentError(
-        fmt::format("--speculation medusa needs {} and {} in {}", kMedusaConfigFile, kMedusaWeightsFile, files->path));
-  }
-  if (*medusa != nullptr) drafters.push_back(*std::move(medusa));
-  auto recurrent = LoadRecurrent(*files, config);
-  if (!recurrent.ok()) return recurrent.status();
-  if (*mode == SpeculationMode::kRecurrent && *recurrent == nullptr) {
-    return absl::InvalidArgumentError(fmt::format("--speculation recurrent needs {} and {} in {}",
-                                                  kRecurrentHeadConfigFile, kRecurrentHeadWeightsFile, files->path));
-  }
-  if (*recurrent != nullptr) drafters.push_back(*std::move(recurrent));
-  drafters.push_back(std::make_unique<NgramDrafter>());
-  for (const auto& drafter : drafters) parts.drafters.emplace_back(drafter->name());
-  if (*mode == SpeculationMode::kDraft && !has_draft) {
-    return absl::InvalidArgumentError("--speculation draft needs --draft-model FOLDER");
-  }
-  EngineOptions options;
-  options.max_requests = max_requests;
-  options.prefix_cache_entries = std::min(config.engine.prefix_cache, max_requests);
-  options.max_queue_requests = config.engine.max_queue_requests;
-  options.max_queue_tokens = config.engine.max_queue_tokens;
-  options.max_step_tokens = MaxStepTokens(config, files->machine);
-  options.max_prompt_tokens = config.engine.max_prompt_tokens;
-  options.max_output_tokens = config.engine.max_output_tokens;
+  EngineOptions options = EngineOptionsOf(config);
   options.speculation = *mode;
-  options.max_draft_nodes = config.engine.max_draft_nodes;
-  if (config.engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
-  if (config.engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
-  options.calibrate = config.engine.adaptive_speculation;
-  auto engine = Engine::Create(std::move(files->model), std::move(drafters), options, std::move(observer));
+  options.max_requests = MaxRequests(config, *files->model);
+  options.prefix_cache_entries = std::min(config.engine.prefix_cache, options.max_requests);
+  options.max_step_tokens = MaxStepTokens(config, files->machine);
+  auto drafters = LoadDrafters(*files, config, *mode, options.max_requests);
+  if (!drafters.ok()) return drafters.status();
+  Service::Parts parts;
+  for (const auto& drafter : *drafters) parts.drafters.emplace_back(drafter->name());
+  auto engine = Engine::Create(std::move(files->model), *std::move(drafters), options, std::move(observer));
   if (!engine.ok()) return engine.status();
   parts.engine = *std::move(engine);
   parts.tokenizer = std::move(files->tokenizer);
   parts.chat_template = std::move(files->chat_template);
-  fs::path folder(files->path);
-  if (!folder.has_filename()) folder = folder.parent_path();
-  // "target" is a place, not a name.
-  const std::string name = config.model.path.empty() ? "linspec-bundled" : folder.filename().string();
-  parts.model_name = config.model.served_name.empty() ? name : config.model.served_name;
+  parts.chat_template_source = std::move(files->chat_template_source);
+  parts.model_name = config.model.served_name.empty() ? ModelName(config, files->path) : config.model.served_name;
   return parts;
 }
 

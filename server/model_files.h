@@ -40,10 +40,13 @@ struct ModelFiles {
   std::unique_ptr<Model> model;
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;  // null: the folder has none
+  std::string chat_template_source;
 };
 // Errors name the file.
 absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options);
 
+// The flags as they are; 0 for "what suits the machine" is LoadParts' to replace. The mode of speculation is not set.
+EngineOptions EngineOptionsOf(const ServerConfig& config);
 // Everything that a Service needs; the engine is not started yet.
 absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::function<void(const StepStats&)> observer);
 

@@ -14,16 +14,24 @@ using Json = nlohmann::json;
 
 constexpr int64_t kMaxInt32 = 2147483647;
 constexpr size_t kMaxName = 256;
+constexpr size_t kMaxSalt = 1024;  // vLLM's
 constexpr int kMaxLogprobs = 20;
 
-void ReadStop(FieldReader* fields, SamplingParams* sampling) {
-  const Json* stop = fields->Find("stop");
-  if (stop == nullptr) return;
-  const Json list = stop->is_array() ? *stop : Json::array({*stop});
+// A list of strings, or one string alone.
+void ReadStrings(FieldReader* fields, const char* name, std::vector<std::string>* strings) {
+  const Json* value = fields->Find(name);
+  if (value == nullptr) return;
+  const Json list = value->is_array() ? *value : Json::array({*value});
   for (const Json& item : list) {
-    if (!item.is_string()) return fields->Fail("stop", fmt::format("{} is not a string", Shorten(item)));
-    sampling->stop.push_back(item.get<std::string>());
+    if (!item.is_string()) return fields->Fail(name, fmt::format("{} is not a string", Shorten(item)));
+    strings->push_back(item.get<std::string>());
   }
+}
+
+void ReadAllowedTokens(FieldReader* fields, std::vector<int32_t>* ids) {
+  fields->TokenIds("allowed_token_ids", ids);
+  const Json* list = fields->Find("allowed_token_ids");
+  if (list != nullptr && list->empty()) fields->Fail("allowed_token_ids", "is empty: nothing could be chosen");
 }
 
 void ReadLogitBias(FieldReader* fields, SamplingParams* sampling) {
@@ -91,13 +99,52 @@ void ReadSampling(FieldReader* fields, const CallLimits& limits, GenerateCall* c
   fields->TokenIds("stop_token_ids", &s.stop_token_ids);
   fields->Bool("include_stop_str_in_output", &s.include_stop_in_output);
   fields->Bool("skip_special_tokens", &call->skip_special_tokens);
-  ReadStop(fields, &s);
-  // vLLM's, which its clients send with their defaults.
+  ReadStrings(fields, "stop", &s.stop);
+  ReadStrings(fields, "bad_words", &call->bad_words);
+  ReadAllowedTokens(fields, &s.allowed_token_ids);
+}
+
+void ReadPromptOptions(FieldReader* fields, const CallLimits& limits, PromptOptions* options) {
+  fields->Int32("truncate_prompt_tokens", -1, limits.max_prompt_tokens, &options->truncate_tokens);
+  if (fields->Find("truncate_prompt_tokens") != nullptr && options->truncate_tokens == 0) {
+    fields->Fail("truncate_prompt_tokens", "0 leaves nothing; give -1 or a positive number");
+  }
+  std::string side;
+  fields->String("truncation_side", kMaxName, &side);
+  if (!side.empty() && side != "left" && side != "right") {
+    fields->Fail("truncation_side", fmt::format("'{}' is not one of left, right", side));
+  }
+  options->truncate_end = side == "right";
+}
+
+// Of vLLM and llama.cpp: what their clients send with its default, and what would ask for more than there is here.
+void ReadForeign(FieldReader* fields) {
   fields->Only("spaces_between_special_tokens", true);
   fields->Only("use_beam_search", false);
   fields->Only("length_penalty", 1);
-  fields->Only("return_token_ids", false);
-  fields->Only("return_tokens_as_token_ids", false);
+  fields->Only("include_reasoning", true);
+  fields->Only("return_token_offsets", false);
+  fields->Only("return_mm_kwargs", true);
+  fields->Only("routed_experts_prompt_start", 0);
+  fields->Only("return_prompt_text", false);
+  constexpr char kStructured[] = "is not supported: output cannot be bound to a grammar yet";
+  for (const char* name : {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+                           "guided_decoding_backend", "grammar", "json_schema"}) {
+    fields->Unsupported(name, kStructured);
+  }
+  fields->Unsupported("logits_processors", "is not supported: a client's code is never run here");
+  fields->Unsupported("vllm_xargs", "is not supported: there are no extensions to read it");
+  fields->Unsupported("prompt_logprobs", "is not supported: /v1/completions scores a prompt with echo and logprobs");
+  fields->Unsupported("logprob_token_ids", "is not supported: logprobs tells of the best 20");
+  fields->Unsupported("prompt_embeds", "is not supported: a prompt is text or token ids");
+  fields->Unsupported("kv_transfer_params", "is not supported: there is no KV cache to transfer");
+  fields->Unsupported("ec_transfer_params", "is not supported: text only");
+  fields->Unsupported("mm_processor_kwargs", "is not supported: text only");
+  fields->Unsupported("media_io_kwargs", "is not supported: text only");
+  fields->Unsupported("thinking_token_budget", "is not supported: reasoning is not told from text");
+  for (const char* name : {"repetition_detection", "watermarking", "stream_interval", "documents", "session_id"}) {
+    fields->Unsupported(name);
+  }
 }
 
 void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
@@ -110,9 +157,13 @@ void ReadStreamOptions(FieldReader* fields, OpenAiCall* call) {
   inner.Bool("include_usage", &call->include_usage);
   inner.Bool("continuous_usage_stats", &call->continuous_usage);  // vLLM's
   inner.Ignore({"include_obfuscation"});
-  if (absl::Status status = inner.Finish(); !status.ok()) {
-    fields->Fail(ErrorField(status), std::string(status.message()).substr(ErrorField(status).size() + 2));
-  }
+  fields->Absorb(inner.Finish());
+}
+
+void ReadTokenOptions(FieldReader* fields, OpenAiCall* call) {
+  fields->Bool("return_token_ids", &call->generate.token_ids);
+  call->generate.prompt_token_ids = call->generate.token_ids;
+  fields->Bool("return_tokens_as_token_ids", &call->tokens_as_ids);
 }
 
 // What both kinds of call share.
@@ -122,10 +173,15 @@ void ReadCommon(FieldReader* fields, const CallLimits& limits, OpenAiCall* out) 
   fields->Int32("n", 1, limits.max_n, &call->n);
   call->best_of = call->n;
   ReadSampling(fields, limits, call);
+  ReadPromptOptions(fields, limits, &call->prompt_options);
+  ReadTokenOptions(fields, out);
   ReadStreamOptions(fields, out);
+  ReadForeign(fields);
+  fields->String("request_id", kMaxName, &out->request_id);
   ReadSpeculation(fields, &call->speculation);
   ReadAcceptance(fields, &call->acceptance);
   fields->Int32("priority", -100000, 100000, &call->priority);
+  fields->String("cache_salt", kMaxSalt, &call->cache_salt);
   bool store = false;
   fields->Bool("store", &store);
   if (store) fields->Fail("store", "true is not supported: this server stores nothing");
@@ -196,11 +252,34 @@ void ReadMessages(FieldReader* fields, std::vector<ChatMessage>* messages) {
     else if (!ReadContent(*content, &out.content, &error))
       message.Fail("content", error);
     message.Ignore({"name", "refusal"});
-    message.Unsupported({"tool_calls", "tool_call_id", "function_call", "audio"});
-    if (absl::Status status = message.Finish(); !status.ok()) {
-      return fields->Fail(ErrorField(status), std::string(status.message()).substr(ErrorField(status).size() + 2));
-    }
+    for (const char* name : {"tool_calls", "tool_call_id", "function_call", "audio"}) message.Unsupported(name);
+    fields->Absorb(message.Finish());
+    if (!fields->ok()) return;
   }
+}
+
+// Of a chat: what is accepted in one form only.
+void ReadChatForms(FieldReader* fields) {
+  const Json* tools = fields->Find("tools");
+  if (tools != nullptr && !(tools->is_array() && tools->empty()))
+    fields->Fail("tools", "is not supported by this server");
+  const Json* choice = fields->Find("tool_choice");
+  if (choice != nullptr && *choice != "none") fields->Fail("tool_choice", "is not supported by this server");
+  const Json* modalities = fields->Find("modalities");
+  if (modalities != nullptr && *modalities != Json::array({"text"}))
+    fields->Fail("modalities", "only [\"text\"] is supported");
+  bool parallel = false;  // there are no tools to call
+  fields->Bool("parallel_tool_calls", &parallel);
+  for (const char* name :
+       {"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"}) {
+    fields->Unsupported(name);
+  }
+  fields->Unsupported("chat_template", "is not supported: a client's template is never run here");
+  fields->Only("chat_template_kwargs", Json::object());
+  fields->Only("add_generation_prompt", true);
+  fields->Only("continue_final_message", false);
+  fields->Only("add_special_tokens", false);  // the template writes them
+  fields->Only("echo", false);
 }
 
 // The reader's errors first: they are about what was sent, the others about what it means.
@@ -226,7 +305,7 @@ absl::StatusOr<OpenAiCall> ParseCompletion(const std::string& body, const CallLi
   fields.Int32("best_of", 1, limits.max_n, &call.best_of);
   if (call.best_of > call.n && call.stream) fields.Fail("best_of", "cannot be streamed when it is more than n");
   fields.Only("suffix", "");
-  fields.Only("add_special_tokens", true);
+  fields.Bool("add_special_tokens", &call.prompt_options.add_special_tokens);
   return Checked(&fields, std::move(out), limits);
 }
 
@@ -249,23 +328,7 @@ absl::StatusOr<OpenAiCall> ParseChat(const std::string& body, const CallLimits& 
   fields.Int32("top_logprobs", 0, kMaxLogprobs, &top);
   if (top > 0 && !logprobs) fields.Fail("top_logprobs", "needs logprobs: true");
   if (logprobs) call.sampling.logprobs = top;
-  const Json* tools = fields.Find("tools");
-  if (tools != nullptr && !(tools->is_array() && tools->empty()))
-    fields.Fail("tools", "is not supported by this server");
-  const Json* choice = fields.Find("tool_choice");
-  if (choice != nullptr && *choice != "none") fields.Fail("tool_choice", "is not supported by this server");
-  const Json* modalities = fields.Find("modalities");
-  if (modalities != nullptr && *modalities != Json::array({"text"}))
-    fields.Fail("modalities", "only [\"text\"] is supported");
-  bool parallel = false;  // there are no tools to call
-  fields.Bool("parallel_tool_calls", &parallel);
-  fields.Unsupported({"functions", "function_call", "audio", "prediction", "reasoning_effort", "verbosity",
-                      "web_search_options", "chat_template"});
-  fields.Only("chat_template_kwargs", Json::object());
-  fields.Only("add_generation_prompt", true);
-  fields.Only("continue_final_message", false);
-  fields.Only("add_special_tokens", false);  // the template writes them
-  fields.Only("echo", false);
+  ReadChatForms(&fields);
   return Checked(&fields, std::move(out), limits);
 }
 

@@ -19,6 +19,12 @@ constexpr char kPaths[] = R"json(
    {"schema": {"$ref": "#/components/schemas/ChatCompletion"}}, "text/event-stream":
    {"schema": {"$ref": "#/components/schemas/ChatCompletionChunk"}}}}, "default":
    {"$ref": "#/components/responses/Error"}}}},
+ "/v1/responses": {"post": {"summary": "Answer text or messages; nothing is stored", "requestBody": {"required": true,
+   "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ResponsesRequest"}}}}, "responses": {
+   "200": {"description": "Whole, or with stream: true as the events of OpenAI's Responses API", "content":
+   {"application/json": {"schema": {"$ref": "#/components/schemas/Response"}}, "text/event-stream": {"schema":
+   {"type": "object", "required": ["type", "sequence_number"], "properties": {"type": {"type": "string"},
+   "sequence_number": {"type": "integer"}}}}}}, "default": {"$ref": "#/components/responses/Error"}}}},
  "/v1/models": {"get": {"summary": "The served model", "responses": {"200": {"description": "List of one",
    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ModelList"}}}}}}},
  "/v1/models/{id}": {"get": {"summary": "One model", "parameters": [{"name": "id", "in": "path", "required": true,
@@ -40,6 +46,9 @@ constexpr char kPaths[] = R"json(
  "/health_generate": {"get": {"summary": "Whether tokens come out", "responses": {"200":
    {"description": "They did, at the last look (--probe-interval)"}, "503": {"description": "They did not"}}}},
  "/version": {"get": {"summary": "Version", "security": [], "responses": {"200": {"description": "version"}}}},
+ "/props": {"get": {"summary": "Limits, slots and chat template, by the names of llama.cpp", "responses": {"200":
+   {"description": "Properties", "content": {"application/json": {"schema":
+   {"$ref": "#/components/schemas/Props"}}}}}}},
  "/metrics": {"get": {"summary": "Prometheus metrics", "responses": {"200": {"description": "Text format 0.0.4"}}}},
  "/openapi.json": {"get": {"summary": "This document", "responses": {"200": {"description": "OpenAPI 3.1"}}}}
 )json";
@@ -57,9 +66,19 @@ constexpr char kCommonFields[] = R"json(
  "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
  "seed": {"type": "integer"}, "max_tokens": {"type": "integer", "minimum": 0}, "min_tokens": {"type": "integer", "minimum": 0},
  "skip_special_tokens": {"type": "boolean", "default": true}, "spaces_between_special_tokens": {"const": true},
- "use_beam_search": {"const": false}, "length_penalty": {"const": 1}, "return_token_ids": {"const": false},
- "return_tokens_as_token_ids": {"const": false}, "ignore_eos": {"type": "boolean"}, "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items":
-   {"type": "string"}}]},
+ "use_beam_search": {"const": false}, "length_penalty": {"const": 1}, "include_reasoning": {"const": true},
+ "return_token_offsets": {"const": false}, "return_mm_kwargs": {"const": true}, "return_prompt_text": {"const": false},
+ "routed_experts_prompt_start": {"const": 0}, "cache_salt": {"type": "string", "maxLength": 1024}, "request_id": {"type": "string"},
+ "return_token_ids": {"type": "boolean", "description": "token_ids of each choice and prompt_token_ids"},
+ "return_tokens_as_token_ids": {"type": "boolean", "description": "logprobs name token 5 token_id:5"},
+ "allowed_token_ids": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1,
+   "description": "nothing else is chosen"},
+ "bad_words": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+   "description": "never all of one in the output"},
+ "truncate_prompt_tokens": {"type": "integer", "minimum": -1,
+   "description": "keep at most so many of the prompt; -1: as many as the server takes"},
+ "truncation_side": {"type": "string", "enum": ["left", "right"], "default": "left"},
+ "ignore_eos": {"type": "boolean"}, "stop": {"oneOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
  "stop_token_ids": {"type": "array", "items": {"type": "integer"}}, "include_stop_str_in_output": {"type": "boolean"},
  "stream": {"type": "boolean", "default": false}, "stream_options": {"type": "object", "properties": {"include_usage":
    {"type": "boolean"}, "include_obfuscation": {}, "continuous_usage_stats":
@@ -74,7 +93,7 @@ constexpr char kCommonFields[] = R"json(
 constexpr char kCompletionFields[] = R"json(
  "prompt": {"oneOf": [{"type": "string"}, {"type": "array"}]}, "echo": {"type": "boolean"},
  "logprobs": {"type": "integer", "minimum": 0, "maximum": 20}, "best_of": {"type": "integer", "minimum": 1},
- "suffix": {"const": ""}, "add_special_tokens": {"const": true})json";
+ "suffix": {"const": ""}, "add_special_tokens": {"type": "boolean", "default": true})json";
 
 constexpr char kChatFields[] = R"json(
  "messages": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["role", "content"], "properties":
@@ -86,6 +105,21 @@ constexpr char kChatFields[] = R"json(
  "chat_template_kwargs": {"type": "object", "maxProperties": 0}, "add_generation_prompt": {"const": true},
  "continue_final_message": {"const": false}, "add_special_tokens": {"const": false}, "echo": {"const": false})json";
 
+constexpr char kResponsesRequest[] = R"json(
+ {"type": "object", "additionalProperties": false, "required": ["input"], "properties": {
+ "input": {"oneOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": {"type": "object", "required":
+   ["role", "content"], "properties": {"type": {"const": "message"}, "role": {"enum": ["system", "developer", "user",
+   "assistant"]}, "content": {}, "id": {}, "status": {}, "phase": {}}}}]},
+ "model": {"type": "string"}, "instructions": {"type": "string"}, "max_output_tokens": {"type": "integer", "minimum": 1},
+ "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1},
+ "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
+ "stream": {"type": "boolean", "default": false}, "stream_options": {"const": {"include_obfuscation": false}},
+ "metadata": {"type": "object"}, "store": {"type": "boolean", "enum": [false]}, "background": {"const": false},
+ "tools": {"type": "array", "maxItems": 0}, "include": {"type": "array", "maxItems": 0}, "tool_choice": {"const": "none"},
+ "truncation": {"const": "disabled"}, "top_logprobs": {"const": 0}, "text": {"const": {"format": {"type": "text"}}},
+ "parallel_tool_calls": {"type": "boolean"}, "user": {}, "safety_identifier": {}, "prompt_cache_key": {},
+ "prompt_cache_retention": {}, "service_tier": {}}})json";
+
 // What the server says. Closed objects: a field that is not here is not sent.
 constexpr char kAnswers[] = R"json(
  "Usage": {"type": "object", "additionalProperties": false, "required": ["prompt_tokens", "completion_tokens",
@@ -95,9 +129,13 @@ constexpr char kAnswers[] = R"json(
    {"cached_tokens": {"type": "integer", "minimum": 0}}},
    "completion_tokens_details": {"type": "object", "additionalProperties": false, "properties":
    {"accepted_prediction_tokens": {"type": "integer"}, "rejected_prediction_tokens": {"type": "integer"}}}}},
+ "TokenIds": {"type": "array", "items": {"type": "integer", "minimum": 0}},
+ "StopReason": {"type": ["string", "integer", "null"]},
  "FinishReason": {"enum": ["stop", "length", null]},
  "CompletionChoice": {"type": "object", "additionalProperties": false, "required": ["index", "text", "logprobs",
-   "finish_reason"], "properties": {"index": {"type": "integer"}, "text": {"type": "string"}, "finish_reason":
+   "finish_reason"], "properties": {"index": {"type": "integer"}, "text": {"type": "string"}, "stop_reason":
+   {"$ref": "#/components/schemas/StopReason"}, "token_ids": {"$ref": "#/components/schemas/TokenIds"},
+   "prompt_token_ids": {"$ref": "#/components/schemas/TokenIds"}, "finish_reason":
    {"$ref": "#/components/schemas/FinishReason"}, "logprobs": {"type": ["object", "null"], "additionalProperties": false,
    "properties": {"tokens": {"type": "array", "items": {"type": "string"}}, "token_logprobs": {"type": "array", "items":
    {"type": ["number", "null"]}}, "top_logprobs": {"type": ["array", "null"]}, "text_offset": {"type": "array", "items":
@@ -118,6 +156,17 @@ constexpr char kAnswers[] = R"json(
  "Tokens": {"type": "object", "additionalProperties": false, "properties": {"count": {"type": "integer"},
    "max_model_len": {"type": "integer"}, "tokens": {"type": "array", "items": {"type": "integer"}}, "token_strs":
    {"type": "array", "items": {"type": "string"}}}},
+ "Props": {"type": "object", "additionalProperties": false, "required": ["default_generation_settings", "total_slots",
+   "chat_template"], "properties": {"default_generation_settings": {"type": "object", "required": ["n_ctx", "params"],
+   "properties": {"n_ctx": {"type": "integer"}, "params": {"type": "object"}}}, "total_slots": {"type": "integer"},
+   "model_alias": {"type": "string"}, "model_path": {"type": "string"}, "modalities": {"type": "object"}, "build_info":
+   {"type": "string"}, "chat_template": {"type": "string"}, "bos_token": {"type": "string"}, "eos_token":
+   {"type": "string"}}},
+ "Response": {"type": "object", "required": ["id", "object", "created_at", "status", "output", "model", "usage"],
+   "properties": {"id": {"type": "string"}, "object": {"const": "response"}, "created_at": {"type": "integer"},
+   "status": {"enum": ["completed", "incomplete", "in_progress"]}, "output": {"type": "array", "items": {"type": "object",
+   "required": ["id", "type", "role", "status", "content"]}}, "model": {"type": "string"}, "usage": {"type": ["object",
+   "null"], "required": ["input_tokens", "output_tokens", "total_tokens"]}}},
  "Text": {"type": "object", "additionalProperties": false, "properties": {"prompt": {"type": "string"}}},
  "Error": {"type": "object", "additionalProperties": false, "required": ["error"], "properties": {"error": {"type":
    "object", "additionalProperties": false, "required": ["message", "type", "param", "code"], "properties": {"message":
@@ -135,15 +184,17 @@ std::string Answer(const char* object, const std::string& choice, bool chunk) {
          "\"created\", \"model\", \"choices\"" + (chunk ? "" : ", \"usage\"") +
          "], \"properties\": {\"id\": {\"type\": \"string\"}, \"object\": {\"const\": \"" + object +
          "\"}, \"created\": {\"type\": \"integer\"}, \"model\": {\"type\": \"string\"}, \"usage\": " +
-         "{\"$ref\": \"#/components/schemas/Usage\"}, \"choices\": {\"type\": \"array\", \"items\": " + choice + "}}}";
+         "{\"$ref\": \"#/components/schemas/Usage\"}, \"prompt_token_ids\": {\"$ref\": " +
+         "\"#/components/schemas/TokenIds\"}, \"choices\": {\"type\": \"array\", \"items\": " + choice + "}}}";
 }
 
 std::string ChatChoice(const char* part) {
   return std::string("{\"type\": \"object\", \"additionalProperties\": false, \"required\": [\"index\", \"") + part +
          "\", \"logprobs\", \"finish_reason\"], \"properties\": {\"index\": {\"type\": \"integer\"}, \"" + part +
          "\": {\"$ref\": \"#/components/schemas/ChatMessage\"}, \"logprobs\": {\"$ref\": " +
-         "\"#/components/schemas/ChatLogprobs\"}, \"finish_reason\": {\"$ref\": "
-         "\"#/components/schemas/FinishReason\"}}}";
+         "\"#/components/schemas/ChatLogprobs\"}, \"stop_reason\": {\"$ref\": " +
+         "\"#/components/schemas/StopReason\"}, \"token_ids\": {\"$ref\": \"#/components/schemas/TokenIds\"}, " +
+         "\"finish_reason\": {\"$ref\": \"#/components/schemas/FinishReason\"}}}";
 }
 
 std::string Answers() {
@@ -165,7 +216,8 @@ std::string OpenApiJson() {
   return std::string("{\"openapi\": \"3.1.0\", \"info\": {\"title\": \"linspec\", \"version\": \"") + kVersion +
          "\"}, \"security\": [{\"key\": []}, {}], \"paths\": {" + kPaths + "}, \"components\": {\"schemas\": {" +
          "\"CompletionRequest\": " + Schema("prompt", kCompletionFields) +
-         ", \"ChatRequest\": " + Schema("messages", kChatFields) + ", " + Answers() + "}, " + kShared + "}}";
+         ", \"ChatRequest\": " + Schema("messages", kChatFields) + ", \"ResponsesRequest\": " + kResponsesRequest +
+         ", " + Answers() + "}, " + kShared + "}}";
 }
 
 }  // namespace linspec

@@ -145,8 +145,12 @@ void ResponseStream::Consume(Item item, StreamDelta* delta) {
     if (matcher_.matched()) return EndAtStop(delta);
     delta->text += matcher_.Finish();
   }
-  if (output.stop_token >= 0) usage_.completion_tokens = std::max(usage_.completion_tokens, output.num_output_tokens);
   ReleaseTokens(delta, true);
+  if (output.stop_token >= 0) {
+    ++usage_.completion_tokens;
+    pending_.emplace_back().sampled.token = output.stop_token;
+    ReleaseBeyondText(delta);
+  }
   delta->finish_reason = output.finish_reason;
   delta->status = output.status;
   delta->stop_token = output.stop_token;
@@ -188,8 +192,17 @@ void ResponseStream::ReleaseTokens(StreamDelta* delta, bool all) {
   }
 }
 
+void ResponseStream::ReleaseBeyondText(StreamDelta* delta) {
+  for (OutputToken& token : pending_) {
+    token.beyond_text = true;
+    delta->tokens.push_back(std::move(token));
+  }
+  pending_.clear();
+}
+
 void ResponseStream::EndAtStop(StreamDelta* delta) {
   ReleaseTokens(delta, options_.include_stop);
+  ReleaseBeyondText(delta);
   if (options_.include_stop) delta->text += matcher_.matched_stop();
   delta->stop_string = matcher_.matched_stop();
   delta->finish_reason = FinishReason::kStop;

@@ -42,12 +42,14 @@ struct OutputToken {
   SampledToken sampled;
   size_t text_start = 0, text_end = 0;  // in the output's text (echoed prompt included)
   bool from_prompt = false;
+  bool beyond_text = false;  // generated, but not in the text: it ended the output, or a stop string took its text
 };
 
 // What became ready since the last Take.
 struct StreamDelta {
   std::string text;
-  std::vector<OutputToken> tokens;                   // those whose text begins inside the text released so far
+  std::vector<OutputToken> tokens;                   // those whose text begins inside the text released so far; in the
+                                                     // last delta also those beyond it
   FinishReason finish_reason = FinishReason::kNone;  // other than kNone: the last delta
   std::string stop_string;                           // which stop string ended it
   int32_t stop_token = -1;                           // which eos or stop token ended it
@@ -83,7 +85,8 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   static std::shared_ptr<ResponseStream> Create(const Tokenizer* tokenizer, ResponseStreamOptions options);
 
   OutputSink MakeSink();
-  // notify runs on the engine thread, at most once between two Takes and once more at an overflow; it must not block or call Take itself.
+  // notify runs on the engine thread, at most once between two Takes and once more at an overflow; it must not block
+  // or call Take itself.
   void SetNotify(std::function<void()> notify);
 
   StreamDelta Take();                          // may be empty
@@ -105,6 +108,7 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   void AppendToken(SampledToken token, StreamDelta* delta);
   void ReleaseTokens(StreamDelta* delta, bool all);
   void EndAtStop(StreamDelta* delta);
+  void ReleaseBeyondText(StreamDelta* delta);
 
   const ResponseStreamOptions options_;
 

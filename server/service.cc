@@ -30,6 +30,15 @@ absl::Status NameField(const absl::Status& status) {
   return FieldError(message.substr(0, end), message.substr(rest));
 }
 
+void Truncate(const PromptOptions& options, int64_t limit, std::vector<int32_t>* tokens) {
+  if (options.truncate_tokens == 0) return;
+  const int64_t keep = options.truncate_tokens < 0 ? limit : options.truncate_tokens;
+  const int64_t excess = std::ssize(*tokens) - keep;
+  if (excess <= 0) return;
+  const auto begin = options.truncate_end ? tokens->end() - excess : tokens->begin();
+  tokens->erase(begin, begin + excess);
+}
+
 void ReplaceAll(const std::string& from, const std::string& to, std::string* text) {
   for (size_t at = 0; (at = text->find(from, at)) != std::string::npos; at += to.size())
     text->replace(at, from.size(), to);
@@ -172,6 +181,7 @@ absl::Status Service::KeyLimit(int open) {
 CallLimits Service::call_limits() const {
   const auto& limits = config_.engine;
   return {.max_n = limits.max_n,
+          .max_prompt_tokens = limits.max_prompt_tokens,
           .max_output_tokens = limits.max_output_tokens,
           .default_chat_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens),
           .max_stop_strings = limits.max_stop_strings,
@@ -188,7 +198,14 @@ absl::Status Service::CheckBytes(size_t bytes, const char* field) const {
   return FieldError(field, fmt::format("{} bytes are more than {} tokens (--max-prompt-tokens) can be", bytes, limit));
 }
 
-absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt) const {
+absl::StatusOr<std::vector<int32_t>> Service::Tokenize(const PromptInput& prompt, const PromptOptions& options) const {
+  if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) return *ids;
+  if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) return ChatTokens(*messages);
+  return parts_.tokenizer->Encode(std::get<std::string>(prompt),
+                                  {.add_special_tokens = options.add_special_tokens, .parse_special = true});
+}
+
+absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt, const PromptOptions& options) const {
   size_t bytes = 0;
   if (const auto* text = std::get_if<std::string>(&prompt)) bytes = text->size();
   if (const auto* messages = std::get_if<std::vector<ChatMessage>>(&prompt)) {
@@ -196,14 +213,7 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   }
   const char* field = std::holds_alternative<std::vector<ChatMessage>>(prompt) ? "messages" : "prompt";
   if (absl::Status status = CheckBytes(bytes, field); !status.ok()) return status;
-  absl::StatusOr<std::vector<int32_t>> tokens;
-  if (const auto* text = std::get_if<std::string>(&prompt)) {
-    tokens = parts_.tokenizer->Encode(*text, {.add_special_tokens = true, .parse_special = true});
-  } else if (const auto* ids = std::get_if<std::vector<int32_t>>(&prompt)) {
-    tokens = *ids;
-  } else {
-    tokens = ChatTokens(std::get<std::vector<ChatMessage>>(prompt));
-  }
+  absl::StatusOr<std::vector<int32_t>> tokens = Tokenize(prompt, options);
   if (!tokens.ok()) {
     return tokens.status().code() == absl::StatusCode::kInvalidArgument && ErrorField(tokens.status()).empty()
                ? FieldError(field, std::string(tokens.status().message()))
@@ -211,6 +221,7 @@ absl::StatusOr<std::vector<int32_t>> Service::ToTokens(const PromptInput& prompt
   }
   if (tokens->empty()) return FieldError(field, "is empty: there is nothing to continue");
   const int64_t limit = config_.engine.max_prompt_tokens;
+  Truncate(options, limit, &*tokens);
   if (static_cast<int64_t>(tokens->size()) > limit) {
     return FieldError(field, fmt::format("{} tokens; at most {} (--max-prompt-tokens)", tokens->size(), limit));
   }
@@ -242,6 +253,11 @@ std::string Service::QuoteSpecialTokens(std::string text) const {
   return quoted;
 }
 
+std::string Service::EosToken() const {
+  const ModelConfig& model = parts_.engine->model_config();
+  return model.eos_token_ids.empty() ? "" : Spelling(model.eos_token_ids.front());
+}
+
 absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatMessage>& messages) const {
   if (parts_.chat_template == nullptr) {
     return FieldError("messages", fmt::format("model {} has no chat template; use /v1/completions", parts_.model_name));
@@ -250,13 +266,10 @@ absl::StatusOr<std::vector<int32_t>> Service::ChatTokens(const std::vector<ChatM
   for (const ChatMessage& message : messages) {
     list.push_back({{"role", message.role}, {"content", QuoteSpecialTokens(message.content)}});
   }
-  const ModelConfig& model = parts_.engine->model_config();
-  const auto spelling = [&](int32_t id) { return id < 0 ? std::string() : parts_.tokenizer->IdToToken(id); };
-  const int32_t eos = model.eos_token_ids.empty() ? -1 : model.eos_token_ids.front();
   const nlohmann::json context = {{"messages", std::move(list)},
                                   {"add_generation_prompt", true},
-                                  {"bos_token", spelling(model.bos_token_id)},
-                                  {"eos_token", spelling(eos)}};
+                                  {"bos_token", BosToken()},
+                                  {"eos_token", EosToken()}};
   auto rendered = parts_.chat_template->Render(context.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace));
   if (!rendered.ok()) return rendered.status();
   std::vector<int32_t> tokens;
@@ -290,6 +303,7 @@ absl::StatusOr<std::unique_ptr<RunningRequest>> Service::Start(std::vector<int32
                   .speculation = spec.speculation,
                   .acceptance = spec.acceptance,
                   .tenant = spec.tenant,
+                  .cache_salt = spec.cache_salt,
                   .priority = spec.priority,
                   .deadline = spec.deadline,
                   .prompt_logprobs = spec.prompt_logprobs,
@@ -366,9 +380,8 @@ absl::Status Service::Abort(const std::string& name, const std::string& tenant) 
 
 absl::Status Service::CheckModelName(const std::string& name) const {
   if (name.empty() || name == parts_.model_name) return absl::OkStatus();
-  absl::Status status = absl::NotFoundError(
+  return absl::NotFoundError(
       fmt::format("model: '{}' is not served here; this server has '{}'", name.substr(0, 200), parts_.model_name));
-  return status;
 }
 
 void Service::StopAdmitting() {

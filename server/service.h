@@ -31,7 +31,8 @@ struct GenerateSpec {
   SamplingParams sampling = {};
   SpeculationMode speculation = SpeculationMode::kDefault;
   AcceptanceMode acceptance = AcceptanceMode::kDefault;
-  int32_t priority = 0;  // among the requests of the same key
+  int32_t priority = 0;         // among the requests of the same key
+  std::string cache_salt = {};  // as Request::cache_salt
   bool prompt_logprobs = false;
   bool detokenize = true;
   bool skip_special_tokens = true;
@@ -95,6 +96,7 @@ class Service {
     std::unique_ptr<Engine> engine;
     std::unique_ptr<Tokenizer> tokenizer;
     std::unique_ptr<ChatTemplate> chat_template;  // null: the model has none
+    std::string chat_template_source;
     std::vector<std::string> drafters;
     std::string model_name;
   };
@@ -105,7 +107,7 @@ class Service {
   // Overload and drain, from counters alone: asked before anything else is done for a request.
   absl::Status CheckAdmission(const std::string& tenant);
   // A text too long for --max-prompt-tokens whatever its tokens is refused before it is tokenized.
-  absl::StatusOr<std::vector<int32_t>> ToTokens(const PromptInput& prompt) const;
+  absl::StatusOr<std::vector<int32_t>> ToTokens(const PromptInput& prompt, const PromptOptions& options = {}) const;
   // "" claims nothing. ALREADY_EXISTS for an id that another live call, of anybody, goes by.
   absl::StatusOr<CallName> Claim(const std::string& name, const std::string& tenant);
   // Submits. Errors as Engine::Submit; overload and a key's limit with a retry time.
@@ -128,13 +130,18 @@ class Service {
   Metrics& metrics() { return *metrics_; }
   Log& log() { return *log_; }
   const std::string& model_name() const { return parts_.model_name; }
+  const std::string& chat_template_source() const { return parts_.chat_template_source; }  // "": the model has none
+  std::string BosToken() const { return Spelling(parts_.engine->model_config().bos_token_id); }  // "": none
+  std::string EosToken() const;
   const std::vector<std::string>& drafters() const { return parts_.drafters; }
   int64_t started_at() const { return started_at_; }  // seconds since 1970
 
  private:
   friend class RunningRequest;
   friend class CallName;
+  std::string Spelling(int32_t id) const { return id < 0 ? "" : parts_.tokenizer->IdToToken(id); }
   absl::Status CheckBytes(size_t bytes, const char* field) const;
+  absl::StatusOr<std::vector<int32_t>> Tokenize(const PromptInput& prompt, const PromptOptions& options) const;
   absl::StatusOr<std::vector<int32_t>> ChatTokens(const std::vector<ChatMessage>& messages) const;
   std::string QuoteSpecialTokens(std::string text) const;
   absl::Status Overloaded(absl::Status status, const char* reason);

@@ -2,11 +2,11 @@
 // anonymous namespace, after they define V and its operations, so that no symbol compiled for one instruction set can be
 // picked by the linker for another. For the same reason nothing here calls a standard library template.
 //
-// Needs: V, I (16 int32), Zero, Set1, Load, LoadPartial and Broadcast (of floats and of bf16), Store, StorePartial, Add,
-// Sub, Mul, Div, Fma, Min, Max, Neg, ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, for bf16
-// StoreNearest and StoreStochastic, and for int8: StoreQuantized, InitAcc, DotStep, ToFloat. Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and
-// for few rows kWideIntRows x kWideIntBlocks, kDotTile dots (reduced by ReduceDots), kWindowTile vectors of several
-// rows of attention, kFoldRows rows of S.
+// Needs: V, I (16 int32), Zero, Set1, Load and LoadPartial (of floats and of bf16), Store, StorePartial, Add, Sub, Mul,
+// Div, Fma, Min, Max, Neg, ReduceAdd (the 16-lane tree of scalar.cc), ReduceMax, Abs, ScaleByExponent, for bf16
+// LoadPairs, StorePairs, StoreNearest and StoreStochastic, and for int8 StoreQuantized, InitAcc, DotStep, ToFloat.
+// Register tiles: kFloatRows x kFloatBlocks, kIntRows x kIntBlocks and for few rows kWideIntRows x kWideIntBlocks,
+// kDotTile dots (reduced by ReduceDots), kWindowTile vectors of several rows of attention, kFoldRows rows of S.
 
 // body(0) .. body(kCount - 1), written out. A tile stays in registers only if its indices are constants before the
 // compiler splits arrays into scalars; loops that it unrolls later (-O3, #pragma unroll) leave the accumulators on the

@@ -66,6 +66,29 @@ void WindowWeights(const AttentionTile<T>& tile, int first_row) {
   }
 }
 
+// kChannels vectors from p on. Those of bf16 come in pairs that hold 32 channels as the words of memory do, even ones first
+// and odd ones second, which takes an operation each instead of two; StoreChannels puts them in order again.
+template <int kChannels>
+inline void LoadChannels(const float* p, V (&out)[kChannels]) {
+  Unroll<kChannels>([&](int t) { out[t] = Load(p + t * kLanes); });
+}
+template <int kChannels>
+inline void LoadChannels(const uint16_t* p, V (&out)[kChannels]) {
+  if constexpr (kChannels == 1) {
+    out[0] = Load(p);
+  } else {
+    Unroll<kChannels / 2>([&](int t) { LoadPairs(p + t * 2 * kLanes, &out[2 * t], &out[2 * t + 1]); });
+  }
+}
+template <typename T, int kChannels>
+inline void StoreChannels(float* p, const V (&values)[kChannels]) {
+  if constexpr (sizeof(T) == sizeof(float) || kChannels == 1) {
+    Unroll<kChannels>([&](int t) { Store(p + t * kLanes, values[t]); });
+  } else {
+    Unroll<kChannels / 2>([&](int t) { StorePairs(p + t * 2 * kLanes, values[2 * t], values[2 * t + 1]); });
+  }
+}
+
 // Channels [channel, channel + 16 kChannels), which stay in registers over the whole window and all of S.
 template <int kRows, int kChannels, typename T>
 [[gnu::flatten]] void WindowTile(const AttentionTile<T>& tile, int first_row, int64_t channel) {
@@ -80,12 +103,14 @@ template <int kRows, int kChannels, typename T>
   Unroll<kRows>([&](int r) {
     for (int j = tile.rows[first_row + r].first; j < all; ++j) {
       const V weight = Set1(weights[r][j]);
-      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, Load(tile.v[j] + channel + t * kLanes), acc[r][t]); });
+      V values[kChannels];
+      LoadChannels(tile.v[j] + channel, values);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, values[t], acc[r][t]); });
     }
   });
   for (int j = all; j < tile.num_shared; ++j) {
     V values[kChannels];
-    Unroll<kChannels>([&](int t) { values[t] = Load(tile.v[j] + channel + t * kLanes); });
+    LoadChannels(tile.v[j] + channel, values);
     Unroll<kRows>([&](int r) {
       const V weight = Set1(weights[r][j]);
       Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, values[t], acc[r][t]); });
@@ -95,23 +120,23 @@ template <int kRows, int kChannels, typename T>
     const QueryRow<T>& row = tile.rows[first_row + r];
     for (int j = 0; j < row.num_own; ++j) {
       const V weight = Set1(weights[r][tile.num_shared + j]);
-      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, Load(row.own_v[j] + channel + t * kLanes), acc[r][t]); });
+      V values[kChannels];
+      LoadChannels(row.own_v[j] + channel, values);
+      Unroll<kChannels>([&](int t) { acc[r][t] = Fma(weight, values[t], acc[r][t]); });
     }
-    Unroll<kChannels>([&](int t) { Store(row.out + channel + t * kLanes, acc[r][t]); });
+    StoreChannels<T>(row.out + channel, acc[r]);
   });
   if (tile.s == nullptr) return;
   Unroll<kRows>([&](int r) { Unroll<kChannels>([&](int t) { acc[r][t] = Zero(); }); });
   for (int i = 0; i < tile.head_dim; ++i) {
     V s[kChannels];
-    Unroll<kChannels>([&](int t) { s[t] = Load(tile.s + int64_t{i} * tile.head_dim + channel + t * kLanes); });
+    LoadChannels(tile.s + int64_t{i} * tile.head_dim + channel, s);
     Unroll<kRows>([&](int r) {
       const V q = Set1(tile.rows[first_row + r].q[i]);
       Unroll<kChannels>([&](int t) { acc[r][t] = Fma(q, s[t], acc[r][t]); });
     });
   }
-  Unroll<kRows>([&](int r) {
-    Unroll<kChannels>([&](int t) { Store(TileGlobal(tile, first_row + r) + channel + t * kLanes, acc[r][t]); });
-  });
+  Unroll<kRows>([&](int r) { StoreChannels<T>(TileGlobal(tile, first_row + r) + channel, acc[r]); });
 }
 
 template <typename T>
@@ -175,17 +200,50 @@ void StoreSum(uint16_t* out, V sum, uint32_t rounding_key, int64_t lanes) {
   StoreStochastic(out, sum, rounding_key, lanes);
 }
 
+// k[j][i .. i + kRows) as floats in memory, from where a multiplication takes one in all lanes.
+template <int kRows>
+class FoldKeys {
+ public:
+  FoldKeys(const FoldParams<float>& p, int i) : k_(p.k), i_(i) {}
+  const float* of(int j) const { return k_[j] + i_; }
+
+ private:
+  const float* const* k_;
+  const int i_;
+};
+template <int kRows>
+class WidenedFoldKeys {
+ public:
+  WidenedFoldKeys(const FoldParams<uint16_t>& p, int i) {
+    for (int j = 0; j < p.num_tokens; ++j) StorePartial(values_[j], LoadPartial(p.k[j] + i, kRows), kRows);
+  }
+  const float* of(int j) const { return values_[j]; }
+
+ private:
+  float values_[kMaxWindow][kRows];
+};
+template <int kRows>
+FoldKeys<kRows> KeysOf(const FoldParams<float>& p, int i) {
+  return {p, i};
+}
+template <int kRows>
+WidenedFoldKeys<kRows> KeysOf(const FoldParams<uint16_t>& p, int i) {
+  return {p, i};
+}
+
 // s rows [i, i + kRows): they share each load of v and hide the latency of the additions.
 template <int kRows, typename T>
 [[gnu::flatten]] void FoldRows(const FoldParams<T>& p, int i) {
   const V decay = Set1(p.decay);
+  const auto keys = KeysOf<kRows>(p, i);
   ForLanes(p.head_dim, [&](int64_t c, int64_t lanes) {
     const int64_t element = int64_t{i} * p.head_dim + c;
     V sums[kRows];
     Unroll<kRows>([&](int r) { sums[r] = Mul(LoadLanes(p.s + element + int64_t{r} * p.head_dim, lanes), decay); });
     for (int j = 0; j < p.num_tokens; ++j) {
       const V value = LoadLanes(p.v[j] + c, lanes);
-      Unroll<kRows>([&](int r) { sums[r] = Fma(Broadcast(p.k[j] + i + r), value, sums[r]); });
+      const float* key = keys.of(j);
+      Unroll<kRows>([&](int r) { sums[r] = Fma(Set1(key[r]), value, sums[r]); });
     }
     Unroll<kRows>([&](int r) {
       const int64_t at = element + int64_t{r} * p.head_dim;

@@ -95,10 +95,24 @@ V LoadPartial(const uint16_t* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
   return Load(buffer);
 }
-V Broadcast(const float* p) { return Set1(*p); }
-V Broadcast(const uint16_t* p) {
-  const __m256 one = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_set1_epi16(static_cast<int16_t>(*p)), 16));
-  return {one, one};
+__m256 LowerOfPairs(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+__m256 UpperOfPairs(__m256i words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(int32_t(0xffff0000))));
+}
+void LoadPairs(const uint16_t* p, V* even, V* odd) {
+  const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + kLanes));
+  *even = {LowerOfPairs(lo), LowerOfPairs(hi)};
+  *odd = {UpperOfPairs(lo), UpperOfPairs(hi)};
+}
+void StorePairs(float* p, V even, V odd) {
+  const auto store = [](float* at, __m256 e, __m256 o) {
+    const __m256 a = _mm256_unpacklo_ps(e, o), b = _mm256_unpackhi_ps(e, o);  // 0-3 8-11 and 4-7 12-15
+    _mm256_storeu_ps(at, _mm256_permute2f128_ps(a, b, 0x20));
+    _mm256_storeu_ps(at + 8, _mm256_permute2f128_ps(a, b, 0x31));
+  };
+  store(p, even.lo, odd.lo);
+  store(p + kLanes, even.hi, odd.hi);
 }
 void StoreUpperHalves(uint16_t* p, I bits, int64_t n) {
   const __m256i halves = _mm256_packus_epi32(_mm256_srli_epi32(bits.lo, 16), _mm256_srli_epi32(bits.hi, 16));

@@ -75,9 +75,18 @@ V Load(const uint16_t* p) { return Widen(_mm256_loadu_si256(reinterpret_cast<con
 V LoadPartial(const uint16_t* p, int64_t n) {
   return Widen(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
 }
-V Broadcast(const float* p) { return _mm512_set1_ps(*p); }
-V Broadcast(const uint16_t* p) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_set1_epi16(static_cast<int16_t>(*p)), 16));
+V LowerOfPairs(I words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+V UpperOfPairs(I words) { return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int32_t(0xffff0000)))); }
+void LoadPairs(const uint16_t* p, V* even, V* odd) {
+  const I words = _mm512_loadu_si512(p);
+  *even = LowerOfPairs(words);
+  *odd = UpperOfPairs(words);
+}
+void StorePairs(float* p, V even, V odd) {
+  const I low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const I high = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  Store(p, _mm512_permutex2var_ps(even, low, odd));
+  Store(p + kLanes, _mm512_permutex2var_ps(even, high, odd));
 }
 void StoreUpperHalves(uint16_t* p, I bits, int64_t n) {
   _mm512_mask_cvtepi32_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), _mm512_srli_epi32(bits, 16));

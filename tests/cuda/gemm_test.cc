@@ -11,20 +11,13 @@
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/gemm_reference.h"
+#include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
 
 constexpr int kMaxRows = 130;
 constexpr float kWeightScale = 0.02f;
-int checks = 0, failures = 0;
-
-void Report(const std::string& name, double error, double tolerance) {
-  ++checks;
-  const bool ok = error <= tolerance;
-  failures += !ok;
-  if (!ok) std::printf("FAIL %-66s error %.2e tolerance %.0e\n", name.c_str(), error, tolerance);
-}
 
 std::vector<float> Widen(const std::vector<uint16_t>& bits) {
   std::vector<float> values;
@@ -183,6 +176,7 @@ class GemmCase {
 
 int main(int argc, char** argv) {
   using namespace linspec::cuda;
+  print_passed = false;  // there are thousands
   const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
   Check(cudaSetDevice(0), "no usable GPU");
   std::string why;
@@ -200,6 +194,5 @@ int main(int argc, char** argv) {
       GemmCase(n, k, type, workspace.get(), cublas.get()).Run();
     }
   }
-  std::printf("gemm_test: %d checks, %d failed\n", checks, failures);
-  return failures == 0 ? 0 : 1;
+  return Summary("gemm_test");
 }

@@ -100,6 +100,33 @@ def test_refused_requests_get_typed_errors(server, data, status):
         assert "\r\nAllow: " in answer
 
 
+def send_in_pieces(server, data, pieces):
+    """What is answered; the server may refuse before the end."""
+    with socket.create_connection(("127.0.0.1", server.http_port), timeout=10) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        size = -(-len(data) // pieces)
+        try:
+            for begin in range(0, len(data), size):
+                sock.sendall(data[begin:begin + size])
+                time.sleep(0.02)
+        except (BrokenPipeError, ConnectionResetError):
+            pass
+        return sock.recv(65536).decode()
+
+
+def test_header_limit_is_exact_however_a_head_is_cut(make_server, limit=1024):
+    """Request line, headers and the empty line count, and nothing else."""
+    server = make_server("--max-header-bytes", str(limit), "--max-requests", "1")
+    body = '{"prompt":"x"}'
+    for extra, status in ((0, 200), (1, 431), (limit // 4, 431)):
+        headers = "".join(f"X-{i}: {'v' * 50}\r\n" for i in range(10)) + "X-Fill: "
+        bare = len(request("POST", "/tokenize", body, headers + "\r\n")) - len(body)
+        data = request("POST", "/tokenize", body, headers + "f" * (limit - bare + extra) + "\r\n").encode()
+        assert data.index(b"\r\n\r\n") + 4 == limit + extra
+        for pieces in (1, 2, 3, 16):
+            assert status_of(send_in_pieces(server, data, pieces)) == status, (extra, pieces)
+
+
 def test_endless_chunked_body_is_cut(server):
     chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
     head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\n{JSON}Transfer-Encoding: chunked\r\n\r\n".encode()

@@ -124,7 +124,9 @@ def test_echo_with_logprobs_scores_the_prompt(server):
 VLLM_DEFAULTS = {"skip_special_tokens": True, "spaces_between_special_tokens": True, "use_beam_search": False, "length_penalty": 1.0,
                  "return_token_ids": False, "return_tokens_as_token_ids": False, "min_p": 0.0, "top_k": -1, "min_tokens": 0,
                  "repetition_penalty": 1.0, "stop_token_ids": [], "include_stop_str_in_output": False, "ignore_eos": False,
-                 "priority": 0}
+                 "priority": 0, "truncate_prompt_tokens": None, "allowed_token_ids": None, "bad_words": [], "prompt_logprobs": None,
+                 "include_reasoning": True, "return_token_offsets": False, "return_mm_kwargs": True, "cache_salt": "x",
+                 "routed_experts_prompt_start": 0, "structured_outputs": None, "vllm_xargs": None, "logprob_token_ids": None}
 
 
 def test_clients_of_vllm_may_send_their_defaults(server, has_chat):
@@ -138,7 +140,7 @@ def test_clients_of_vllm_may_send_their_defaults(server, has_chat):
         body = {**body, **VLLM_DEFAULTS, "max_tokens": 1}
         assert httpx.post(server.url + route, json=body, timeout=60).status_code == 200, route
         for name, other in (("use_beam_search", True), ("length_penalty", 0.5), ("add_special_tokens", "no"),
-                            ("return_token_ids", True)):
+                            ("include_reasoning", False)):
             answer = httpx.post(server.url + route, json={**body, name: other})
             assert answer.status_code == 400 and answer.json()["error"]["param"] == name
     if has_chat:
@@ -290,8 +292,9 @@ def check(document, schema, instance):
 
 
 def test_openapi_describes_the_answers(server, document, has_chat):
-    prompt = {"prompt": "x", "max_tokens": 3, "n": 2, "logprobs": 2, "echo": True}
-    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2}
+    prompt = {"prompt": "x", "max_tokens": 3, "n": 2, "logprobs": 2, "echo": True, "return_token_ids": True}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "logprobs": True, "top_logprobs": 2,
+            "return_token_ids": True}
     for path, schema, body in (("/v1/completions", "Completion", prompt), ("/v1/chat/completions", "ChatCompletion", chat)):
         if path == "/v1/chat/completions" and not has_chat:
             continue
@@ -304,6 +307,10 @@ def test_openapi_describes_the_answers(server, document, has_chat):
             check(document, schema + "Chunk", chunk)
         counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if "usage" in chunk]
         assert counts == sorted(counts) and len(counts) >= len(chunks) - 2   # all but the chunks that open a chat
+    answer = httpx.post(server.url + "/v1/responses", json={"input": "x", "max_output_tokens": 4}, timeout=60)
+    if has_chat:
+        check(document, "Response", answer.json())
+    check(document, "Props", httpx.get(server.url + "/props").json())
     check(document, "ModelList", httpx.get(server.url + "/v1/models").json())
     check(document, "Tokens", httpx.post(server.url + "/tokenize", json={"prompt": "x"}).json())
     check(document, "Text", httpx.post(server.url + "/detokenize", json={"tokens": [5]}).json())
@@ -311,15 +318,16 @@ def test_openapi_describes_the_answers(server, document, has_chat):
 
 
 @pytest.mark.parametrize("route, schema, base", [
-    ("/v1/completions", "CompletionRequest", {"prompt": "x"}),
-    ("/v1/chat/completions", "ChatRequest", {"messages": [{"role": "user", "content": "x"}]})])
+    ("/v1/completions", "CompletionRequest", {"prompt": "x", "max_tokens": 1}),
+    ("/v1/chat/completions", "ChatRequest", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}),
+    ("/v1/responses", "ResponsesRequest", {"input": "x", "max_output_tokens": 1})])
 def test_openapi_describes_the_requests(server, document, has_chat, route, schema, base):
     """Each documented field: its bounds are accepted, what lies beyond and every other type is not."""
-    if "messages" in base and not has_chat:
+    if "prompt" not in base and not has_chat:
         pytest.skip("the model has no chat template")
 
     def status(**fields):
-        response = httpx.post(server.url + route, json={**base, "max_tokens": 1, **fields}, timeout=60)
+        response = httpx.post(server.url + route, json={**base, **fields}, timeout=60)
         if response.status_code == 400:
             assert "unknown field" not in response.json()["error"]["message"], fields
         return response.status_code
@@ -334,7 +342,7 @@ def test_openapi_describes_the_requests(server, document, has_chat, route, schem
         for bound, beyond in (("minimum", -1), ("maximum", 1)):
             if bound in field:
                 assert status(**extra, **{name: field[bound] + beyond}) == 400, (name, bound)
-                if name not in ("min_tokens", "max_tokens", "max_completion_tokens", "n", "best_of"):
+                if name not in ("min_tokens", "max_tokens", "max_completion_tokens", "max_output_tokens", "n", "best_of"):
                     assert status(**extra, **{name: field[bound]}) == 200, (name, bound)
         if "exclusiveMinimum" in field:
             assert status(**{name: field["exclusiveMinimum"]}) == 400, name

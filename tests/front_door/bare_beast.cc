@@ -19,14 +19,6 @@ using Error = boost::system::error_code;
 
 constexpr int kThreads = 2;  // as linspec's --io-threads
 
-std::string Chunk(int step) {
-  const std::string event = fmt::format(
-      "data: {{\"id\":\"cmpl-0123456789abcdef0123456789abcdef\",\"object\":\"text_completion\",\"created\":1700000000,"
-      "\"model\":\"null\",\"choices\":[{{\"index\":0,\"text\":\"{}\",\"logprobs\":null,\"finish_reason\":null}}]}}\n\n",
-      TokenText(step));
-  return fmt::format("{:x}\r\n{}\r\n", event.size(), event);
-}
-
 class Session;
 
 struct Hub {
@@ -114,7 +106,7 @@ void RunBareBeast(std::chrono::microseconds pace, int num_tokens, SharedState* s
   Hub hub;
   hub.paced = pace.count() > 0;
   hub.num_tokens = num_tokens;
-  for (int i = 0; i < kVocab; ++i) hub.chunks.push_back(Chunk(i));
+  for (int i = 0; i < kVocab; ++i) hub.chunks.push_back(BareChunk(i));
   net::io_context context;
   tcp::acceptor acceptor(context, tcp::endpoint(net::ip::address_v4::loopback(), 0));
   acceptor.listen(4096);

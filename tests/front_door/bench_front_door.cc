@@ -1,7 +1,7 @@
 // Figures of the front door with an engine that costs nothing (docs/reliability.md): the real server in this process, its
 // clients in a child, so that memory and processor time are the server's alone.
 //
-//   bench_front_door SCENARIO [--server linspec|beast|grpc] [--protocol rest|grpc] [--streams N] [--tokens N]
+//   bench_front_door SCENARIO [--server linspec|beast|grpc|socket] [--protocol rest|grpc] [--streams N] [--tokens N]
 //                    [--pace-us N] [--seconds N] [--rate N] [any flag of `linspec serve`]
 //
 // streams: N streams of so many tokens, all at once: ages of tokens at the client, tokens a second. idle: N connections
@@ -112,6 +112,10 @@ absl::Status Main(std::vector<std::string> args) {
   options.rate = flags.Double("rate", 100, 0.1, 1e6);
   const std::chrono::microseconds pace(flags.Int("pace-us", 0, 0, 10000000));
   options.scenario = flags.Positional();
+  const auto servers = {"linspec", "beast", "grpc", "socket"};
+  if (std::ranges::find(servers, server) == servers.end() || (server == "socket" && pace.count() == 0)) {
+    return absl::InvalidArgumentError("--server is one of linspec, beast, grpc and, with --pace-us, socket");
+  }
   const auto known = {"streams", "idle", "slow", "overload", "cancel", "serve"};
   if (std::ranges::find(known, options.scenario) == known.end()) {
     return absl::InvalidArgumentError("the first argument is one of streams, idle, slow, overload, cancel, serve");
@@ -130,7 +134,9 @@ absl::Status Main(std::vector<std::string> args) {
   const pid_t child = fork();  // before any thread exists
   if (child == 0) std::_Exit(RunChild(options, shared));
   if (server == "linspec") return RunLinspec(*config, pace, shared, child);
-  server == "beast" ? RunBareBeast(pace, options.tokens, shared) : RunBareGrpc(pace, options.tokens, shared);
+  if (server == "beast") RunBareBeast(pace, options.tokens, shared);
+  if (server == "grpc") RunBareGrpc(pace, options.tokens, shared);
+  if (server == "socket") RunBareSocket(pace, options.tokens, shared);
   fmt::print("  server: {:.2f} s of processor time\n", ProcessorSeconds());
   return absl::OkStatus();
 }

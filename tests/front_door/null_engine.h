@@ -14,6 +14,7 @@
 #include "models/model.h"
 #include "models/tokenizer.h"
 #include "server/config.h"
+#include "server/model_files.h"
 #include "server/service.h"
 
 namespace linspec::front_door {
@@ -123,14 +124,8 @@ class NullModel : public Model {
 
 inline absl::StatusOr<Service::Parts> NullParts(const ServerConfig& config, std::chrono::microseconds pace,
                                                 SharedState* shared, std::function<void(const StepStats&)> observer) {
-  EngineOptions options;
-  options.max_requests = config.engine.max_requests;
-  options.max_queue_requests = config.engine.max_queue_requests;
-  options.max_queue_tokens = config.engine.max_queue_tokens;
-  options.max_step_tokens = config.engine.max_step_tokens;
-  options.max_prompt_tokens = config.engine.max_prompt_tokens;
-  options.max_output_tokens = config.engine.max_output_tokens;
-  auto engine = Engine::Create(std::make_unique<NullModel>(pace, shared), {}, options, std::move(observer));
+  auto engine =
+      Engine::Create(std::make_unique<NullModel>(pace, shared), {}, EngineOptionsOf(config), std::move(observer));
   if (!engine.ok()) return engine.status();
   Service::Parts parts;
   parts.engine = *std::move(engine);

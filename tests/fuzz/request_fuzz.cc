@@ -37,7 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   if (size == 0) return 0;
   const std::string body(reinterpret_cast<const char*>(data) + 1, size - 1);
   const linspec::CallLimits limits;
-  switch (data[0] % 4) {
+  switch (data[0] % 8) {
     case 0:
       CheckCall(linspec::ParseCompletion(body, limits), limits);
       break;
@@ -46,6 +46,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       break;
     case 2:
       if (const auto call = linspec::ParseTokenize(body, limits); !call.ok()) CheckRefusal(call.status());
+      break;
+    case 4:
+      CheckCall(linspec::ParseResponses(body, limits), limits);
       break;
     default:
       if (const auto call = linspec::ParseDetokenize(body); !call.ok()) CheckRefusal(call.status());

@@ -10,7 +10,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -138,9 +140,25 @@ void BM_Step(benchmark::State& state, Isa isa, DType dtype, int64_t num_rows) {
   state.counters["best_GOP/s"] = 2e-6 * static_cast<double>(weights.parameters()) * rows / best;
 }
 
+std::vector<std::byte> RandomOf(DType dtype, int64_t size) {
+  std::vector<std::byte> bytes(size * DTypeSize(dtype));
+  const std::vector<float> values = Random(size);
+  for (int64_t i = 0; i < size; ++i) {
+    const uint16_t bits = FloatToBFloat16(values[i]);
+    if (dtype == DType::kF32) std::memcpy(&bytes[i * 4], &values[i], 4);
+    if (dtype == DType::kBF16) std::memcpy(&bytes[i * 2], &bits, 2);
+  }
+  return bytes;
+}
+
 // One layer's state and rows of one request.
 struct Attention {
-  explicit Attention(int num_rows) : qkv(Random(int64_t{num_rows} * kQkv)), out(int64_t{num_rows} * kWidth) {
+  Attention(int num_rows, DType dtype)
+      : qkv(Random(int64_t{num_rows} * kQkv)),
+        out(int64_t{num_rows} * kWidth),
+        s(RandomOf(dtype, kHeads * kHeadDim * kHeadDim)),
+        ring_k(RandomOf(dtype, kHeads * kGroup * kHeadDim)),
+        ring_v(ring_k) {
     layer = {.num_heads = kHeads,
              .num_kv_heads = kHeads,
              .head_dim = kHeadDim,
@@ -153,38 +171,37 @@ struct Attention {
              .global_norm_eps = 1e-6f,
              .decay = gain.data(),
              .conv_taps = taps.data()};
-    state = {s.data(), ring_k.data(), ring_v.data(), DType::kF32};
+    state = {s.data(), ring_k.data(), ring_v.data(), dtype};
   }
   std::vector<float> qkv, out;
   std::vector<float> gain = std::vector<float>(kHeads, 0.9f), taps = Random(kHeads * kTaps);
-  std::vector<float> s = Random(kHeads * kHeadDim * kHeadDim), ring_k = Random(kHeads * kGroup * kHeadDim),
-                     ring_v = ring_k;
+  std::vector<std::byte> s, ring_k, ring_v;
   AttentionLayer layer;
   LayerState state;
 };
 
 // A chain of num_rows rows in one layer, from the middle of a group.
-void BM_Verify(benchmark::State& state, Isa isa, int num_rows) {
+void BM_Verify(benchmark::State& state, Isa isa, DType dtype, int num_rows) {
   const auto ops = MakeOps(isa);
-  Attention a(num_rows);
+  Attention a(num_rows, dtype);
   const WindowRequest request{a.state, 64 * kGroup + kGroup / 2, 0, num_rows, nullptr};
   for (auto _ : state) ops->VerifyAttention({&a.layer, a.qkv.data(), a.out.data(), {&request, 1}});
   state.SetItemsProcessed(state.iterations() * num_rows);
 }
 
 // A commit that completes a group: one fold of every head.
-void BM_Fold(benchmark::State& state, Isa isa) {
+void BM_Fold(benchmark::State& state, Isa isa, DType dtype) {
   const auto ops = MakeOps(isa);
-  Attention a(1);
+  Attention a(1, dtype);
   const std::vector<int32_t> path = {0};
   const CommitRequest request{a.state, kGroup - 1, 0, path};
   const CommitAttentionParams params{&a.layer, a.qkv.data(), {&request, 1}};
   for (auto _ : state) ops->CommitAttention({&params, 1});
 }
 
-void BM_Prefill(benchmark::State& state, Isa isa, int num_rows) {
+void BM_Prefill(benchmark::State& state, Isa isa, DType dtype, int num_rows) {
   const auto ops = MakeOps(isa);
-  Attention a(num_rows);
+  Attention a(num_rows, dtype);
   const WindowRequest request{a.state, 64 * kGroup, 0, num_rows, nullptr};
   for (auto _ : state) ops->PrefillAttention({&a.layer, a.qkv.data(), a.out.data(), {&request, 1}});
   state.SetItemsProcessed(state.iterations() * num_rows);
@@ -218,10 +235,12 @@ void RegisterIsa(Isa isa) {
           ->MinTime(scalar ? 0.01 : 0.2);
     }
   }
-  for (const int rows : {1, 16})
-    benchmark::RegisterBenchmark(name("Verify", "", rows).c_str(), BM_Verify, isa, rows)->UseRealTime();
-  benchmark::RegisterBenchmark(name("Fold", "", 1).c_str(), BM_Fold, isa)->UseRealTime();
-  benchmark::RegisterBenchmark(name("Prefill", "", 512).c_str(), BM_Prefill, isa, 512)->UseRealTime();
+  for (const auto& [dtype, suffix] : {std::pair{DType::kF32, ""}, {DType::kBF16, "_bf16_state"}}) {
+    for (const int rows : {1, 16})
+      benchmark::RegisterBenchmark(name("Verify", suffix, rows).c_str(), BM_Verify, isa, dtype, rows)->UseRealTime();
+    benchmark::RegisterBenchmark(name("Fold", suffix, 1).c_str(), BM_Fold, isa, dtype)->UseRealTime();
+    benchmark::RegisterBenchmark(name("Prefill", suffix, 512).c_str(), BM_Prefill, isa, dtype, 512)->UseRealTime();
+  }
   for (const int rows : {1, 512})
     benchmark::RegisterBenchmark(name("RowOps", "", rows).c_str(), BM_RowOps, isa, rows)->UseRealTime();
 }

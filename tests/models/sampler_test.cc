@@ -184,16 +184,14 @@ TEST(SamplerTest, LogprobsAreTakenBeforeTemperatureAndTruncation) {
   EXPECT_EQ(result.token.top_logprobs[1].token, 1);
 }
 
-TEST(PenaltyHistoryTest, PopUndoesPush) {
+TEST(PenaltyHistoryTest, KnowsCountsAndTheEndOfTheOutput) {
   PenaltyHistory history(std::vector<int32_t>{1, 1});
-  history.Push(2);
-  history.Push(2);
-  history.Push(3);
-  history.Pop(3);
-  history.Pop(2);
-  EXPECT_EQ(history.OutputCount(2), 1);
-  EXPECT_TRUE(history.Seen(1) && history.Seen(2) && !history.Seen(3));
-  EXPECT_EQ(history.OutputCount(1), 0);
+  for (const int32_t token : {2, 2, 3}) history.Push(token);
+  EXPECT_EQ(history.OutputCount(2), 2);
+  EXPECT_EQ(history.OutputCount(1), 0);  // the prompt's
+  const auto ends_with = [&](std::vector<int32_t> tokens) { return history.OutputEndsWith(tokens); };
+  EXPECT_TRUE(ends_with({}) && ends_with({3}) && ends_with({2, 3}) && ends_with({2, 2, 3}));
+  EXPECT_FALSE(ends_with({2}) || ends_with({3, 3}) || ends_with({1, 2, 2, 3}));
 }
 
 // What each truncation keeps, written down independently: probabilities in, the renormalised kept ones out.

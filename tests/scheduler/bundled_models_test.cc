@@ -37,14 +37,16 @@ class BundledModelsTest : public ::testing::Test {
   // or "auto" (all of them).
   std::unique_ptr<Engine> MakeEngine(const std::string& kind, bool adaptive, int prefix_cache = 0) {
     const std::shared_ptr<CpuOps> ops = *CpuOps::Create({.num_threads = 2});
-    auto target = LoadModel({.path = kFolder + "target", .ops = ops});
+    auto target = LoadModel({.path = kFolder + "target", .state_dtype = state_dtype_, .ops = ops});
     EXPECT_TRUE(target.ok()) << target.status().message();
     const int64_t vocab = (*target)->config().vocab_size;
     std::vector<std::unique_ptr<Drafter>> drafters;
     if (kind.starts_with("draft") || kind == "auto") {
       const bool tree = kind == "draft tree";
-      drafters.push_back(*DraftModelDrafter::Create(*LoadModel({.path = kFolder + "draft", .ops = ops}), vocab,
-                                                    {.top_k = tree ? 3 : 1, .min_confidence = 0}));
+      auto draft = LoadModel({.path = kFolder + "draft", .state_dtype = state_dtype_, .ops = ops});
+      EXPECT_TRUE(draft.ok()) << draft.status().message();
+      drafters.push_back(
+          *DraftModelDrafter::Create(*std::move(draft), vocab, {.top_k = tree ? 3 : 1, .min_confidence = 0}));
     }
     if (kind.starts_with("medusa") || kind == "auto") {
       auto heads = MedusaHeads::Load(kFolder + "target", (*target)->config(), "auto", ops);
@@ -114,6 +116,7 @@ class BundledModelsTest : public ::testing::Test {
     return said;
   }
 
+  std::string state_dtype_ = "f32";
   const std::vector<std::string> kPrompts = {
       "It was late in the evening when the carriage",
       "<|endoftext|><|user|>I would like to book a table for two at an Italian restaurant.<|end|><|assistant|>"};
@@ -137,6 +140,18 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecoding) {
         EXPECT_GT(accepted, 0) << "the drafter is never right";
       }
     }
+  }
+}
+
+TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecodingWithBf16StatesToo) {
+  const std::map<uint64_t, Said> with_f32_states = RunAll(MakeEngine("", false).get(), false);
+  state_dtype_ = "bf16";
+  const std::map<uint64_t, Said> plain = RunAll(MakeEngine("", false).get(), false);
+  EXPECT_FALSE(plain == with_f32_states) << "the states are not in bf16";
+  for (const std::string kind : {"draft tree", "recurrent", "auto"}) {
+    SCOPED_TRACE(kind);
+    const bool crowded = kind == "auto";
+    EXPECT_TRUE(RunAll(MakeEngine(kind, /*adaptive=*/crowded, /*prefix_cache=*/4).get(), crowded) == plain);
   }
 }
 

@@ -177,6 +177,15 @@ class PrefixReuseTest : public testing::Test {
     EXPECT_EQ(engine->results[id].tokens, Plain(prompt, max_tokens));
     return engine->results[id].last.num_cached_tokens;
   }
+  int64_t CachedTokensOf(TestEngine* engine, const Tokens& prompt, const std::string& tenant, const std::string& salt) {
+    const uint64_t id = ++next_id_;
+    Request request = TestEngine::MakeRequest(id, prompt, 4);
+    request.tenant = tenant;
+    request.cache_salt = salt;
+    EXPECT_TRUE(engine->Submit(std::move(request)).ok());
+    engine->RunAll();
+    return engine->results[id].last.num_cached_tokens;
+  }
   static int64_t Prefilled(const TestEngine& engine) {
     int64_t tokens = 0;
     for (const StepStats& step : engine.steps) tokens += step.num_prefill_tokens;
@@ -218,6 +227,15 @@ TEST_F(PrefixReuseTest, ASharedBeginningIsKeptWhenSeenTwice) {
   EXPECT_EQ(CachedTokens(&engine, Concat(system, Upward(21, 40))), 128);
   EXPECT_EQ(CachedTokens(&engine, Concat(system, Upward(25, 1))), 128);
   EXPECT_EQ(CachedTokens(&engine, Upward(4, 150)), 0);
+}
+
+TEST_F(PrefixReuseTest, StatesAreSharedWithinATenantAndASaltOnly) {
+  TestEngine engine(Options(8));
+  const Tokens prompt = Upward(0, 300);
+  for (const auto& [tenant, salt] : {std::pair("", ""), {"a", ""}, {"a", "1"}, {"a", "2"}, {"b", "1"}}) {
+    EXPECT_EQ(CachedTokensOf(&engine, prompt, tenant, salt), 0) << tenant << salt;
+    EXPECT_EQ(CachedTokensOf(&engine, prompt, tenant, salt), 299) << tenant << salt;
+  }
 }
 
 TEST_F(PrefixReuseTest, CopiesOfOnePromptAreComputedOnce) {

@@ -34,6 +34,12 @@ inline std::vector<NamedSampling> Samplings() {
          p->frequency_penalty = 1.5f;
        }},
       {"logit_bias", [](SamplingParams* p) { p->logit_bias = {{3, 2.5f}, {4, -100.0f}}; }},
+      {"allowed_token_ids", [](SamplingParams* p) { p->allowed_token_ids = {9, 2, 4, 7, 1}; }},
+      {"banned_sequences",
+       [](SamplingParams* p) {
+         p->banned_sequences = {{3}, {5, 6}, {6, 5}, {1, 8, 1}};
+         p->presence_penalty = 0.5f;
+       }},
       {"min_tokens_stop_ids",
        [](SamplingParams* p) {
          p->min_tokens = 9;
@@ -65,6 +71,8 @@ inline std::vector<NamedSampling> Samplings() {
          p->logit_bias = {{1, 1.0f}};
          p->min_tokens = 5;
          p->stop_token_ids = {11};
+         p->allowed_token_ids = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11};
+         p->banned_sequences = {{2, 2}, {4, 1, 2}};
          p->logprobs = 1;
        }},
   };

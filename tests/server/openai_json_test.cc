@@ -6,6 +6,7 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
+#include "server/answer_writer.h"
 #include "server/errors.h"
 #include "server/json_text.h"
 
@@ -56,10 +57,31 @@ INSTANTIATE_TEST_SUITE_P(
         BadCase{R"({"prompt":"x","stream_options":{"include_usage":true}})", "stream_options"},
         BadCase{R"({"prompt":"x","stream":true,"stream_options":{"x":1}})", "stream_options.x"},
         BadCase{R"({"prompt":"x","min_tokens":17})", "min_tokens"},
+        BadCase{R"({"prompt":"x","allowed_token_ids":[]})", "allowed_token_ids"},
+        BadCase{R"({"prompt":"x","allowed_token_ids":["a"]})", "allowed_token_ids"},
+        BadCase{R"({"prompt":"x","bad_words":[""]})", "bad_words"},
+        BadCase{R"({"prompt":"x","bad_words":[1]})", "bad_words"},
+        BadCase{R"({"prompt":"x","truncate_prompt_tokens":0})", "truncate_prompt_tokens"},
+        BadCase{R"({"prompt":"x","truncate_prompt_tokens":-2})", "truncate_prompt_tokens"},
+        BadCase{R"({"prompt":"x","truncation_side":"middle"})", "truncation_side"},
+        BadCase{R"({"prompt":"x","return_token_ids":1})", "return_token_ids"},
+        BadCase{R"({"prompt":"x","logits_processors":["f"]})", "logits_processors"},
+        BadCase{R"({"prompt":"x","prompt_logprobs":1})", "prompt_logprobs"},
+        BadCase{R"({"prompt":"x","structured_outputs":{"regex":"a"}})", "structured_outputs"},
         BadCase{R"({"prompt":"x","response_format":{"type":"json_object"}})", "response_format"},
         BadCase{R"({"prompt":"x","store":true})", "store"},
         BadCase{R"({"prompt":"x","speculation":"on"})", "speculation"},
         BadCase{R"({"prompt":"x","messages":[]})", "messages"}));
+
+// The JSON of each "data: " line.
+std::vector<json> Events(const std::string& text) {
+  std::vector<json> events;
+  for (size_t at = text.find("data: "); at != std::string::npos; at = text.find("\ndata: ", at)) {
+    at = text.find('{', at);
+    events.push_back(json::parse(text.substr(at, text.find("\n\n", at) - at)));
+  }
+  return events;
+}
 
 class BadChat : public testing::TestWithParam<BadCase> {};
 
@@ -138,19 +160,112 @@ TEST(OpenAiJson, ChunksAreValidJson) {
   piece.tokens.push_back(token);
   const TokenBytesFn bytes = [](int32_t) { return std::string("\xE2\x80"); };
   for (const bool chat : {false, true}) {
+    const char* body = chat ? "{" USER R"(,"logprobs":true,"top_logprobs":1})" : R"({"prompt":"x","logprobs":1})";
+    auto call = chat ? ParseChat(body, {}) : ParseCompletion(body, {});
+    ASSERT_TRUE(call.ok()) << call.status();
+    const AnswerHead head{.request_id = "i", .model = "m\"", .created = 1};
+    EXPECT_EQ(json::parse(MakeCompletionWriter(&*call, head, bytes)->Whole({piece}, {}))["usage"]["total_tokens"], 0);
+    call->generate.stream = true;
     std::string out;
-    ResponseHead head = {.id = "i", .model = "m\"", .created = 1, .chat = chat, .logprobs = 1};
-    BeginChunks(&head);
-    AppendChunk(head, piece, bytes, &out);
-    ASSERT_TRUE(out.starts_with("data: ") && out.ends_with("\n\n"));
-    const json parsed = json::parse(out.substr(6));
-    EXPECT_EQ(parsed["choices"][0]["index"], 1);
-    EXPECT_TRUE(parsed["choices"][0]["finish_reason"].is_null());
-    const std::string full =
-        FullResponseJson({.id = "i", .model = "m", .created = 1, .chat = chat, .logprobs = 1}, {piece}, {}, bytes);
-    EXPECT_EQ(json::parse(full)["usage"]["total_tokens"], 0);
+    MakeCompletionWriter(&*call, head, bytes)->Piece(piece, {}, &out);
+    const std::vector<json> events = Events(out);
+    ASSERT_EQ(events.size(), chat ? 2u : 1u);  // a chat's choice opens with its role
+    EXPECT_EQ(events.back()["choices"][0]["index"], 1);
+    EXPECT_TRUE(events.back()["choices"][0]["finish_reason"].is_null());
   }
 }
+
+TEST(OpenAiJson, TokenIdsAndWhatEndedAChoice) {
+  const TokenBytesFn bytes = [](int32_t id) { return std::string(1, static_cast<char>('a' + id)); };
+  auto call =
+      ParseCompletion(R"({"prompt":"x","return_token_ids":true,"logprobs":0,"return_tokens_as_token_ids":true})", {});
+  ASSERT_TRUE(call.ok()) << call.status();
+  EXPECT_TRUE(call->generate.token_ids && call->generate.prompt_token_ids && call->tokens_as_ids);
+  Choice choice;
+  choice.text = "b";
+  choice.prompt_token_ids = {7, 8};
+  choice.tokens.resize(2);
+  choice.tokens[0].sampled.token = 1;
+  choice.tokens[1].sampled.token = 2;
+  choice.tokens[1].beyond_text = true;
+  choice.finish = FinishReason::kStop;
+  choice.stop_token = 2;
+  const json answer = json::parse(MakeCompletionWriter(&*call, {}, bytes)->Whole({choice}, {}))["choices"][0];
+  EXPECT_EQ(answer["token_ids"], json::array({1, 2}));
+  EXPECT_EQ(answer["prompt_token_ids"], json::array({7, 8}));
+  EXPECT_EQ(answer["logprobs"]["tokens"], json::array({"token_id:1"}));  // of what is in the text
+  EXPECT_EQ(answer["stop_reason"], 2);
+  choice.stop_token = -1;
+  choice.stop_string = "\"";
+  EXPECT_EQ(json::parse(MakeCompletionWriter(&*call, {}, bytes)->Whole({choice}, {}))["choices"][0]["stop_reason"],
+            "\"");
+}
+
+TEST(OpenAiJson, ResponsesFields) {
+  const auto call = ParseResponses(
+      R"({"input":[{"role":"developer","content":"d"},{"role":"user","content":[{"type":"input_text","text":"a"},
+    {"type":"input_text","text":"b"}]},{"type":"message","id":"msg_1","status":"completed","role":"assistant",
+    "content":[{"type":"output_text","text":"c","annotations":[],"logprobs":[]}]}],"instructions":"i",
+    "max_output_tokens":9,"top_p":0.5,"store":false,"metadata":{"k":"v"},"tools":[],"text":{"format":{"type":"text"}}})",
+      {});
+  ASSERT_TRUE(call.ok()) << call.status();
+  std::string seen;
+  for (const auto& message : std::get<std::vector<ChatMessage>>(call->generate.prompts[0])) {
+    seen += message.role + "=" + message.content + ";";
+  }
+  EXPECT_EQ(seen, "system=i;system=d;user=ab;assistant=c;");
+  EXPECT_EQ(call->generate.sampling.max_tokens, 9);
+  EXPECT_EQ(call->responses->instructions, "i");
+  EXPECT_EQ(call->responses->metadata, R"({"k":"v"})");
+}
+
+TEST(OpenAiJson, ResponsesEvents) {
+  auto call = ParseResponses(R"({"input":"x","stream":true})", {});
+  ASSERT_TRUE(call.ok()) << call.status();
+  const auto writer = MakeResponsesWriter(&*call, {.request_id = "i", .model = "m", .created = 1});
+  std::string out;
+  Choice piece;
+  writer->Begin(&out);
+  piece.text = "\"\n";
+  writer->Piece(piece, {}, &out);
+  piece.text = "";
+  writer->Piece(piece, {}, &out);  // nothing to say
+  writer->Error(FieldError("f", "why"), &out);
+  const std::vector<json> events = Events(out);
+  ASSERT_EQ(events.size(), 6u);
+  for (size_t i = 0; i < events.size(); ++i) EXPECT_EQ(events[i]["sequence_number"], i);
+  EXPECT_EQ(events[0]["response"]["status"], "in_progress");
+  EXPECT_EQ(events[0]["response"]["output"], json::array());
+  EXPECT_EQ(events[4]["delta"], "\"\n");
+  const json error = {{"type", "error"}, {"sequence_number", 5}, {"code", "invalid_value"}, {"message", "f: why"}, {"param", "f"}};
+  EXPECT_EQ(events[5], error);
+}
+
+class BadResponses : public testing::TestWithParam<BadCase> {};
+
+TEST_P(BadResponses, NamesTheField) {
+  const auto call = ParseResponses(GetParam().body, {});
+  ASSERT_FALSE(call.ok()) << GetParam().body;
+  EXPECT_EQ(ErrorField(call.status()), GetParam().field) << call.status();
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Table, BadResponses,
+    testing::Values(BadCase{"{}", "input"}, BadCase{R"({"input":[]})", "input"}, BadCase{R"({"input":5})", "input"},
+                    BadCase{R"({"input":[5]})", "input[0]"},
+                    BadCase{R"({"input":[{"role":"user"}]})", "input[0].content"},
+                    BadCase{R"({"input":[{"type":"function_call","call_id":"c"}]})", "input[0].type"},
+                    BadCase{R"({"input":[{"role":"user","content":[{"type":"input_image","image_url":"u"}]}]})",
+                            "input[0].content"},
+                    BadCase{R"({"input":[{"role":"tool","content":"x"}]})", "messages[0].role"},
+                    BadCase{R"({"input":"x","store":true})", "store"},
+                    BadCase{R"({"input":"x","previous_response_id":"resp_1"})", "previous_response_id"},
+                    BadCase{R"({"input":"x","tools":[{}]})", "tools"},
+                    BadCase{R"({"input":"x","background":true})", "background"},
+                    BadCase{R"({"input":"x","reasoning":{"effort":"low"}})", "reasoning"},
+                    BadCase{R"({"input":"x","text":{"format":{"type":"json_object"}}})", "text"},
+                    BadCase{R"({"input":"x","max_output_tokens":0})", "max_output_tokens"},
+                    BadCase{R"({"input":"x","max_tokens":5})", "max_tokens"}));
 
 TEST(JsonText, Utf8) {
   EXPECT_TRUE(IsUtf8("aé🙂"));

@@ -41,7 +41,7 @@ RequestOutput Output(std::vector<int32_t> ids, FinishReason reason = FinishReaso
 
 struct Result {
   std::string text;
-  std::vector<int32_t> tokens;
+  std::vector<int32_t> tokens, beyond_text;
   StreamDelta last;
   bool accepted = true;
 };
@@ -57,7 +57,9 @@ Result Play(const std::vector<std::string>& pieces, ResponseStreamOptions option
         i < pieces.size() ? sink(Output({static_cast<int32_t>(i)})) : sink(Output({}, FinishReason::kLength));
     StreamDelta delta = stream->Take();
     result.text += delta.text;
-    for (const OutputToken& token : delta.tokens) result.tokens.push_back(token.sampled.token);
+    for (const OutputToken& token : delta.tokens) {
+      (token.beyond_text ? result.beyond_text : result.tokens).push_back(token.sampled.token);
+    }
     if (delta.finish_reason != FinishReason::kNone) result.last = std::move(delta);
   }
   return result;
@@ -110,6 +112,7 @@ TEST(ResponseStream, StopAcrossTokensDropsTheTokensAfterIt) {
   const Result result = Play({"Hello", " wo", "rld", "!", " more"}, {.stop = {"orld"}});
   EXPECT_EQ(result.text, "Hello w");
   EXPECT_THAT(result.tokens, testing::ElementsAre(0, 1));
+  EXPECT_THAT(result.beyond_text, testing::ElementsAre(2));
   EXPECT_EQ(result.last.finish_reason, FinishReason::kStop);
   EXPECT_EQ(result.last.stop_string, "orld");
 }
@@ -165,6 +168,21 @@ TEST(ResponseStream, OverflowCancelsAndEnds) {
   EXPECT_EQ(delta.finish_reason, FinishReason::kCancelled);
 }
 
+TEST(ResponseStream, TheTokenThatEndedIsToldAndCountedButNotInTheText) {
+  const PieceTokenizer tokenizer({"a", "</s>"});
+  auto stream = ResponseStream::Create(&tokenizer, {});
+  RequestOutput last = Output({0}, FinishReason::kStop);
+  last.stop_token = 1;
+  stream->MakeSink()(std::move(last));
+  const StreamDelta delta = stream->Take();
+  EXPECT_EQ(delta.text, "a");
+  ASSERT_EQ(delta.tokens.size(), 2u);
+  EXPECT_FALSE(delta.tokens[0].beyond_text);
+  EXPECT_TRUE(delta.tokens[1].beyond_text);
+  EXPECT_EQ(delta.tokens[1].sampled.token, 1);
+  EXPECT_EQ(stream->usage().completion_tokens, 2);
+}
+
 TEST(ResponseStream, CancelTravelsBack) {
   const PieceTokenizer tokenizer({"a"});
   auto stream = ResponseStream::Create(&tokenizer, {});
@@ -182,8 +200,9 @@ TEST(ResponseStream, EchoedPromptIsNotSearchedForStops) {
   sink(Output({3}));
   const StreamDelta delta = stream->Take();
   EXPECT_EQ(delta.text, "STOP inout");
-  ASSERT_EQ(delta.tokens.size(), 3u);
+  ASSERT_EQ(delta.tokens.size(), 4u);
   EXPECT_TRUE(delta.tokens[1].from_prompt);
+  EXPECT_TRUE(delta.tokens[3].beyond_text);  // the stop's
   EXPECT_EQ(delta.tokens[2].text_start, 7u);
   EXPECT_EQ(delta.finish_reason, FinishReason::kStop);
   EXPECT_EQ(stream->usage().completion_tokens, 2);
