@@ -60,7 +60,7 @@ void DraftGrowth::AddChoices(int parent, std::span<const DraftCandidate> choices
 
 std::vector<int> DraftGrowth::NextLevel(int depth, int room) const {
   std::vector<int> level;
-  if (depth >= options_.max_depth || depth >= budget()) return level;
+  if (depth >= std::min({options_.max_depth, context_->max_levels, budget()})) return level;
   for (size_t i = 0; i < candidates_.size(); ++i) {
     const float child = candidates_[i].probability * kUsualChild;
     if (candidates_[i].depth == depth && child >= context_->min_level_probability) level.push_back(static_cast<int>(i));

@@ -172,7 +172,7 @@ absl::Status DraftModelDrafter::GrowChains(std::vector<Draft>& drafts) {
   int wanted = 1;
   for (const Draft& draft : drafts) {
     contexts.push_back(&draft.growth.context());
-    wanted = std::max(wanted, draft.growth.budget());
+    wanted = std::max(wanted, std::min(draft.growth.budget(), draft.growth.context().max_levels));
   }
   levels_computed_ = std::min({wanted, levels_, chains_->max_levels()});
   const VerifyBatch known = Pack(drafts);

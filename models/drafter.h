@@ -31,6 +31,7 @@ struct DraftContext {
   std::span<const float> hidden;    // [D] target's hidden state at the last committed token; empty if unknown
   int hidden_row = -1;              // the row of the target's last Verify that has it; -1: none
   int max_nodes;                    // root included; 1 means "do not draft"
+  int max_levels = kMaxTreeNodes;   // of the tree below the root that are computed
   float min_probability = 0;        // paths that the drafter holds less likely are not worth verifying
   float min_level_probability = 0;  // nor are those worth verifying and, before that, computing a level for
   DraftDraw draw = DraftDraw::kCoupled;

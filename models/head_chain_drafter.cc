@@ -16,6 +16,8 @@ struct Candidate {
 
 int Budget(const DraftContext& context) { return std::min(context.max_nodes, kMaxTreeNodes) - 1; }
 
+int MostLevels(const DraftContext& context) { return std::min(Budget(context), context.max_levels); }
+
 // Of the first num_levels levels, without what the engine holds not worth verifying.
 std::vector<Candidate> Candidates(const DraftContext& context, const DraftGuesses& guesses, size_t index,
                                   int num_levels) {
@@ -80,7 +82,7 @@ absl::StatusOr<std::vector<DraftTree>> HeadChainDrafter::Propose(std::span<const
     if (contexts[i].max_nodes <= 1 || !heads_->CanGuess(contexts[i])) continue;
     indices.push_back(i);
     drafted.push_back(&contexts[i]);
-    wanted = std::max(wanted, std::min(Budget(contexts[i]), options_.max_depth));
+    wanted = std::max(wanted, std::min(MostLevels(contexts[i]), options_.max_depth));
   }
   levels_computed_ = 0;
   if (drafted.empty()) return trees;
@@ -90,7 +92,8 @@ absl::StatusOr<std::vector<DraftTree>> HeadChainDrafter::Propose(std::span<const
   int useful = 0;
   for (size_t r = 0; r < drafted.size(); ++r) {
     const DraftContext& context = *drafted[r];
-    const std::vector<Candidate> candidates = Candidates(context, *guesses, r, std::min(num_levels, Budget(context)));
+    const std::vector<Candidate> candidates =
+        Candidates(context, *guesses, r, std::min(num_levels, MostLevels(context)));
     trees[indices[r]] = Tree(context, candidates);
     useful = std::max(useful, trees[indices[r]].Depth());
   }

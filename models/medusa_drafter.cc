@@ -101,13 +101,14 @@ absl::StatusOr<std::vector<DraftTree>> MedusaDrafter::Propose(std::span<const Dr
     if (contexts[i].max_nodes <= 1 || !heads_->CanGuess(contexts[i])) continue;
     indices.push_back(i);
     drafted.push_back(&contexts[i]);
-    depth = std::max(depth, std::min(contexts[i].max_nodes - 1, heads_->max_levels()));
+    depth = std::max(depth, std::min({contexts[i].max_nodes - 1, contexts[i].max_levels, heads_->max_levels()}));
   }
   if (drafted.empty()) return trees;
   const absl::StatusOr<DraftGuesses> guesses = heads_->Guess(drafted, depth, options_.top_k);
   if (!guesses.ok()) return guesses.status();
   for (size_t r = 0; r < drafted.size(); ++r) {
-    trees[indices[r]] = Grow(*drafted[r], *guesses, r, std::min(depth, drafted[r]->max_nodes - 1));
+    trees[indices[r]] =
+        Grow(*drafted[r], *guesses, r, std::min({depth, drafted[r]->max_nodes - 1, drafted[r]->max_levels}));
   }
   return trees;
 }

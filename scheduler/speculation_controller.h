@@ -1,43 +1,41 @@
 // Decides which drafter a decoding request uses in a step, and after drafting which of the drafted nodes are verified, so
-// that expected tokens per second are highest; none at all when drafting does not pay.
+// that tokens per second are highest; none at all when drafting does not pay.
 //
-// It knows three things, all measured: what a verify step costs, what a drafter costs (speculation_costs.h), and how
-// often a drafter is right. Drafters say how likely the target is to follow each path; what really happened corrects
-// them, over all requests and for each request. Before drafting, drafters are compared by their latest proposals. After
-// it, the nodes of all requests compete for one budget by the probability of their paths. What is not in use is tried
-// again now and then, for a small share of the time (kProbeShare).
+// **The price of time.** Let lambda be the tokens per second that the engine makes in the best way it knows. A second
+// spent must bring lambda tokens. So of the nodes of all requests, likeliest first, those are verified that make
+//
+//   sum of path probabilities - lambda * (seconds of the step with them - without them)
+//
+// largest, and a level is drafted while it promises more than lambda times what it takes. A drafter's rate is that of doing
+// so with each of its latest proposals: sum of tokens / sum of seconds, with lambda equal to the result (Dinkelbach), so its
+// *gain*, its rate over that of plain steps, less 1 is what it brings a request in a step, in tokens.
+//
+// **Estimates** come from three things that are measured: step and draft costs (speculation_costs.h), how likely paths are
+// (speculation_acceptance.h), and the latest proposals of each drafter (speculation_history.h). When these suddenly promise
+// more or less than the older ones, because the text changed, the older ones are forgotten.
+//
+// **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
+// exceeds 1 by more than the doubt about it, and goes when it falls below 1. What is not in use may be wrong by now, so
+// it gets trials of a run: drafters with some of the requests, and plain steps, which tell whether what is in use still
+// pays. A trial costs what it is expected to lose, which is little just where two ways are hard to tell apart, and may cost
+// kTrialShare of the time.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <deque>
 #include <span>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "models/draft_tree.h"
+#include "scheduler/speculation_acceptance.h"
 #include "scheduler/speculation_costs.h"
+#include "scheduler/speculation_history.h"
 
 namespace linspec {
 
 inline constexpr int kAnyDrafter = -1;
-
-// Turns the probability that a drafter states for a child, given its parent, into how often that came true.
-class Calibration {
- public:
-  double Correct(double stated) const;
-  void Observe(double stated, bool hit);
-
- private:
-  static constexpr int kBuckets = 12;
-  struct Rate {
-    double tries = 0, hits = 0;  // decaying
-  };
-  std::array<Rate, kBuckets> rates_;
-};
 
 struct SpeculationRequest {
   uint64_t sequence_id = 0;
@@ -50,98 +48,94 @@ struct SpeculationRequest {
 struct SpeculationChoice {
   int drafter = 0;
   int nodes = 1;                    // to ask for; 1: do not draft
+  int max_levels = kMaxTreeNodes;   // to compute
   float min_probability = 0;        // paths less likely than this are not worth verifying
   float min_level_probability = 0;  // nor are those worth computing first
-  bool probe = false;               // tried out: not pruned
-  double expected_tokens = 0;       // beyond the pending one, less what drafting costs; to compare a free draft with
+  bool trial = false;               // of this drafter; without nodes: of plain decoding, so not even free drafts
+  double gain = 0;                  // tokens that drafting is expected to bring, less what it costs
 };
 
 // A tree as drafted, for one request of the step.
 struct SpeculationProposal {
   uint64_t sequence_id;
   int drafter;
-  bool probe;
+  bool trial;
   DraftTree* tree;
-  int levels = 0;  // that were computed for it, if more than it is deep
+  bool cut_short = false;  // no deeper level was to be computed: what it would have held is unknown
 };
 
 class SpeculationController {
  public:
-  // costs_nothing: [num_drafters], as Drafter::costs_nothing. Requests that may use any drafter are given the best of
-  // the others; what a free one proposes is compared with that by ExpectedTokens.
+  // costs_nothing: [num_drafters], as Drafter::costs_nothing. Choose leaves these out: whoever asks them uses what they
+  // propose where its Gain exceeds that of the choice.
   explicit SpeculationController(std::vector<bool> costs_nothing)
       : costs_nothing_(std::move(costs_nothing)),
-        drafters_(costs_nothing_.size()),
-        credit_(costs_nothing_.size(), 0.0),
-        probe_runs_(costs_nothing_.size()) {}
+        acceptance_(costs_nothing_.size()),
+        drafters_(costs_nothing_.size()) {}
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
+  AcceptanceModel& acceptance() { return acceptance_; }
 
-  // One choice per request. max_draft_rows bounds the nodes of all trees, roots not counted.
+  // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not counted.
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
-  // Expected tokens beyond the pending one if all nodes of the tree that are at least this likely are verified.
-  double ExpectedTokens(const SpeculationProposal& proposal, float min_probability) const;
+  // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the step
+  // do as much.
+  double Gain(const SpeculationProposal& proposal, int num_requests) const;
+  double price() const { return price_; }  // lambda of the step
   // Remembers what was proposed, verified or not.
   void Learn(const SpeculationProposal& proposal);
-  // Cuts the trees down to the nodes that pay. draft_seconds: spent on them already. Trees with distributions stay
-  // whole: what is verified must not depend on what was drawn.
-  void Prune(std::span<const SpeculationProposal> proposals, int num_requests, double draft_seconds);
-
+  // Cuts the trees down to the nodes that pay. Of a trial one node stays, so that something is learned. Trees with
+  // distributions stay whole: what is verified must not depend on what was drawn.
+  void Prune(std::span<const SpeculationProposal> proposals, int num_requests) const;
   // What a verify step took, and with it how the machine's costs change.
   void ObserveStep(int rows, int requests, double seconds);
 
-  // path: accepted nodes of the verified tree, the root first. rejected: the walk left the tree (false when the request
-  // ended inside it, which says nothing about the children of its last node).
-  struct Outcome {
-    uint64_t sequence_id;
-    int drafter;
-    const DraftTree* tree;
-    std::span<const int32_t> path;
-    bool rejected;
-  };
-  void Observe(const Outcome& outcome);
-  void Forget(uint64_t sequence_id) { sequences_.erase(sequence_id); }
-
  private:
-  // The latest proposals of a drafter: paths by probability, corrected, the likeliest first.
-  struct Profile {
-    std::vector<float> paths;
-    int levels;
-  };
+  static constexpr int kTrialsAtStart = 2;
   struct DrafterState {
     DraftCosts costs;
-    Calibration calibration;
-    std::deque<Profile> profiles;
-    bool in_use = false;  // in the last step, other than for a probe
+    ProposalHistory history;
+    int max_levels = 2;  // what pays best
+    ProposalHistory::Estimate estimate;
+    double gain = 1;  // rate over that of plain steps
+    bool pays = false;
+    double credit = 0;                // seconds that its trials may lose
+    int trials_due = kTrialsAtStart;  // whatever the credit: what was measured at start-up may be wrong
   };
-  // How a request's drafts compare with everybody's. Decaying sums.
-  struct Record {
-    double expected = 0, hits = 0;
-    double Factor() const;
-  };
-  struct Estimate {  // of a step in which all requests use one drafter
-    double tokens = 0, seconds = 0, draft_seconds = 0;
-    double rate() const { return seconds > 0 ? tokens / seconds : 0; }
+  static constexpr int kPlain = -1;
+  struct Trial {
+    int drafter = kPlain;
+    int steps_left = 0;
+    std::vector<uint64_t> sequences;
   };
 
-  Estimate EstimateStep(int drafter, int num_requests, int max_nodes) const;
+  void Evaluate(int num_requests, int max_nodes);
+  void EvaluateDrafter(DrafterState* drafter, int num_requests) const;
+  SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
+  int BestFor(const SpeculationRequest& request, int num_requests) const;
   double CatchUpCost(const SpeculationRequest& request, int drafter) const;
-  // Corrected probability of the path to each node.
-  std::vector<double> PathProbabilities(uint64_t sequence_id, int drafter, const DraftTree& tree) const;
-  void Probe(std::span<const SpeculationRequest> requests, int drafter, std::vector<SpeculationChoice>* choices);
+  void EarnCredit(int num_requests);
+  // Starts the trial that can be paid for, if any.
+  void StartTrial(std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices);
+  double TrialLoss(int drafter, int num_tried, int num_requests) const;
+  void ApplyTrial(std::span<const SpeculationRequest> requests, int rows, std::vector<SpeculationChoice>* choices);
 
   const std::vector<bool> costs_nothing_;
   StepCosts step_costs_;
+  AcceptanceModel acceptance_;
   std::vector<DrafterState> drafters_;
-  std::vector<double> credit_;  // [drafter] seconds it may spend on being tried
-  struct ProbeRun {
-    uint64_t sequence_id = 0;
-    int steps_left = 0;
-  };
-  std::vector<ProbeRun> probe_runs_;  // [drafter]
-  int probe_turn_ = 0;
-  std::unordered_map<uint64_t, std::vector<Record>> sequences_;  // [drafter]
+  int best_ = kPlain;
+  double price_ = 0;            // lambda
+  double plain_seconds_ = 0;    // of a step with these requests
+  std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
+  double plain_credit_ = 0;
+  int checks_due_ =
+      0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
+  int run_left_ = 0, run_requests_ = 0;  // steps until the next evaluation; what the last one was for
+  Trial trial_;
+  bool after_trial_ = false;  // no trial in the next run
+  int turn_ = 0;              // whose requests try next
 };
 
 }  // namespace linspec

@@ -7,12 +7,14 @@
 namespace linspec {
 namespace {
 
-// Weights of a new verify time: for the machine as a whole, and beyond that for steps of this size. One row has no weight of
-// its own: it is what the others are measured by.
-constexpr double kMachineSmoothing = 0.05, kSizeSmoothing = 0.02;
-constexpr double kDraftSmoothing = 0.1;
+constexpr double Squared(double x) { return x * x; }
 
-void Smooth(double* average, double value, double weight) { *average += weight * (value - *average); }
+// Standard deviations of logarithms: of a calibrated ratio, and of what one step changes.
+constexpr double kUnsureSize = 0.1, kMachineDrift = 0.005, kSizeDrift = 0.0005;
+constexpr double kUnsureMachine = 0.2;  // after long absence
+constexpr double kLeastNoise = 0.02, kMostNoise = 0.2, kNoiseSmoothing = 0.01;
+constexpr double kOutlier = 2.5;  // standard deviations that a surprise counts at most: interruptions say nothing
+constexpr double kDraftSmoothing = 0.1;
 
 int CeilLog2(int value) { return std::bit_width(static_cast<unsigned>(std::max(value, 1)) - 1); }
 
@@ -21,69 +23,143 @@ int CeilLog2(int value) { return std::bit_width(static_cast<unsigned>(std::max(v
 void StepCosts::Calibrate(int rows, double seconds) {
   const int bucket = CeilLog2(rows);
   if (bucket >= kBuckets) return;
-  seconds_[bucket] = seconds;
+  prior_[bucket] = seconds;
   known_ = std::max(known_, bucket + 1);
 }
 
 // Piecewise linear in the rows; never falling, because a dip is noise; beyond the last sample along the last segment.
-double StepCosts::RowCost(double rows) const {
-  if (known_ == 0) return 0;
-  double low = seconds_[0];
+double StepCosts::Prior(double rows, int requests) const {
+  const double others = per_request_ * (requests - 1);
+  double low = prior_[0];
   for (int b = 1; b < known_; ++b) {
-    const double high = std::max(low, seconds_[b]);
+    const double high = std::max(low, prior_[b]);
     const double begin = std::ldexp(1.0, b - 1);
-    if (rows <= 2 * begin || b == known_ - 1) return low + (high - low) * std::max(rows - begin, 0.0) / begin;
+    if (rows <= 2 * begin || b == known_ - 1) return others + low + (high - low) * std::max(rows - begin, 0.0) / begin;
     low = high;
   }
-  return low * std::max(rows, 1.0);  // one sample: assume the worst
+  return others + low * std::max(rows, 1.0);  // one sample: assume the worst
 }
 
-double StepCosts::Estimate(double rows, int requests) const { return RowCost(rows) + per_request_ * (requests - 1); }
+StepCosts::Vector StepCosts::Weights(double rows, int requests) {
+  Vector weights{};
+  weights[0] = 1;
+  if (rows <= requests) return weights;
+  const double size = std::min(std::log2(rows / requests), kSizes - 1.0);
+  const int below = static_cast<int>(size);
+  weights[1 + below] = 1 - (size - below);
+  if (below + 1 < kSizes) weights[2 + below] = size - below;
+  return weights;
+}
+
+double StepCosts::Estimate(double rows, int requests) const {
+  if (known_ == 0) return 0;
+  const Filter& filter = filters_[std::min(CeilLog2(requests), kBuckets - 1)];
+  const double prior = Prior(rows, requests), plain = Prior(requests, requests);
+  if (filter.step < 0) return prior * std::exp(machine_);
+  const Vector weights = Weights(rows, requests);
+  double size = 0;
+  for (int i = 1; i < kStates; ++i) size += weights[i] * filter.mean[i];
+  return std::max(prior * std::exp(size), plain) * std::exp(filter.mean[0]);
+}
+
+// What may have changed since the filter was used.
+void StepCosts::Advance(Filter* filter) {
+  if (filter->step < 0) {
+    filter->mean[0] = machine_;
+    for (int i = 0; i < kStates; ++i) filter->covariance[i][i] = Squared(kUnsureSize);
+  } else {
+    const auto steps = static_cast<double>(step_ - filter->step);
+    for (int i = 0; i < kStates; ++i) {
+      double& variance = filter->covariance[i][i];
+      const double drift = Squared(i == 0 ? kMachineDrift : kSizeDrift);
+      const double most = Squared(i == 0 ? kUnsureMachine : kUnsureSize);
+      variance = std::max(variance, std::min(variance + steps * drift, most));
+    }
+  }
+  filter->step = step_;
+}
 
 double StepCosts::Observe(int rows, int requests, double seconds) {
-  const int bucket = CeilLog2(rows);
-  if (known_ == 0 || bucket >= kBuckets) return 1;
-  for (; known_ <= bucket; ++known_) {  // the estimate up to here becomes the sample it will be corrected from
-    seconds_[known_] = RowCost(std::ldexp(1.0, known_));
+  const int bucket = CeilLog2(requests);
+  if (known_ == 0 || bucket >= kBuckets || !(seconds > 0)) return 1;
+  ++step_;
+  Filter& filter = filters_[bucket];
+  Advance(&filter);
+  const Vector weights = Weights(rows, requests);
+  Vector gain{};  // covariance times weights, then the filter's gain
+  double expected = 0, variance = noise_;
+  for (int i = 0; i < kStates; ++i) {
+    for (int j = 0; j < kStates; ++j) gain[i] += filter.covariance[i][j] * weights[j];
+    expected += weights[i] * filter.mean[i];
+    variance += weights[i] * gain[i];
   }
-  const double expected = Estimate(rows, requests);
-  if (expected <= 0) return 1;
-  const double change = std::clamp(seconds / expected, 0.5, 2.0) - 1, machine = 1 + kMachineSmoothing * change;
-  for (double& known : seconds_) known *= machine;
-  per_request_ *= machine;
-  if (bucket > 0) seconds_[bucket] *= 1 + kSizeSmoothing * change;
-  return machine;
+  const double limit = kOutlier * std::sqrt(variance);
+  const double surprise = std::clamp(std::log(seconds / Prior(rows, requests)) - expected, -limit, limit);
+  const double old = filter.mean[0];
+  for (int i = 0; i < kStates; ++i) {
+    filter.mean[i] += gain[i] / variance * surprise;
+    for (int j = 0; j < kStates; ++j) filter.covariance[i][j] -= gain[i] * gain[j] / variance;
+  }
+  noise_ += kNoiseSmoothing * (Squared(surprise) - noise_);
+  noise_ = std::clamp(noise_, Squared(kLeastNoise), Squared(kMostNoise));
+  machine_ = filter.mean[0];
+  return std::exp(machine_ - old);
+}
+
+bool DraftCosts::Knows(int contexts) const {
+  const int bucket = CeilLog2(contexts);
+  return bucket < kBuckets && costs_[bucket].first > 0;
+}
+
+DraftCosts::Costs DraftCosts::Line(int contexts) const {
+  const int bucket = std::min(CeilLog2(contexts), kBuckets - 1);
+  for (int b = bucket; b >= 0; --b) {  // fewer contexts measured: assume proportional, the worst
+    if (costs_[b].first > 0)
+      return {std::ldexp(costs_[b].first, bucket - b), std::ldexp(costs_[b].per_level, bucket - b)};
+  }
+  for (int b = bucket + 1; b < kBuckets; ++b) {
+    if (costs_[b].first > 0) return costs_[b];
+  }
+  return {};
+}
+
+double DraftCosts::Seconds(int contexts, int levels) const {
+  const Costs line = Line(contexts);
+  return line.first + line.per_level * (std::max(levels, 1) - 1);
 }
 
 void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, double seconds) {
   const int bucket = CeilLog2(contexts);
-  if (bucket >= kBuckets) return;
+  if (bucket >= kBuckets || !(seconds > 0)) return;
   levels = std::max(levels, 1);
   if (catch_up_tokens > kLongCatchUp * contexts) {
-    const double excess = std::max(seconds - PerLevel(contexts) * levels, 0.0) / static_cast<double>(catch_up_tokens);
-    Smooth(&per_token_, excess, per_token_ == 0 ? 1 : kDraftSmoothing);
-  } else {
-    double* known = &per_level_[bucket];
-    // A drafter may hide a long catch-up in an ordinary call: outliers count at most double.
-    const double observed = *known == 0 ? seconds / levels : std::min(seconds / levels, 2 * *known);
-    Smooth(known, observed, *known == 0 ? 1 : kDraftSmoothing);
+    const double excess = std::max(seconds - Seconds(contexts, levels), 0.0) / static_cast<double>(catch_up_tokens);
+    per_token_ += (per_token_ == 0 ? 1 : kDraftSmoothing) * (excess - per_token_);
+    return;
   }
+  Costs& costs = costs_[bucket];
+  if (costs.first == 0) {
+    const double known = Seconds(contexts, levels);  // of another number of contexts: the shape of the line
+    costs = known > 0 ? Line(contexts) : Costs{seconds / levels, seconds / levels};
+    const double factor = known > 0 ? seconds / known : 1;
+    costs.first *= factor;
+    costs.per_level *= factor;
+    return;
+  }
+  // A drafter may hide a long catch-up in an ordinary call: outliers count at most double. The line gives way towards the
+  // observation, most where it was made (normalised least mean squares).
+  const double expected = Seconds(contexts, levels), further = levels - 1;
+  const double step = kDraftSmoothing * (std::min(seconds, 2 * expected) - expected) / (1 + Squared(further));
+  costs.first = std::max(costs.first + step, 0.2 * costs.first);
+  costs.per_level = std::max(costs.per_level + step * further, 0.0);
 }
 
 void DraftCosts::Scale(double factor) {
-  for (double& known : per_level_) known *= factor;
+  for (Costs& known : costs_) {
+    known.first *= factor;
+    known.per_level *= factor;
+  }
   per_token_ *= factor;
-}
-
-double DraftCosts::PerLevel(int contexts) const {
-  const int bucket = std::min(CeilLog2(contexts), kBuckets - 1);
-  for (int b = bucket; b >= 0; --b) {  // fewer contexts measured: assume proportional, the worst
-    if (per_level_[b] > 0) return std::ldexp(per_level_[b], bucket - b);
-  }
-  for (int b = bucket + 1; b < kBuckets; ++b) {
-    if (per_level_[b] > 0) return per_level_[b];
-  }
-  return 0;
 }
 
 }  // namespace linspec

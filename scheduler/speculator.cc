@@ -75,12 +75,6 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   if (drafters_.empty() || sequences.empty()) return trees;
   ++step_;
-  if (pause_left_ > 0) {
-    --pause_left_;
-    choices_.assign(sequences.size(), {});
-    return trees;
-  }
-  const Clock::time_point start = Clock::now();
   const std::vector<SpeculationRequest> requests = Describe(sequences);
   choices_ = Choose(requests, max_draft_rows);
   drafted_.assign(sequences.size(), false);
@@ -90,31 +84,22 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   }
   int rows = max_draft_rows;
   for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
-  AskFreeDrafters(sequences, requests, rows, &trees, stats);
+  if (--pause_left_ < 0) AskFreeDrafters(sequences, requests, rows, &trees, stats);
   AskChosenDrafters(sequences, requests, &trees, stats);
   std::vector<SpeculationProposal> proposals;
   for (size_t i = 0; i < trees.size(); ++i) {
     if (trees[i].num_nodes() > 1) {
-      proposals.push_back({sequences[i]->id(), choices_[i].drafter, choices_[i].probe, &trees[i]});
+      proposals.push_back({sequences[i]->id(), choices_[i].drafter, choices_[i].trial, &trees[i]});
     }
   }
-  controller_.Prune(proposals, static_cast<int>(trees.size()), SecondsSince(start));
-  PauseIfUseless(proposals, static_cast<int>(trees.size()), SecondsSince(start));
+  controller_.Prune(proposals, static_cast<int>(trees.size()));
   return trees;
 }
 
-// Prune takes the time that drafting took as spent; whether it was worth spending is for this to say.
-void Speculator::PauseIfUseless(std::span<const SpeculationProposal> proposals, int num_requests, double seconds) {
-  double tokens = 0, rows = num_requests;
-  for (const SpeculationProposal& proposal : proposals) {
-    tokens += controller_.ExpectedTokens(proposal, 0);
-    rows += proposal.tree->num_nodes() - 1;
-  }
-  const double step = controller_.step_costs().Estimate(num_requests, num_requests);
-  if (step <= 0) return;
-  const double cost = (seconds + controller_.step_costs().Estimate(rows, num_requests) - step) / step;
-  net_gain_ += kGainSmoothing * (tokens / num_requests - cost - net_gain_);
-  pause_ = net_gain_ < 0 && cost > kNegligible ? std::min(2 * pause_ + 1, kLongestPause) : 0;
+void Speculator::PauseFreeDrafters(double gains, int num_requests, double seconds) {
+  const double cost = controller_.price() * seconds;
+  free_gain_ += kGainSmoothing * (gains - cost - free_gain_);
+  pause_ = free_gain_ < 0 && cost > kNegligible * num_requests ? std::min(2 * pause_ + 1, kLongestPause) : 0;
   pause_left_ = pause_;
 }
 
@@ -167,6 +152,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
                         .hidden = sequence.hidden,
                         .hidden_row = sequence.hidden_row,
                         .max_nodes = nodes[i],
+                        .max_levels = choices_[indices[i]].max_levels,
                         .min_probability = choices_[indices[i]].min_probability,
                         .min_level_probability = choices_[indices[i]].min_level_probability,
                         .draw = DrawFor(sequence.acceptance())});
@@ -184,7 +170,6 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     return trees;
   }
   int levels = drafters_[drafter]->levels_computed();
-  const int computed = levels;
   for (size_t i = 0; i < contexts.size(); ++i) {
     DraftTree& tree = (*proposed)[i];
     if (!Usable(tree, *sequences[indices[i]], contexts[i].max_nodes, vocab_size_)) {
@@ -192,14 +177,15 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
       continue;
     }
     levels = std::max(levels, tree.Depth());
-    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].probe, &tree, computed});
+    const bool cut_short = tree.Depth() >= contexts[i].max_levels;
+    controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].trial, &tree, cut_short});
     trees[i] = std::move(tree);
   }
   // A drafter that was not asked in the step before finds cold caches, which says nothing about using it.
   const bool warm = step_ - std::exchange(asked_[drafter], step_) <= 1;
   DraftCosts& costs = controller_.draft_costs(drafter);
   if (warm || catch_up > DraftCosts::kLongCatchUp * std::ssize(contexts) ||
-      costs.PerLevel(static_cast<int>(contexts.size())) == 0) {
+      !costs.Knows(static_cast<int>(contexts.size()))) {
     costs.Observe(static_cast<int>(contexts.size()), levels, catch_up, seconds);
   }
   return trees;
@@ -207,36 +193,39 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
 
 void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                                  int rows, std::vector<DraftTree>* trees, StepStats* stats) {
+  const Clock::time_point start = Clock::now();
+  const int num_requests = static_cast<int>(requests.size());
+  double gains = 0;
+  bool asked = false;
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     if (!drafters_[d]->costs_nothing()) continue;
     std::vector<size_t> indices;
     std::vector<int> nodes;
     for (size_t i = 0; i < requests.size(); ++i) {
       const bool allowed = requests[i].drafter == kAnyDrafter || requests[i].drafter == d;
-      if (!allowed || requests[i].max_nodes <= 1 || choices_[i].probe) continue;
+      if (!allowed || requests[i].max_nodes <= 1 || choices_[i].trial) continue;
       indices.push_back(i);
       nodes.push_back(requests[i].max_nodes);
     }
     if (indices.empty()) continue;
+    asked = true;
     std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
     for (size_t i = 0; i < indices.size(); ++i) {
       SpeculationChoice& choice = choices_[indices[i]];
       // What the chosen drafter would have had is free again; it covers this draft, or the rest of the step does.
-      const int extra = proposed[i].num_nodes() - std::max(choice.nodes, 1);
-      const bool chosen = choice.drafter == d;
-      const double tokens =
-          controller_.ExpectedTokens({sequences[indices[i]]->id(), d, false, &proposed[i]}, choice.min_probability);
-      if (proposed[i].num_nodes() > 1 && extra <= rows && (chosen || tokens > choice.expected_tokens)) {
-        rows -= extra;
-        choice.drafter = d;
-        choice.nodes = proposed[i].num_nodes();
-        (*trees)[indices[i]] = std::move(proposed[i]);
-        drafted_[indices[i]] = true;
-      } else if (chosen) {
-        choice.nodes = 1;
-      }
+      const int extra = proposed[i].num_nodes() - choice.nodes;
+      if (proposed[i].num_nodes() <= 1 || extra > rows) continue;
+      const double gain =
+          controller_.Gain({sequences[indices[i]]->id(), d, false, &proposed[i]}, num_requests) - choice.gain;
+      if (gain <= 0) continue;
+      gains += gain;
+      rows -= extra;
+      choice = {.drafter = d, .nodes = proposed[i].num_nodes(), .gain = choice.gain + gain};
+      (*trees)[indices[i]] = std::move(proposed[i]);
+      drafted_[indices[i]] = true;
     }
   }
+  if (asked) PauseFreeDrafters(gains, num_requests, SecondsSince(start));
 }
 
 void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
@@ -262,11 +251,11 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
   const int accepted = static_cast<int>(walk.path.size()) - 1;
   if (tree.num_nodes() <= 1) return;
   const int depth = tree.Depth();
-  controller_.Observe({.sequence_id = sequence.id(),
-                       .drafter = choice.drafter,
-                       .tree = &tree,
-                       .path = walk.path,
-                       .rejected = walk.finish_reason == FinishReason::kNone});
+  controller_.acceptance().Observe({.sequence_id = sequence.id(),
+                                    .drafter = choice.drafter,
+                                    .tree = &tree,
+                                    .path = walk.path,
+                                    .rejected = walk.finish_reason == FinishReason::kNone});
   const std::string_view name = drafters_[choice.drafter]->name();
   stats->drafter = stats->drafter.empty() || stats->drafter == name ? name : "mixed";
   stats->num_drafts += 1;
@@ -283,7 +272,7 @@ void Speculator::ObserveVerify(int rows, int requests, double seconds) {
 
 void Speculator::Forget(uint64_t sequence_id) {
   for (const auto& drafter : drafters_) drafter->Forget(sequence_id);
-  controller_.Forget(sequence_id);
+  controller_.acceptance().Forget(sequence_id);
   seen_.erase(sequence_id);
 }
 

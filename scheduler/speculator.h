@@ -51,8 +51,8 @@ class Speculator {
                        std::vector<DraftTree>* trees, StepStats* stats);
   void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                          std::vector<DraftTree>* trees, StepStats* stats);
-  // seconds: that drafting took in this step; proposals: as they are verified.
-  void PauseIfUseless(std::span<const SpeculationProposal> proposals, int num_requests, double seconds);
+  // gains: of what they proposed this step; seconds: that it took to ask them.
+  void PauseFreeDrafters(double gains, int num_requests, double seconds);
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
   void CalibrateDrafter(int drafter, int max_contexts, std::span<const float> hidden);
@@ -67,9 +67,9 @@ class Speculator {
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
-  // Of speculation as a whole, as a share of a plain step: expected tokens less the time it adds. While it is negative, steps go
+  // Tokens that free drafts bring a step, less what the time to look for them costs after all. While it is negative, steps go
   // without, more and more of them between two attempts.
-  double net_gain_ = 0;
+  double free_gain_ = 0;
   int pause_ = 0, pause_left_ = 0;  // steps
 };
 

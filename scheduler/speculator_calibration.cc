@@ -13,7 +13,7 @@ constexpr int kProbeRequests[] = {4, 16, 64};  // to tell the cost of a request 
 constexpr int kMostRows = 256;
 constexpr uint64_t kScratchId = uint64_t{1} << 63;  // sequence ids count up from 1 and never get there
 constexpr int kContext = 80;
-constexpr int kScratchNodes = 5;
+constexpr int kScratchNodes[] = {5, 2};  // for drafts of four levels, and of one
 constexpr int kMostContexts = 256;
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -104,12 +104,13 @@ void Speculator::CalibrateDrafter(int drafter, int max_contexts, std::span<const
 }
 
 // Each round shows every context a little more text, so the catch-up is that of normal use; the first round, with its
-// long catch-up, tells the cost of a token. The second is not counted: a GPU still prepares for its size.
+// long catch-up, tells the cost of a token. The first of each size is not counted: a GPU still prepares for it.
 void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidden, bool counted) {
-  const std::vector<int32_t> text = SomeTokens(kContext + 2 * (kRepetitions + 1), vocab_size_);
+  constexpr int kRounds = kRepetitions + 1;  // of each size
+  const std::vector<int32_t> text = SomeTokens(kContext + 2 * 2 * kRounds, vocab_size_);
   SamplingParams greedy;
   greedy.temperature = 0;
-  for (int round = 0; round <= kRepetitions + 1; ++round) {
+  for (int round = 0; round <= 2 * kRounds; ++round) {
     std::vector<DraftContext> contexts;
     const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
     for (int i = 0; i < count; ++i) {
@@ -119,7 +120,7 @@ void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidde
                           .sampling = &greedy,
                           .hidden = hidden,
                           .hidden_row = 0,
-                          .max_nodes = kScratchNodes});
+                          .max_nodes = kScratchNodes[round > kRounds]});
     }
     const int64_t unread = round > 0 ? 2 : std::ssize(tokens);
     const Clock::time_point proposed = Clock::now();
@@ -130,7 +131,7 @@ void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidde
     for (const DraftTree& tree : *trees) {
       if (tree.Validate(vocab_size_).ok()) levels = std::max(levels, tree.Depth());
     }
-    if (!counted || round == 1) continue;
+    if (!counted || round == 1 || round == kRounds + 1) continue;
     controller_.draft_costs(drafter).Observe(count, levels, drafters_[drafter]->catches_up() ? unread * count : 0,
                                              seconds);
   }

@@ -116,7 +116,8 @@ void VisitSpeculationFlags(Options& o, Visit&& visit) {
                  0,
                  {"off", "draft", "medusa", "recurrent", "ngram", "auto"}},
         o.speculation);
-  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included", 1, 64}, o.max_draft_nodes);
+  visit(FlagInfo{g, "max-draft-nodes", "nodes of a draft tree, root included; 0: 8 on a CPU, 16 on a GPU", 0, 64},
+        o.max_draft_nodes);
   visit(FlagInfo{g,
                  "acceptance",
                  "of drafts: gumbel keeps a seed's text, rejection its distribution; typical CHANGES THE DISTRIBUTION",
@@ -130,9 +131,8 @@ void VisitSpeculationFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
         o.draft_depth);
   visit(FlagInfo{g, "draft-top-k",
-                 "children of a node of their trees; 1: chains. On a GPU always a chain with the tokens beside its "
-                 "nodes, at least 4",
-                 1, 63},
+                 "children of a node of their trees; 1: chains; 0: 1 on a CPU, 4 on a GPU, where rows are nearly free",
+                 0, 63},
         o.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",

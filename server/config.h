@@ -58,11 +58,11 @@ struct ServerConfig {
     int max_requests_per_key = 0;  // 0: no limit
     int max_running_per_key = 0;   // 0: as many as leave slots for other keys, if there are any
     std::string speculation = "auto";
-    int max_draft_nodes = 8;
+    int max_draft_nodes = 0;  // 0: what suits the machine
     std::string acceptance = "gumbel";
     bool adaptive_speculation = true;
     int draft_depth = 6;
-    int draft_top_k = 1;
+    int draft_top_k = 0;  // 0: what suits the machine
     std::string medusa_tree = "dynamic";
   } engine;
   struct SecurityOptions {

@@ -114,19 +114,31 @@ int MaxRequests(const ServerConfig& config, const Model& model) {
                  : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
 
-// Rows are nearly free on a GPU: beside a chain, the other tokens that were thought possible are worth verifying.
-constexpr int kSiblingsOnGpu = 4;
+// Shape of draft trees when nobody said. Rows are nearly free on a GPU: beside the likeliest path, the other tokens that a
+// drafter thought possible are worth verifying.
+int DraftTopK(const ServerConfig& config, const Machine& machine) {
+  constexpr int kOnCpu = 1, kOnGpu = 4;
+  if (config.engine.draft_top_k > 0) return config.engine.draft_top_k;
+  return machine.cuda == nullptr ? kOnCpu : kOnGpu;
+}
+
+int MaxDraftNodes(const ServerConfig& config, const Machine& machine) {
+  constexpr int kOnCpu = 8, kOnGpu = 16;
+  if (config.engine.max_draft_nodes > 0) return config.engine.max_draft_nodes;
+  return machine.cuda == nullptr ? kOnCpu : kOnGpu;
+}
 
 absl::StatusOr<std::unique_ptr<Drafter>> LoadDraft(const std::string& path, const ServerConfig& config,
                                                    const Machine& machine, int64_t vocab_size, int max_sequences) {
   auto model = LoadModel(OptionsFor(path, config.model, machine));
   if (!model.ok()) return InFile("--draft-model " + path, model.status());
   std::unique_ptr<DraftChains> chains = MakeCudaChains(**model);
-  const int top_k = chains == nullptr ? config.engine.draft_top_k : std::max(config.engine.draft_top_k, kSiblingsOnGpu);
-  auto drafter = DraftModelDrafter::Create(
-      *std::move(model), vocab_size,
-      {.max_sequences = max_sequences, .max_depth = config.engine.draft_depth, .top_k = top_k, .min_confidence = 0},
-      std::move(chains));
+  auto drafter = DraftModelDrafter::Create(*std::move(model), vocab_size,
+                                           {.max_sequences = max_sequences,
+                                            .max_depth = config.engine.draft_depth,
+                                            .top_k = DraftTopK(config, machine),
+                                            .min_confidence = 0},
+                                           std::move(chains));
   if (!drafter.ok()) return InFile("--draft-model " + path, drafter.status());
   return std::unique_ptr<Drafter>(*std::move(drafter));
 }
@@ -155,12 +167,11 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
   if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
   const std::string& dtype = config.model.weight_dtype;
-  const int depth = config.engine.draft_depth, top_k = config.engine.draft_top_k;
+  const int depth = config.engine.draft_depth, top_k = DraftTopK(config, files.machine);
   if (files.machine.cuda != nullptr) {
     auto head = LoadCudaRecurrentGuesser(files.path, files.model.get(), dtype);
     if (!head.ok()) return head.status();
-    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head),
-                                            {.max_depth = depth, .top_k = std::max(top_k, kSiblingsOnGpu)});
+    auto drafter = HeadChainDrafter::Create("recurrent", *std::move(head), {.max_depth = depth, .top_k = top_k});
     if (!drafter.ok()) return drafter.status();
     return std::unique_ptr<Drafter>(*std::move(drafter));
   }
@@ -324,6 +335,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   options.max_requests = MaxRequests(config, *files->model);
   options.prefix_cache_entries = std::min(config.engine.prefix_cache, options.max_requests);
   options.max_step_tokens = MaxStepTokens(config, files->machine);
+  options.max_draft_nodes = MaxDraftNodes(config, files->machine);
   auto drafters = LoadDrafters(*files, config, *mode, options.max_requests);
   if (!drafters.ok()) return drafters.status();
   Service::Parts parts;

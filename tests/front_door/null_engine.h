@@ -124,8 +124,9 @@ class NullModel : public Model {
 
 inline absl::StatusOr<Service::Parts> NullParts(const ServerConfig& config, std::chrono::microseconds pace,
                                                 SharedState* shared, std::function<void(const StepStats&)> observer) {
-  auto engine =
-      Engine::Create(std::make_unique<NullModel>(pace, shared), {}, EngineOptionsOf(config), std::move(observer));
+  EngineOptions options = EngineOptionsOf(config);
+  options.max_draft_nodes = 1;  // there are no drafters
+  auto engine = Engine::Create(std::make_unique<NullModel>(pace, shared), {}, options, std::move(observer));
   if (!engine.ok()) return engine.status();
   Service::Parts parts;
   parts.engine = *std::move(engine);

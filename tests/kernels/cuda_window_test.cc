@@ -153,6 +153,35 @@ TEST_P(CudaWindowTest, VerifyAndCommitMatchTheScalarReferenceAtEveryPhase) {
   }
 }
 
+// A draft's levels compute their own row only, above the rows of the levels before.
+TEST_P(CudaWindowTest, LastRowsAreThoseOfTheWholeChain) {
+  constexpr int kRows = 9;
+  const int64_t width = int64_t{shape_.heads} * shape_.d;
+  for (const int length : {0, 3, shape_.group - 2, 2 * shape_.group + 1}) {
+    state_.assign(state_.size(), 0.0f);
+    Advance(length);
+    Fill(qkv_, int64_t{kRows} * stride_, 1.0f / std::sqrt(static_cast<float>(shape_.d)));
+    const cuda::Task task{length, 0, 0, kRows, 0, 0};
+    auto shared = std::make_unique<cuda::AttentionShared>();
+    const auto verify = [&](int last_rows) {
+      std::vector<float> out(kRows * width, NAN);
+      cuda::AttentionParams params = Params(state_, out);
+      params.last_rows = last_rows;
+      for (int head = 0; head < shape_.kv_heads; ++head) {
+        cuda::VerifyBlock<0>(cuda::HostBlock{}, params, task, head, *shared);
+      }
+      return out;
+    };
+    const std::vector<float> all = verify(0);
+    for (const int last_rows : {1, 3, kRows, kRows + 1}) {
+      const std::vector<float> some = verify(last_rows);
+      const int64_t skipped = std::max(kRows - last_rows, 0) * width;
+      EXPECT_TRUE(std::equal(all.begin() + skipped, all.end(), some.begin() + skipped)) << last_rows << " rows";
+      EXPECT_TRUE(std::all_of(some.begin(), some.begin() + skipped, [](float x) { return std::isnan(x); }));
+    }
+  }
+}
+
 TEST_P(CudaWindowTest, PrefillMatchesTheScalarReference) {
   for (const int length : {0, 3, shape_.group - 1, shape_.group + 2}) {
     state_.assign(state_.size(), 0.0f);

@@ -1,36 +1,34 @@
 #include "scheduler/speculation_controller.h"
 
-#include <algorithm>
 #include <functional>
-#include <random>
 
 #include "gtest/gtest.h"
+#include "tests/scheduler/speculation_simulator.h"
 
 namespace linspec {
 namespace {
 
-// A machine and a drafter with known truth; runs the controller's closed loop on simulated time.
-struct World {
-  double row_s = 0.1, base_s = 1, request_s = 0.02;  // verify: base + row * rows + request * requests, in ms below
-  double level_s = 0.1, catch_up_s = 0.01;
-  double acceptance = 0.7;
+// A machine with one drafter of sequential levels; milliseconds.
+SimulatedMachine Machine(double row_ms, double level_ms, double base_ms = 1) {
+  SimulatedMachine machine;
+  for (int rows = 1; rows <= 64; rows *= 2) machine.row_ms.push_back(base_ms + row_ms * rows);
+  machine.request_ms = 0.02;
+  machine.drafters = {{.name = "draft", .first_ms = level_ms, .level_ms = level_ms, .catch_up_ms = 0.002}};
+  return machine;
+}
 
-  double Verify(int rows, int requests) const { return 1e-3 * (base_s + row_s * rows + request_s * requests); }
-};
-
-struct Totals {
-  double seconds = 0, tokens = 0;
-  int drafts = 0;
-  double rate() const { return tokens / seconds; }
-};
-
-SpeculationController Calibrated(const World& world) {
-  SpeculationController controller(std::vector<bool>{false});
-  for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, world.Verify(rows, 1));
-  controller.step_costs().CalibratePerRequest(1e-3 * world.request_s);
-  controller.draft_costs(0).Observe(1, 4, 1, 4e-3 * world.level_s);
-  controller.draft_costs(0).Observe(1, 4, 1000, 1e-3 * (4 * world.level_s + 1000 * world.catch_up_s));
+SpeculationController Calibrated(const SimulatedMachine& machine) {
+  SpeculationController controller(std::vector<bool>(machine.drafters.size(), false));
+  SpeculationSimulator(machine, {{0.5}}, 1, 1, 1).Calibrate(&controller, 0);
   return controller;
+}
+
+SpeculationRequest Request(uint64_t id, int max_nodes = 8, std::vector<int64_t> catch_up = {0}) {
+  return {.sequence_id = id,
+          .max_nodes = max_nodes,
+          .drafter = kAnyDrafter,
+          .catch_up_tokens = std::move(catch_up),
+          .tokens_left = 1000};
 }
 
 // A chain whose drafter states the same probability for each token.
@@ -50,121 +48,29 @@ std::vector<int32_t> Path(int accepted) {
   return path;
 }
 
-// sure: the drafter states 90 %, else 50 %, whatever the truth is.
-Totals Simulate(const World& world, int batch, int steps, SpeculationController* controller, bool sure = true) {
-  std::minstd_rand random(5);
-  std::uniform_real_distribution<double> uniform;
-  std::vector<int64_t> unseen(batch, 100);
-  Totals totals;
-  for (int s = 0; s < steps; ++s) {
-    std::vector<SpeculationRequest> requests;
-    for (int r = 0; r < batch; ++r) {
-      requests.push_back({.sequence_id = r + 1ull,
-                          .max_nodes = 8,
-                          .drafter = kAnyDrafter,
-                          .catch_up_tokens = {unseen[r]},
-                          .tokens_left = 1000});
-    }
-    const std::vector<SpeculationChoice> choices = controller->Choose(requests, 400);
-    std::vector<DraftTree> trees(batch, DraftTree::Root(0));
-    std::vector<SpeculationProposal> proposals;
-    int levels = 0;
-    int64_t catch_up = 0;
-    for (int r = 0; r < batch; ++r) {
-      if (choices[r].nodes <= 1) continue;
-      trees[r] = Chain(choices[r].nodes, sure ? 0.9f : 0.5f);
-      levels = std::max(levels, choices[r].nodes - 1);
-      catch_up += unseen[r];
-      unseen[r] = 0;
-      proposals.push_back({requests[r].sequence_id, 0, choices[r].probe, &trees[r]});
-      controller->Learn(proposals.back());
-    }
-    const double draft = 1e-3 * (world.level_s * levels + world.catch_up_s * catch_up);
-    controller->Prune(proposals, batch, draft);
-    if (levels > 0) {
-      controller->draft_costs(0).Observe(static_cast<int>(proposals.size()), levels, catch_up, draft);
-    }
-    int rows = 0;
-    for (int r = 0; r < batch; ++r) {
-      const int nodes = trees[r].num_nodes();
-      rows += nodes;
-      int accepted = 0;
-      while (accepted < nodes - 1 && uniform(random) < world.acceptance) ++accepted;
-      totals.tokens += accepted + 1;
-      totals.drafts += nodes > 1;
-      unseen[r] += accepted + 1;
-      if (nodes == 1) continue;
-      const std::vector<int32_t> path = Path(accepted);
-      controller->Observe({requests[r].sequence_id, 0, &trees[r], path, true});
-    }
-    const double verify = world.Verify(rows, batch);
-    controller->ObserveStep(rows, batch, verify);
-    totals.seconds += draft + verify;
+// Tells the controller of drafts of which `accepted` of four tokens held.
+void Watch(SpeculationController* controller, int drafter, int times, const std::function<int(int)>& accepted) {
+  for (int i = 0; i < times; ++i) {
+    DraftTree tree = Chain(5, 0.7f);
+    controller->Learn({1, drafter, false, &tree});
+    const std::vector<int32_t> path = Path(accepted(i));
+    controller->acceptance().Observe({1, drafter, &tree, path, true});
   }
-  return totals;
-}
-
-double PlainRate(const World& world, int batch) { return batch / world.Verify(batch, batch); }
-
-TEST(SpeculationControllerTest, NeverMuchSlowerThanPlainAndFasterWhereItPays) {
-  for (const double acceptance : {0.0, 0.3, 0.6, 0.9}) {
-    for (const double row_s : {0.0, 0.1, 1.0}) {
-      for (const double level_s : {0.01, 0.2, 2.0}) {
-        for (const int batch : {1, 8}) {
-          World world;
-          world.acceptance = acceptance;
-          world.row_s = row_s;
-          world.level_s = level_s;
-          SpeculationController controller = Calibrated(world);
-          const Totals totals = Simulate(world, batch, 1500, &controller);
-          EXPECT_GT(totals.rate(), 0.96 * PlainRate(world, batch))
-              << "acceptance " << acceptance << " row " << row_s << " level " << level_s << " batch " << batch;
-        }
-      }
-    }
-  }
-}
-
-TEST(SpeculationControllerTest, FreeRowsAndAGoodDrafterGiveTheFullGain) {
-  World world;
-  world.acceptance = 0.8;
-  world.row_s = 0.01;
-  world.level_s = 0.02;
-  SpeculationController controller = Calibrated(world);
-  EXPECT_GT(Simulate(world, 1, 2000, &controller).rate(), 3 * PlainRate(world, 1));
-}
-
-TEST(SpeculationControllerTest, ExpensiveRowsTurnItOffAtLargeBatch) {
-  World world;  // one row costs as much as a step: a draft can never pay
-  world.row_s = 1.0;
-  world.base_s = 0.1;
-  SpeculationController controller = Calibrated(world);
-  const Totals totals = Simulate(world, 16, 2000, &controller);
-  EXPECT_LT(totals.drafts, 2000);  // of 32,000 chances: probes only
 }
 
 TEST(SpeculationControllerTest, NoticesThatADrafterBecameGood) {
-  World world;
-  world.acceptance = 0.0;
-  SpeculationController controller = Calibrated(world);
-  Simulate(world, 2, 3000, &controller);
-  world.acceptance = 0.95;
-  Simulate(world, 2, 6000, &controller);
-  EXPECT_GT(Simulate(world, 2, 1000, &controller).rate(), 1.3 * PlainRate(world, 2));
+  SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  SpeculationSimulator simulator(Machine(0.1, 0.1), {{0.02}, {0.9}}, 2, 128, 3);
+  const double plain = simulator.RunFixed(-1, 1, 100).rate();
+  simulator.Run(&controller, 3000, 0);
+  simulator.Run(&controller, 6000, 1);
+  EXPECT_GT(simulator.Run(&controller, 1000, 1).rate(), 1.3 * plain);
 }
 
 TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
-  World world;
-  world.row_s = 0;
-  SpeculationController controller = Calibrated(world);
+  SpeculationController controller = Calibrated(Machine(0, 0.1));
   std::vector<SpeculationRequest> requests;
-  for (int r = 0; r < 4; ++r) {
-    requests.push_back({.sequence_id = r + 1ull,
-                        .max_nodes = r == 0 ? 1 : 8,
-                        .drafter = kAnyDrafter,
-                        .catch_up_tokens = {3},
-                        .tokens_left = 100});
-  }
+  for (int r = 0; r < 4; ++r) requests.push_back(Request(r + 1, r == 0 ? 1 : 8));
   const auto drafted = [](const std::vector<SpeculationChoice>& choices) {
     int rows = 0;
     for (const SpeculationChoice& choice : choices) rows += choice.nodes - 1;
@@ -176,55 +82,117 @@ TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
     EXPECT_EQ(choices[0].nodes, 1);
     for (const SpeculationChoice& choice : choices) EXPECT_LE(choice.nodes, 8);
   }
+  EXPECT_GT(drafted(controller.Choose(requests, 100)), 0);
 }
 
 TEST(SpeculationControllerTest, NodesGoToTheRequestThatAcceptsThem) {
-  World world;
-  world.row_s = 0.15;
-  world.base_s = 0.5;
-  SpeculationController controller = Calibrated(world);
+  SpeculationController controller = Calibrated(Machine(0.15, 0.1, 0.5));
   const DraftTree drafted = Chain(5, 0.7f);
   const std::vector<int32_t> all = Path(4), none = Path(0);
   for (int i = 0; i < 60; ++i) {
-    controller.Observe({1, 0, &drafted, all, true});
-    controller.Observe({2, 0, &drafted, none, true});
+    controller.acceptance().Observe({1, 0, &drafted, all, true});
+    controller.acceptance().Observe({2, 0, &drafted, none, true});
   }
+  const std::vector<SpeculationRequest> requests = {Request(1), Request(2)};
+  controller.Choose(requests, 100);
   std::vector<DraftTree> trees = {Chain(8, 0.7f), Chain(8, 0.7f)};
   const std::vector<SpeculationProposal> proposals = {{1, 0, false, &trees[0]}, {2, 0, false, &trees[1]}};
-  controller.Prune(proposals, 2, 0);
+  controller.Prune(proposals, 2);
   EXPECT_GT(trees[0].num_nodes(), 4);
   EXPECT_LE(trees[1].num_nodes(), 2);
 }
 
 TEST(SpeculationControllerTest, PruningKeepsTheLikeliestPathsOfATree) {
-  World world;
-  world.row_s = 0.3;
-  SpeculationController controller = Calibrated(world);
+  SpeculationController controller =
+      Calibrated(Machine(0.4, 10));  // too slow to be used: the price is plain decoding's
+  const SpeculationRequest request = Request(1);
+  controller.Choose({&request, 1}, 100);
   DraftTree tree = DraftTree::Root(5);
   const int likely = tree.Add(1, 0), unlikely = tree.Add(2, 0), below = tree.Add(3, likely);
   tree.Add(4, unlikely);
   tree.probabilities = {1.0f, 0.8f, 0.15f, 0.7f, 0.1f};
   const SpeculationProposal proposal{1, 0, false, &tree};
-  EXPECT_NEAR(controller.ExpectedTokens(proposal, 0), 0.8 + 0.15 + 0.7 + 0.1, 1e-6);
-  EXPECT_NEAR(controller.ExpectedTokens(proposal, 0.5f), 1.5, 1e-6);
-  controller.Prune({&proposal, 1}, 1, 0);
+  const double row = 0.4 / 1.4;  // of a plain step
+  EXPECT_NEAR(controller.Gain(proposal, 1), 0.8 + 0.7 - 2 * row, 1e-6);
+  controller.Prune({&proposal, 1}, 1);
   EXPECT_EQ(tree.tokens, (std::vector<int32_t>{5, 1, 3}));
   EXPECT_EQ(tree.parents, (std::vector<int32_t>{-1, 0, 1}));
   EXPECT_EQ(tree.probabilities, (std::vector<float>{1.0f, 0.8f, 0.7f}));
   EXPECT_EQ(below, 3);
 }
 
-TEST(SpeculationControllerTest, ProbesAndIndependentDrawsStayWhole) {
-  World world;
-  world.row_s = 100;
-  SpeculationController controller = Calibrated(world);
-  for (const bool probe : {false, true}) {
+TEST(SpeculationControllerTest, OfATrialOneNodeStaysAndIndependentDrawsStayWhole) {
+  SpeculationController controller = Calibrated(Machine(100, 0.1));
+  const SpeculationRequest request = Request(1);
+  controller.Choose({&request, 1}, 100);
+  for (const bool trial : {false, true}) {
     DraftTree tree = Chain(4, 0.2f);
-    if (!probe) tree.distributions.resize(4);
-    const SpeculationProposal proposal{1, 0, probe, &tree};
-    controller.Prune({&proposal, 1}, 1, 0);
-    EXPECT_EQ(tree.num_nodes(), 4);
+    if (!trial) tree.distributions.resize(4);
+    const SpeculationProposal proposal{1, 0, trial, &tree};
+    controller.Prune({&proposal, 1}, 1);
+    EXPECT_EQ(tree.num_nodes(), trial ? 2 : 4);
   }
+}
+
+TEST(SpeculationControllerTest, PicksTheBetterDrafter) {
+  SimulatedMachine machine = Machine(0.01, 0.25);
+  machine.drafters.push_back(machine.drafters[0]);
+  machine.drafters[1].first_ms = machine.drafters[1].level_ms = 0.025;
+  SpeculationController controller = Calibrated(machine);
+  const SpeculationRequest request = Request(1, 8, {3, 3});
+  const auto chosen = [&] {
+    for (int step = 0; step < 16; ++step) controller.Choose({&request, 1}, 100);
+    return controller.Choose({&request, 1}, 100)[0].drafter;
+  };
+  Watch(&controller, 0, 200, [](int) { return 3; });
+  Watch(&controller, 1, 200, [](int i) { return i * 0; });
+  EXPECT_EQ(chosen(), 0);
+  Watch(&controller, 0, 400, [](int) { return 0; });
+  Watch(&controller, 1, 400, [](int i) { return i % 2 * 2; });
+  EXPECT_EQ(chosen(), 1);
+}
+
+TEST(SpeculationControllerTest, ADrafterThatCostsNothingIsLeftToWhoeverAsksIt) {
+  SpeculationController controller({true, false});
+  for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
+  const SpeculationRequest request = Request(1, 8, {3, 3});
+  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 1);
+  SpeculationController alone(std::vector<bool>{true});
+  for (int rows = 1; rows <= 64; rows *= 2) alone.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
+  const SpeculationRequest only = Request(1);
+  EXPECT_EQ(alone.Choose({&only, 1}, 100)[0].nodes, 1);
+  DraftTree tree = Chain(4, 0.9f);
+  EXPECT_GT(alone.Gain({1, 0, false, &tree}, 1), 1);
+}
+
+TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
+  SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  SpeculationRequest request = Request(1);
+  request.catch_up_tokens = {4};
+  EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+  request.catch_up_tokens = {20000};
+  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+}
+
+TEST(SpeculationControllerTest, TrialsAreRunsAndCostTheirShare) {
+  const SimulatedMachine machine = Machine(0.1, 0.5);
+  SpeculationController controller = Calibrated(machine);
+  Watch(&controller, 0, 200, [](int) { return 0; });  // it is no good
+  const SpeculationRequest request = Request(1);
+  std::vector<int> runs = {0};
+  const int steps = 20000;
+  int tried = 0;
+  for (int step = 0; step < steps; ++step) {
+    const SpeculationChoice choice = controller.Choose({&request, 1}, 400)[0];
+    ASSERT_TRUE(choice.nodes == 1 || choice.trial);
+    runs.back() += choice.trial;
+    tried += choice.trial;
+    if (!choice.trial && runs.back() > 0) runs.push_back(0);
+  }
+  ASSERT_GT(runs.size(), 5u);
+  runs.pop_back();
+  EXPECT_EQ(runs, std::vector<int>(runs.size(), 8));
+  EXPECT_LT(0.5 * tried, 0.01 * 1.1 * steps);  // a trial loses at least its level
 }
 
 TEST(CalibrationTest, BelievesTheDrafterUntilItKnowsBetter) {
@@ -236,57 +204,6 @@ TEST(CalibrationTest, BelievesTheDrafterUntilItKnowsBetter) {
   EXPECT_LE(calibration.Correct(1.0), 1.0);
 }
 
-// Tells the controller of drafts of which `accepted` of four tokens held.
-void Watch(SpeculationController* controller, int drafter, int times, const std::function<int(int)>& accepted) {
-  for (int i = 0; i < times; ++i) {
-    DraftTree tree = Chain(5, 0.7f);
-    controller->Learn({1, drafter, false, &tree});
-    const std::vector<int32_t> path = Path(accepted(i));
-    controller->Observe({1, drafter, &tree, path, true});
-  }
-}
-
-TEST(SpeculationControllerTest, PicksTheBetterDrafter) {
-  SpeculationController controller({false, false});
-  for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
-  controller.draft_costs(0).Observe(1, 4, 1, 1e-3);
-  controller.draft_costs(1).Observe(1, 4, 1, 1e-4);
-  Watch(&controller, 0, 200, [](int) { return 3; });
-  Watch(&controller, 1, 200, [](int i) { return i * 0; });
-  const SpeculationRequest request{
-      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {3, 3}, .tokens_left = 100};
-  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 0);
-  Watch(&controller, 0, 400, [](int) { return 0; });
-  Watch(&controller, 1, 400, [](int i) { return i % 2 * 2; });
-  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 1);
-}
-
-TEST(SpeculationControllerTest, ADrafterThatCostsNothingIsNoChoiceWhileThereIsAnother) {
-  SpeculationController controller({true, false});
-  for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
-  const SpeculationRequest request{
-      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {3, 3}, .tokens_left = 100};
-  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 1);
-  SpeculationController alone(std::vector<bool>{true});
-  for (int rows = 1; rows <= 64; rows *= 2) alone.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
-  const SpeculationRequest only{
-      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {3}, .tokens_left = 100};
-  EXPECT_EQ(alone.Choose({&only, 1}, 100)[0].drafter, 0);
-  EXPECT_GT(alone.Choose({&only, 1}, 100)[0].nodes, 1);
-}
-
-TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
-  World world;
-  world.acceptance = 0.5;
-  world.catch_up_s = 0.1;
-  SpeculationController controller = Calibrated(world);
-  SpeculationRequest request{
-      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {4}, .tokens_left = 1000};
-  EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
-  request.catch_up_tokens = {20000};
-  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
-}
-
 TEST(StepCostsTest, InterpolatesExtrapolatesAndLearns) {
   StepCosts costs;
   EXPECT_EQ(costs.Estimate(4, 1), 0);
@@ -294,10 +211,8 @@ TEST(StepCostsTest, InterpolatesExtrapolatesAndLearns) {
   EXPECT_NEAR(costs.Estimate(1, 1), 1.01, 1e-9);
   EXPECT_NEAR(costs.Estimate(24, 1), 1.24, 1e-9);
   EXPECT_NEAR(costs.Estimate(200, 1), 3.0, 1e-9);
-  for (int i = 0; i < 200; ++i) costs.Observe(24, 1, 2.0);
-  EXPECT_NEAR(costs.Estimate(24, 1), 2.0, 0.4);
-  for (int i = 0; i < 200; ++i) costs.Observe(512, 1, 9.0);
-  EXPECT_NEAR(costs.Estimate(512, 1), 9.0, 0.1);
+  for (int i = 0; i < 400; ++i) costs.Observe(24, 1, 2.0);
+  EXPECT_NEAR(costs.Estimate(24, 1), 2.0, 0.05);
 }
 
 TEST(StepCostsTest, WhatIsNotMeasuredFollowsTheMachine) {
@@ -305,7 +220,7 @@ TEST(StepCostsTest, WhatIsNotMeasuredFollowsTheMachine) {
   for (int rows = 1; rows <= 64; rows *= 2) costs.Calibrate(rows, 1.0 + 0.1 * rows);
   costs.CalibratePerRequest(0.2);
   for (int i = 0; i < 300; ++i) costs.Observe(1, 1, 0.55);  // twice as fast as before
-  EXPECT_NEAR(costs.Estimate(1, 1), 0.55, 1e-3);
+  EXPECT_NEAR(costs.Estimate(1, 1), 0.55, 5e-3);
   EXPECT_NEAR(costs.Estimate(8, 1), 0.9, 1e-2);
   EXPECT_NEAR(costs.Estimate(8, 3), 1.1, 1e-2);
 
@@ -313,24 +228,34 @@ TEST(StepCostsTest, WhatIsNotMeasuredFollowsTheMachine) {
   for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1.0);
   controller.draft_costs(0).Observe(1, 2, 0, 0.4);
   for (int i = 0; i < 300; ++i) controller.ObserveStep(1, 1, 2.0);
-  EXPECT_NEAR(controller.draft_costs(0).PerLevel(1), 0.4, 1e-2);
+  EXPECT_NEAR(controller.draft_costs(0).Seconds(1, 2), 0.8, 2e-2);
 }
 
-TEST(SpeculationControllerTest, ADrafterIsTriedForSomeStepsInARow) {
-  World world;
-  world.row_s = 10;  // far too expensive to be used
-  SpeculationController controller = Calibrated(world);
-  const SpeculationRequest request{
-      .sequence_id = 1, .max_nodes = 8, .drafter = kAnyDrafter, .catch_up_tokens = {0}, .tokens_left = 1000};
-  std::vector<int> runs = {0};
-  for (int step = 0; step < 20000; ++step) {
-    const bool probe = controller.Choose({&request, 1}, 400)[0].probe;
-    if (probe) ++runs.back();
-    if (!probe && runs.back() > 0) runs.push_back(0);
+// Two rows really cost 1.3 times one, not 1.05 times, and the machine slows down meanwhile: some plain steps tell.
+TEST(StepCostsTest, PlainStepsInBetweenCorrectTheRatioWhileTheMachineChanges) {
+  StepCosts costs;
+  for (int rows = 1; rows <= 64; rows *= 2) costs.Calibrate(rows, 1.0 + 0.05 * (rows - 1));
+  for (int i = 0; i < 600; ++i) {
+    const double machine = std::exp(0.001 * i);
+    const bool plain = i % 60 < 8;
+    costs.Observe(plain ? 1 : 2, 1, machine * (plain ? 1.0 : 1.3));
   }
-  ASSERT_GT(runs.size(), 3u);
-  runs.pop_back();
-  EXPECT_EQ(runs, std::vector<int>(runs.size(), 3));
+  EXPECT_NEAR(costs.Estimate(2, 1) / costs.Estimate(1, 1), 1.3, 0.03);
+  EXPECT_NEAR(costs.Estimate(1, 1), std::exp(0.6), 0.1);
+}
+
+TEST(DraftCostsTest, KnowsTheFirstLevelFromTheFurtherOnes) {
+  DraftCosts costs;
+  EXPECT_FALSE(costs.Knows(1));
+  costs.Observe(1, 4, 0, 1.3);
+  for (int i = 0; i < 300; ++i) costs.Observe(1, i % 2 == 0 ? 4 : 1, 0, i % 2 == 0 ? 1.3 : 1.0);
+  EXPECT_NEAR(costs.Seconds(1, 1), 1.0, 0.02);
+  EXPECT_NEAR(costs.PerLevel(1), 0.1, 0.01);
+  EXPECT_NEAR(costs.Seconds(4, 1), 4.0, 0.1);  // not measured: the worst
+  costs.Observe(4, 1, 0, 1.5);
+  EXPECT_NEAR(costs.Seconds(4, 4), 1.5 * 1.3, 0.1);
+  costs.Observe(1, 1, 1000, 3.0);
+  EXPECT_NEAR(costs.PerCatchUpToken(), 0.002, 1e-4);
 }
 
 }  // namespace

@@ -1,0 +1,279 @@
+// The controller's closed loop on simulated time: a machine whose costs are known, drafters whose acceptance is known, and
+// requests that come and go. Deterministic: times are computed, never measured.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "scheduler/speculation_controller.h"
+
+namespace linspec {
+
+struct SimulatedDrafter {
+  std::string name;
+  double first_ms = 0, level_ms = 0;  // of one context
+  double more_contexts = 0;           // share of that for each further context
+  double catch_up_ms = 0;             // of a token
+  double decay = 0.85;                // acceptance of a level beside that of the level above
+  int siblings = 0;                   // tokens beside each of the chain, as the second guess
+  int depth = 6;
+
+  double Ms(int contexts, int levels) const {
+    return (first_ms + level_ms * (levels - 1)) * (1 + more_contexts * (contexts - 1));
+  }
+};
+
+struct SimulatedMachine {
+  std::vector<double> row_ms;           // at 1, 2, 4, ... rows of one request
+  double request_ms = 0;                // each further request
+  double any_draft = 1;                 // factor on steps with more rows than requests
+  std::function<int(int)> padded = {};  // rows that a step of so many rows computes
+  double noise = 0.05;                  // standard deviation of the logarithm of a step's time
+  double interruptions = 0.01;          // share of steps that take three times as long
+  double drift = 0.002;                 // per step, of the logarithm of the machine's speed
+  std::vector<SimulatedDrafter> drafters;
+
+  double VerifyMs(int rows, int requests) const {
+    const double computed = padded ? padded(rows) : rows;
+    const int below = std::clamp(static_cast<int>(std::log2(computed)), 0, static_cast<int>(row_ms.size()) - 2);
+    const double share = computed / std::ldexp(1.0, below) - 1;
+    const double ms = row_ms[below] + share * (row_ms[below + 1] - row_ms[below]) + request_ms * (requests - 1);
+    return rows > requests ? ms * any_draft : ms;
+  }
+};
+
+// [drafter] how often the best child of the root is right, for the text of a request.
+using SimulatedText = std::vector<double>;
+
+class SpeculationSimulator {
+ public:
+  struct Totals {
+    double ms = 0, tokens = 0;
+    int64_t drafts = 0;
+    double rate() const { return tokens / ms; }
+  };
+
+  SpeculationSimulator(const SimulatedMachine& machine, std::vector<SimulatedText> texts, int batch, int max_tokens,
+                       uint32_t seed)
+      : machine_(machine), texts_(std::move(texts)), batch_(batch), max_tokens_(max_tokens), random_(seed) {}
+
+  // The start-up measurements, wrong by `error` (a factor each, at random).
+  void Calibrate(SpeculationController* controller, double error) {
+    std::normal_distribution<double> normal;
+    const auto wrong = [&] { return 1e-3 * std::exp(error * normal(random_)); };
+    for (int rows = 1; rows <= 64; rows *= 2) {
+      controller->step_costs().Calibrate(rows, machine_.VerifyMs(rows, 1) * wrong());
+    }
+    controller->step_costs().CalibratePerRequest(machine_.request_ms * wrong());
+    for (size_t d = 0; d < machine_.drafters.size(); ++d) {
+      const SimulatedDrafter& drafter = machine_.drafters[d];
+      for (int contexts = 1; contexts <= 16; contexts *= 2) {
+        for (const int levels : {4, 1}) {
+          controller->draft_costs(static_cast<int>(d))
+              .Observe(contexts, levels, 0, drafter.Ms(contexts, levels) * wrong());
+        }
+      }
+      controller->draft_costs(static_cast<int>(d))
+          .Observe(1, 1, 1000, (drafter.Ms(1, 1) + 1000 * drafter.catch_up_ms) * wrong());
+    }
+  }
+
+  // Text number `text` for all requests that start; -1: each another.
+  Totals Run(SpeculationController* controller, int steps, int text = -1) {
+    Totals totals;
+    for (int step = 0; step < steps; ++step) {
+      Refill(controller, text);
+      const std::vector<SpeculationRequest> requests = Describe();
+      Step(requests, controller->Choose(requests, 1000), controller, &totals);
+    }
+    return totals;
+  }
+
+  // One drafter always, with so many nodes; drafter -1: plain.
+  Totals RunFixed(int drafter, int nodes, int steps, int text = -1) {
+    Totals totals;
+    for (int step = 0; step < steps; ++step) {
+      Refill(nullptr, text);
+      const std::vector<SpeculationRequest> requests = Describe();
+      std::vector<SpeculationChoice> choices(requests.size());
+      for (size_t r = 0; r < requests.size() && drafter >= 0; ++r) {
+        choices[r] = {.drafter = drafter, .nodes = std::min(nodes, requests[r].max_nodes)};
+      }
+      Step(requests, choices, nullptr, &totals);
+    }
+    return totals;
+  }
+
+ private:
+  struct Running {
+    uint64_t id;
+    const SimulatedText* text;
+    int tokens_left;
+    std::vector<int64_t> unseen;  // [drafter]
+  };
+
+  void Refill(SpeculationController* controller, int text) {
+    std::erase_if(running_, [&](const Running& request) {
+      if (request.tokens_left <= 0 && controller != nullptr) controller->acceptance().Forget(request.id);
+      return request.tokens_left <= 0;
+    });
+    while (std::ssize(running_) < batch_) {
+      const size_t which = text >= 0 ? text : next_id_ % texts_.size();
+      const int tokens = running_.empty() || batch_ == 1 ? max_tokens_ : 1 + static_cast<int>(random_() % max_tokens_);
+      running_.push_back({next_id_++, &texts_[which], tokens, std::vector<int64_t>(machine_.drafters.size(), 80)});
+    }
+  }
+
+  std::vector<SpeculationRequest> Describe() const {
+    std::vector<SpeculationRequest> requests;
+    for (const Running& request : running_) {
+      SpeculationRequest description{.sequence_id = request.id,
+                                     .max_nodes = std::min(max_nodes, request.tokens_left),
+                                     .drafter = kAnyDrafter,
+                                     .catch_up_tokens = request.unseen,
+                                     .tokens_left = request.tokens_left};
+      for (size_t d = 0; d < machine_.drafters.size(); ++d) {
+        if (machine_.drafters[d].catch_up_ms == 0) description.catch_up_tokens[d] = 0;
+      }
+      requests.push_back(std::move(description));
+    }
+    return requests;
+  }
+
+  double Uniform() { return std::uniform_real_distribution<double>()(random_); }
+
+  // A chain and other guesses beside each of its nodes. levels: computed.
+  DraftTree Draft(const SimulatedDrafter& drafter, double quality, const SpeculationChoice& choice, int* levels) {
+    struct Node {
+      double stated, truth;
+      int parent;
+    };
+    std::vector<Node> nodes = {{1, 1, -1}};
+    double path = 1, mean = quality;
+    int parent = 0;
+    *levels = 0;
+    for (int level = 0; level < std::min({drafter.depth, choice.nodes - 1, choice.max_levels});
+         ++level, mean *= drafter.decay) {
+      if (level > 0 && path * 0.65 < choice.min_level_probability) break;
+      ++*levels;
+      const double spread = 0.9 * std::min(mean, 1 - mean);
+      const double p = mean + spread * (2 * Uniform() - 1);
+      const double stated = std::pow(p, 0.7);  // drafters are too sure of themselves
+      const int above = parent;
+      if (path * stated < choice.min_probability) break;
+      parent = static_cast<int>(nodes.size());
+      nodes.push_back({path * stated, p, above});
+      for (int s = 0; s < drafter.siblings; ++s) {
+        const double share = std::pow(0.5, s + 1);
+        if (path * (1 - stated) * share >= choice.min_probability) {
+          nodes.push_back({path * (1 - stated) * share, 0.8 * (1 - p) * share, above});
+        }
+      }
+      path *= stated;
+    }
+    std::vector<int> order;
+    for (size_t i = 1; i < nodes.size(); ++i) order.push_back(static_cast<int>(i));
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return nodes[a].stated > nodes[b].stated; });
+    order.resize(std::min<size_t>(order.size(), choice.nodes - 1));
+    DraftTree tree = DraftTree::Root(0);
+    tree.probabilities = {1.0f};
+    std::vector<int> place(nodes.size(), 0);
+    for (const int i : order) {
+      place[i] = tree.Add(static_cast<int32_t>(std::lround(1e6 * nodes[i].truth)), place[nodes[i].parent]);
+      tree.probabilities.push_back(static_cast<float>(nodes[i].stated));
+    }
+    return tree;
+  }
+
+  // A node's token says how likely it is, in millionths, so that this survives pruning.
+  std::vector<int32_t> Walk(const DraftTree& tree) {
+    std::vector<int32_t> path = {0};
+    for (bool moved = true; moved;) {
+      moved = false;
+      double draw = 1e6 * Uniform();
+      for (int child = path.back() + 1; child < tree.num_nodes() && !moved; ++child) {
+        if (tree.parents[child] != path.back()) continue;
+        moved = draw < tree.tokens[child];
+        draw -= tree.tokens[child];
+        if (moved) path.push_back(child);
+      }
+    }
+    return path;
+  }
+
+  void Step(std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices,
+            SpeculationController* controller, Totals* totals) {
+    const int batch = static_cast<int>(requests.size());
+    std::vector<DraftTree> trees(batch, DraftTree::Root(0));
+    std::vector<SpeculationProposal> proposals;
+    double draft_ms = 0;
+    for (int d = 0; d < static_cast<int>(machine_.drafters.size()); ++d) {
+      const SimulatedDrafter& drafter = machine_.drafters[d];
+      int contexts = 0, levels = 0;
+      int64_t catch_up = 0;
+      std::vector<int> drafted, computed;
+      for (int r = 0; r < batch; ++r) {
+        if (choices[r].nodes <= 1 || choices[r].drafter != d) continue;
+        int own = 0;
+        trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
+        levels = std::max(levels, own);
+        ++contexts;
+        catch_up += requests[r].catch_up_tokens[d];
+        running_[r].unseen[d] = 0;
+        drafted.push_back(r);
+      }
+      if (contexts == 0) continue;
+      const double ms = drafter.Ms(contexts, levels) + drafter.catch_up_ms * static_cast<double>(catch_up);
+      draft_ms += ms;
+      if (controller == nullptr) continue;
+      for (const int r : drafted) {
+        controller->Learn(
+            {requests[r].sequence_id, d, choices[r].trial, &trees[r], trees[r].Depth() >= choices[r].max_levels});
+        if (trees[r].num_nodes() > 1) proposals.push_back({requests[r].sequence_id, d, choices[r].trial, &trees[r]});
+      }
+      controller->draft_costs(d).Observe(contexts, levels, catch_up, 1e-3 * ms * Noise());
+    }
+    if (controller != nullptr) controller->Prune(proposals, batch);
+    int rows = 0;
+    for (int r = 0; r < batch; ++r) {
+      rows += trees[r].num_nodes();
+      const std::vector<int32_t> path = Walk(trees[r]);
+      const int tokens = std::min<int>(static_cast<int>(path.size()), running_[r].tokens_left);
+      totals->tokens += tokens;
+      totals->drafts += trees[r].num_nodes() > 1;
+      running_[r].tokens_left -= tokens;
+      for (int64_t& unseen : running_[r].unseen) unseen += tokens;
+      if (controller == nullptr || trees[r].num_nodes() == 1) continue;
+      controller->acceptance().Observe(
+          {requests[r].sequence_id, choices[r].drafter, &trees[r], path, running_[r].tokens_left > 0});
+    }
+    // Noise and drift mislead the controller; what counts is what the steps take without them.
+    const double verify_ms = machine_.VerifyMs(rows, batch);
+    totals->ms += verify_ms + draft_ms;
+    if (controller != nullptr) controller->ObserveStep(rows, batch, 1e-3 * verify_ms * Noise());
+  }
+
+  double Noise() {
+    std::normal_distribution<double> normal;
+    speed_ = std::clamp(speed_ + machine_.drift * normal(random_), -0.7, 0.7);
+    return std::exp(speed_ + machine_.noise * normal(random_)) * (Uniform() < machine_.interruptions ? 3 : 1);
+  }
+
+ public:
+  int max_nodes = 8;
+
+ private:
+  const SimulatedMachine machine_;
+  const std::vector<SimulatedText> texts_;
+  const int batch_, max_tokens_;
+  std::mt19937 random_;
+  std::vector<Running> running_;
+  uint64_t next_id_ = 1;
+  double speed_ = 0;  // logarithm
+};
+
+}  // namespace linspec
