@@ -1,5 +1,6 @@
-// Scratch memory of DeviceModel: what steps of a size take, and what of it shares one arena because it never lives at the
-// same time. 7B: 1.05 MB (bf16 states: half) a row of a verify for k and v of all layers, which a commit reads; 0.2 MB a row else.
+// Scratch memory of DeviceModel: what steps of a size take, and what of it shares one arena because it never lives at
+// the same time. 7B: 1.05 MB (bf16 states: half) a row of a verify for k and v of all layers, which a commit reads; 0.2
+// MB a row else.
 #include <algorithm>
 
 #include "kernels/cuda/device_model.h"

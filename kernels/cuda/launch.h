@@ -14,14 +14,14 @@ namespace linspec::cuda {
 // Slots need not be cleared: nothing of a slot is read before it was written.
 //
 // Verify reads `tasks` and S before the kernel in front of it in the stream has ended (pdl.h): what wrote those must be
-// older than that kernel. It never writes state. Commit appends accepted rows and folds. Prefill is verify and commit of
-// a chain of any length; it needs AttentionParams::scratch.
+// older than that kernel. It never writes state. Commit appends accepted rows and folds. Prefill is verify and commit
+// of a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 
-// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`, its states
-// are all bf16 or all fp32.
+// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`, its
+// states are all bf16 or all fp32.
 void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
                         int num_tasks, cudaStream_t stream);
 

@@ -1,9 +1,9 @@
 // S of one head, spread over the registers of a block of 8 warps in the layout of the tensor cores' operands.
 //
 // kColumns of the d columns, a multiple of 32 (kDim: all): warp w owns 32 of them, slice w % (kColumns / 32), and part
-// w / (kColumns / 32) of the rows. Lane 4 g + c holds, for each
-// step s of 16 rows, rows 16 s + 4 c + 0..3 and columns 4 g + 0..3 of the slice: 16-byte loads, four whole 128-byte
-// lines a warp. The same registers are A of q S (held_state.h; transposed: rows of A are columns of S) and C of the fold.
+// w / (kColumns / 32) of the rows. Lane 4 g + c holds, for each step s of 16 rows, rows 16 s + 4 c + 0..3 and columns 4
+// g + 0..3 of the slice: 16-byte loads, four whole 128-byte lines a warp. The same registers are A of q S
+// (held_state.h; transposed: rows of A are columns of S) and C of the fold.
 #pragma once
 
 #include "kernels/cuda/block.h"

@@ -16,9 +16,9 @@ __device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x itself
-// as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the mask comes
-// from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
+// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x
+// itself as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the
+// mask comes from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
 static __constant__ uint32_t high_mask = 0xFFFFE000u;
 
 template <int kSize, bool kPinned = false>
@@ -184,7 +184,8 @@ struct CopyBarrier {
   }
 };
 
-// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the data.
+// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the
+// data.
 __device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])

@@ -4,11 +4,11 @@
 //
 // An item is two phases with a barrier after each, and what a phase has used up is asked for again at once: q S and the
 // weights (then S, keys and queries of the next item travel), then the weighted values (then its values). So loads are
-// under way all the time, and a block waits for memory only. A block starts while the kernel before it runs: S, rings and
-// tasks are older than that.
+// under way all the time, and a block waits for memory only. A block starts while the kernel before it runs: S, rings
+// and tasks are older than that.
 //
-// Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in and
-// 0.5 KB out. Reached: docs/cuda_attention.md.
+// Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in
+// and 0.5 KB out. Reached: docs/cuda_attention.md.
 #include <algorithm>
 
 #include "kernels/cuda/attention_kernels.h"
@@ -19,8 +19,8 @@
 namespace linspec::cuda {
 namespace {
 
-// Rows of an item: 1; 8, the columns of the tensor cores' B operand; or 16 where two blocks have no room for the window of
-// a large tree, and one has registers to spare.
+// Rows of an item: 1; 8, the columns of the tensor cores' B operand; or 16 where two blocks have no room for the window
+// of a large tree, and one has registers to spare.
 constexpr int kTreeRows = 8, kLargeTreeRows = 16;
 constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 

@@ -11,8 +11,8 @@ struct VerifyWork {
   int tokens;         // capacity of a window: ring and nodes
 };
 
-// Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it are
-// the history, which only taps reach.
+// Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it
+// are the history, which only taps reach.
 struct Item {
   const void* state;                    // S of the head; base of all states where S is not read
   const void* ring;                     // keys of the head; its values follow all heads' keys

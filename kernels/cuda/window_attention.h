@@ -69,8 +69,8 @@ struct AttentionParams {
   StateView states;
   const Task* tasks;  // [num_tasks]
   const float* qkv;   // [rows, (H + 2 Hkv) d]
-  // [rows, 2 Hkv d] in the type of the states: k and v, where they are not those in qkv. With bf16 states verify and commit
-  // need it, and prefill needs k and v in qkv to be rounded to bf16.
+  // [rows, 2 Hkv d] in the type of the states: k and v, where they are not those in qkv. With bf16 states verify and
+  // commit need it, and prefill needs k and v in qkv to be rounded to bf16.
   const void* kv = nullptr;
   const uint64_t* ancestors;  // [rows] bit j: node j of the request is the row or above it; null: chains
   const int32_t* paths;       // accepted nodes, indices inside the request

@@ -2,8 +2,8 @@
 // fp32 FMAs in the order of the tokens.
 //
 // Rows of a tile are (node, query head) pairs of one kv head, node-major. Token t of the window (ring, then tree rows
-// of the call) has its key and value in shared memory at row t. A row's ancestors stand by ascending position, and tokens
-// of weight 0 change no bit: so a row's bits depend on its own path only.
+// of the call) has its key and value in shared memory at row t. A row's ancestors stand by ascending position, and
+// tokens of weight 0 change no bit: so a row's bits depend on its own path only.
 #pragma once
 
 #include "kernels/cuda/state_element.h"
