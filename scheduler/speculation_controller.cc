@@ -15,11 +15,11 @@ constexpr int kChecks = 2;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
 constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
-constexpr double kLeastLoss = 0.1;       // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;      // of a run's time
-constexpr double kMaxCredit = 0.1;       // seconds
-constexpr int kTriedShare = 8;           // one in so many requests tries a drafter
-constexpr int64_t kCatchUpHorizon = 32;  // output tokens over which a drafter's catch-up has to pay off
+constexpr double kLeastLoss = 0.1;        // of what a trial takes: estimates are not that sure
+constexpr double kCheapTrial = 0.3;       // of the time of a run, where more than one request pays for it
+constexpr double kMaxCredit = 0.1;        // seconds
+constexpr int kTriedShare = 8;            // one in so many requests tries a drafter
+constexpr int64_t kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
 
 }  // namespace
 
@@ -108,9 +108,9 @@ void SpeculationController::EvaluateDrafter(DrafterState* drafter, int num_reque
   drafter->gain = drafter->estimate.rate() / plain;
 }
 
-void SpeculationController::Evaluate(int num_requests, int max_nodes) {
+void SpeculationController::Evaluate(int num_requests) {
   verify_.clear();
-  for (int n = 0; n < max_nodes; ++n) verify_.push_back(step_costs_.Estimate(num_requests * (1.0 + n), num_requests));
+  for (int n = 0; n < most_nodes_; ++n) verify_.push_back(step_costs_.Estimate(num_requests * (1.0 + n), num_requests));
   const int before = std::exchange(best_, kPlain);
   double highest = 0;
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
@@ -118,7 +118,7 @@ void SpeculationController::Evaluate(int num_requests, int max_nodes) {
     if (costs_nothing_[d]) continue;
     EvaluateDrafter(&drafter, num_requests);
     const double needed = drafter.pays ? 1 : std::max(kMinGain, 1 + kDoubt * drafter.estimate.doubt);
-    drafter.pays = drafter.gain > needed && max_nodes > 1;
+    drafter.pays = drafter.gain > needed;
     const double rating = drafter.gain * (d == before ? kStay : 1);
     if (!drafter.pays || rating <= highest) continue;
     highest = rating;
@@ -180,15 +180,19 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
   price_ = 0;
   if (!step_costs_.known() || !(plain > 0) || !std::isfinite(plain)) return choices;
 
+  // Requests about to end, or that want no drafts, say nothing about what pays.
+  int max_nodes = 1;
+  for (const SpeculationRequest& request : requests) max_nodes = std::max(max_nodes, request.max_nodes);
+  most_nodes_ = std::max(most_nodes_, max_nodes);
+  price_ = plain;
+  if (max_nodes == 1) return choices;
+
   const bool evaluate = --run_left_ < 0 || num_requests != run_requests_;
   if (evaluate) {
-    int max_nodes = 1;
-    for (const SpeculationRequest& request : requests) max_nodes = std::max(max_nodes, request.max_nodes);
-    Evaluate(num_requests, max_nodes);
+    Evaluate(num_requests);
     run_left_ = kRunSteps - 1;
     run_requests_ = num_requests;
   }
-  price_ = plain;
   int rows_left = max_draft_rows;
   for (int r = 0; r < num_requests; ++r) {
     const int share = rows_left / (num_requests - r);
@@ -258,7 +262,7 @@ void SpeculationController::StartTrial(std::span<const SpeculationRequest> reque
     }
     if (tried.empty()) continue;
     const double loss = catch_up + kRunSteps * TrialLoss(d, static_cast<int>(tried.size()), num_requests);
-    if (drafters_[d].trials_due > 0 && loss < kCheapTrial * kRunSteps * plain_seconds_) {
+    if (drafters_[d].trials_due > 0 && loss < (num_requests == 1 ? 1 : kCheapTrial) * kRunSteps * plain_seconds_) {
       --drafters_[d].trials_due;
     } else if (drafters_[d].credit >= loss) {
       drafters_[d].credit -= loss;

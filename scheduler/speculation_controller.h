@@ -110,7 +110,7 @@ class SpeculationController {
     std::vector<uint64_t> sequences;
   };
 
-  void Evaluate(int num_requests, int max_nodes);
+  void Evaluate(int num_requests);
   void EvaluateDrafter(DrafterState* drafter, int num_requests) const;
   SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
   int BestFor(const SpeculationRequest& request, int num_requests) const;
@@ -132,6 +132,7 @@ class SpeculationController {
   double plain_credit_ = 0;
   int checks_due_ =
       0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
+  int most_nodes_ = 1;                   // of a tree, that any request could use so far
   int run_left_ = 0, run_requests_ = 0;  // steps until the next evaluation; what the last one was for
   Trial trial_;
   bool after_trial_ = false;  // no trial in the next run

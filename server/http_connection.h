@@ -140,11 +140,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     Read();
   }
 
-  void Continue() {
-    Write("HTTP/1.1 100 Continue\r\n\r\n", [this] {
-      SetDeadline(shared_->options.header_timeout_s);
-      Read();
-    });
+  void Continue() { Write("HTTP/1.1 100 Continue\r\n\r\n", &Connection::AwaitBody); }
+
+  void AwaitBody() {
+    SetDeadline(shared_->options.header_timeout_s);
+    Read();
   }
 
   void RejectParse(Error error) {
@@ -226,9 +226,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       head_sent_ = true;
       status_ = reply.status;
       streaming_ = reply.streaming;
-      if (!streaming_) return Write(Head(reply) + (request_.method == "HEAD" ? "" : reply.body), [this] { Finish(); });
+      if (!streaming_) return Write(Head(reply) + (request_.method == "HEAD" ? "" : reply.body), &Connection::Finish);
       Read();
-      return Write(Head(reply), [this] { Advance(); });
+      return Write(Head(reply), &Connection::Advance);
     }
     std::string body;
     const auto progress = operation_->Next(&body);
@@ -241,9 +241,9 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       if (!body.empty()) frame = fmt::format("{:x}\r\n", body.size()) + body + "\r\n";
       if (done) frame += "0\r\n\r\n";
     }
-    if (done) return Write(std::move(frame), [this] { Finish(); });
+    if (done) return Write(std::move(frame), &Connection::Finish);
     if (SendAtOnce(&frame)) return;  // what comes next is told by the next notify
-    Write(std::move(frame), [this] { Advance(); });
+    Write(std::move(frame), &Connection::Advance);
   }
 
   // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. What is left
@@ -286,11 +286,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     const HttpReply reply = shared_->options.error_reply(status);
     status_ = reply.status;
     if (started_ == SteadyClock::time_point()) started_ = SteadyClock::now();
-    Write(Head(reply) + reply.body, [this] { Finish(); });
+    Write(Head(reply) + reply.body, &Connection::Finish);
   }
 
-  template <class Then>
-  void Write(std::string data, Then then) {
+  // `then` is a member, not a lambda: a type of its own for each would compile Asio's write once for each.
+  void Write(std::string data, void (Connection::*then)()) {
     if (closed_) return;
     writing_ = true;
     output_ = std::move(data);
@@ -303,7 +303,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
           if (self->closed_) return;
           if (error) return self->Close();
           self->ClearDeadline();
-          then();
+          (self.get()->*then)();
         });
   }
 

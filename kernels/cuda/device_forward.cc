@@ -41,19 +41,21 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   uint16_t* normed = normed_.as<uint16_t>();
   LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream);
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
+  // A norm runs with the product in front of it where that can be; before the first layer there is none.
+  const auto after = [&](const float* weight) {
+    return NormAfter{.weight = weight, .out = normed, .squares = squares_.as<float>()};
+  };
+  LaunchRmsNorm({.x = x,
+                 .weight = layers_[0].attention_norm,
+                 .out = nullptr,
+                 .out_bf16 = normed,
+                 .dim = shape_.hidden_size,
+                 .eps = shape_.rms_norm_eps},
+                rows, stream);
+  NormBefore before;
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
-    const auto norm = [&](const float* weight) {
-      LaunchRmsNorm({.x = x,
-                     .weight = weight,
-                     .out = nullptr,
-                     .out_bf16 = normed,
-                     .dim = shape_.hidden_size,
-                     .eps = shape_.rms_norm_eps},
-                    rows, stream);
-    };
-    norm(layer.attention_norm);
-    products_.Matmul(layer.qkv, normed, qkv(), false, rows);
+    products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
     void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
     LaunchRopeNormalize({.qkv = qkv(),
                          .angles = angles_.as<float2>(),
@@ -75,10 +77,16 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
-    products_.Matmul(layer.o, attention_.as<uint16_t>(), x, true, rows);
-    norm(layer.mlp_norm);
-    products_.GateUp(layer.gate_up, normed, gate_up(), activated(rows), rows);
-    products_.Matmul(layer.down, activated(rows), x, true, rows);
+    before = products_.AddAndNorm(layer.o, attention_.as<uint16_t>(), x, after(layer.mlp_norm), shape_.rms_norm_eps,
+                                  layer.gate_up, rows);
+    products_.GateUp(layer.gate_up, normed, gate_up(), activated(rows), rows, before);
+    if (i + 1 == shape_.num_layers) {
+      products_.Matmul(layer.down, activated(rows), x, true, rows);
+      break;
+    }
+    const LinspecCudaLayer& next = layers_[i + 1];
+    before = products_.AddAndNorm(layer.down, activated(rows), x, after(next.attention_norm), shape_.rms_norm_eps,
+                                  next.qkv, rows);
   }
 }
 

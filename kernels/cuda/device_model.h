@@ -83,12 +83,12 @@ class DeviceModel {
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
-  // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_ for a step of one kind.
-  using ScratchSizes = std::array<int64_t, 8>;
+  // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_ for a step of one kind.
+  using ScratchSizes = std::array<int64_t, 9>;
   ScratchSizes VerifySizes(int64_t rows, int64_t kept_rows) const;
   ScratchSizes PrefillSizes(int64_t rows, int64_t groups) const;
   ScratchSizes LargestSizes(const LinspecCudaStepSize& size) const;
-  std::array<const Buffer*, 8> ScratchBuffers() const;  // in that order
+  std::array<const Buffer*, 9> ScratchBuffers() const;  // in that order
   uint64_t ScratchStamp() const;                        // of their addresses, for captured graphs
   static int VerifyRows(int num_rows);                  // that a step of num_rows is padded to
   int32_t ReserveScratch(const ScratchSizes& sizes);
@@ -141,9 +141,9 @@ class DeviceModel {
   std::vector<LinspecCudaLayer> layers_;
   Products products_;
 
-  // Scratch [rows, ...]: residual stream, inputs of products, what lives only within a layer or at a step's end, and of
-  // the last verify or chains k and v of every layer, and the states after the final norm.
-  Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_;
+  // Scratch [rows, ...]: residual stream, inputs of products, sums of squares for norms, what lives only within a layer or
+  // at a step's end, and of the last verify or chains k and v of every layer, and the states after the final norm.
+  Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_;
   int hidden_rows_ = 0;
   int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;

@@ -28,7 +28,8 @@ DeviceModel::ScratchSizes DeviceModel::PrefillSizes(int64_t rows, int64_t groups
           std::max(attention, mlp),
           0,
           0,
-          0};
+          0,
+          rows * NormParts(shape_.hidden_size) * kF32};
 }
 
 DeviceModel::ScratchSizes DeviceModel::VerifySizes(int64_t rows, int64_t kept_rows) const {
@@ -49,8 +50,8 @@ DeviceModel::ScratchSizes DeviceModel::LargestSizes(const LinspecCudaStepSize& s
   return sizes;
 }
 
-std::array<const Buffer*, 8> DeviceModel::ScratchBuffers() const {
-  return {&x_, &normed_, &attention_, &angles_, &arena_, &kept_kv_, &hidden_, &sampled_};
+std::array<const Buffer*, 9> DeviceModel::ScratchBuffers() const {
+  return {&x_, &normed_, &attention_, &angles_, &arena_, &kept_kv_, &hidden_, &sampled_, &squares_};
 }
 
 uint64_t DeviceModel::ScratchStamp() const {
@@ -70,7 +71,7 @@ int64_t DeviceModel::ScratchBytes(const LinspecCudaStepSize& size) const {
 
 int32_t DeviceModel::ReserveScratch(const ScratchSizes& sizes) {
   LINSPEC_CUDA_TRY(products_.Reserve());
-  Buffer* const buffers[] = {&x_, &normed_, &attention_, &angles_, &arena_, &kept_kv_, &hidden_, &sampled_};
+  Buffer* const buffers[] = {&x_, &normed_, &attention_, &angles_, &arena_, &kept_kv_, &hidden_, &sampled_, &squares_};
   for (size_t i = 0; i < sizes.size(); ++i) LINSPEC_CUDA_TRY(buffers[i]->Reserve(context_, sizes[i]));
   return kLinspecCudaOk;
 }

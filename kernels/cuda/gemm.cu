@@ -19,6 +19,7 @@
 
 #include "kernels/cuda/gemm_batch.h"
 #include "kernels/cuda/gemm_ring.h"
+#include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/pdl.h"
 
 namespace linspec::cuda {
@@ -218,7 +219,9 @@ int LaunchPass(const GemmParams& p, int rows, const Device& device, cudaStream_t
 
 }  // namespace
 
-int64_t StreamingGemmWorkspaceBytes() { return kMaxTiles * sizeof(unsigned) + kPartialBytes; }
+int64_t StreamingGemmWorkspaceBytes() {
+  return kMaxTiles * sizeof(unsigned) + kPartialBytes + WgmmaGemmWorkspaceBytes();
+}
 
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream) {
   const Device& device = CurrentDevice();

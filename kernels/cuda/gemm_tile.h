@@ -76,8 +76,14 @@ struct WeightTraits<kLinspecCudaI8> : ByteWeights {
 template <>
 struct WeightTraits<kLinspecCudaFp8> : ByteWeights {
   // The e4m3 fields moved to a bf16's places are the value times 2^-120 (subnormals too); the NaN pattern becomes 480.
+  static constexpr uint32_t kTwoTo120 = 0x7B807B80u, kMinusZero = 0x80008000u;
+
+  // Bytes 0 and 2 of v; the others are zero. Sign and field are 4 bits too far right, the sign another 4.
+  __device__ static __forceinline__ uint32_t WidenPair(uint32_t v) {
+    return Fma(v * 16 + (v & 0x00800080u) * 240, kTwoTo120, kMinusZero);
+  }
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
-    constexpr uint32_t kSigns = 0x80008000u, kTwoTo120 = 0x7B807B80u, kMinusZero = 0x80008000u;
+    constexpr uint32_t kSigns = 0x80008000u;
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

@@ -71,6 +71,21 @@ void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream);
 // Index of the largest value of each row, the lowest among equals; -1 for a row that holds a NaN.
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream);
 
+// RMSNorm spread over the products around it, which then takes no launch: the product that completes a residual stream
+// leaves y * weight in bf16 and sums of squares of each kNormPart values of y; the product that reads the former
+// multiplies its results by 1 / sqrt(mean of y^2 + eps). Warpgroup products only (gemm_wgmma.h).
+inline constexpr int kNormPart = 128;
+__host__ __device__ constexpr int64_t NormParts(int64_t dim) { return (dim + kNormPart - 1) / kNormPart; }
+struct NormAfter {
+  const float* weight = nullptr;  // [N]; null: none
+  uint16_t* out = nullptr;        // [rows, N]
+  float* squares = nullptr;       // [rows, NormParts(N)]
+};
+struct NormBefore {
+  const float* squares = nullptr;  // [rows, NormParts(K)]; null: x is complete
+  float eps = 0.0f;
+};
+
 // y[m, n] (+)= scale[n] * sum_k x[m, k] w[n, k]
 struct GemmParams {
   LinspecCudaMatrix w;         // [N, K] bf16, int8 or fp8; K % 16 == 0, data aligned to 16 bytes
@@ -82,6 +97,8 @@ struct GemmParams {
   bool silu_mul = false;
   // StreamingGemmWorkspaceBytes() of device memory, zeroed once, for all products of one stream; above 8 rows.
   void* workspace = nullptr;
+  NormAfter norm_after = {};  // needs accumulate
+  NormBefore norm_before = {};
 };
 // Which row of [gate; up] (each `intermediate` rows, a multiple of 8) is row r of w for silu_mul: 8 rows of gate, the
 // same 8 of up, and so on, so that one lane of the product ends with both.

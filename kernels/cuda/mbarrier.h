@@ -43,6 +43,11 @@ __device__ __forceinline__ void CopyTile(uint32_t to, const void* map, int k, in
       : "memory");
 }
 
+// Of a tensor map that a copy will need.
+__device__ __forceinline__ void PrefetchMap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 // A multiple of 16 bytes, aligned to 16.
 __device__ __forceinline__ void CopyBytes(uint32_t to, const void* from, int bytes, uint64_t* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),

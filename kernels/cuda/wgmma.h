@@ -1,7 +1,8 @@
-// Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows from shared memory times kTokens tokens from shared
-// memory, 16 of k, bf16 with fp32 sums. Both operands lie with k innermost in the copy engine's 128-byte swizzle: rows
-// of 128 bytes, 8 of them 1,024 bytes. A thread's sums[j] are rows g, g + 8 of its warp's 16 and tokens 8 j + 2 c, + 1:
-// what OutputTile (gemm_tile.h) takes.
+// Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows times kTokens tokens, 16 of k, bf16 with fp32 sums.
+// Tokens, and weights that need no widening, lie in shared memory with k innermost in the copy engine's 128-byte swizzle:
+// rows of 128 bytes, 8 of them 1,024 bytes. Weights from registers: lane 4 g + c of the group's warp w brings rows
+// 16 w + g and + 8, k = 2 c, 2 c + 1 (words 0 and 1) and 8 further (words 2 and 3). A thread's sums[j] are rows g, g + 8
+// of its warp's 16 and tokens 8 j + 2 c, + 1: what OutputTile (gemm_tile.h) takes.
 #pragma once
 
 #include <cstdint>
@@ -25,73 +26,74 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// sums = (add ? sums : 0) + a b^T, asynchronously. All threads of the four warps.
+// sums = (add ? sums : 0) + a b^T, asynchronously. All threads of the four warps. Words of a, and sums, must stay as
+// they are until a wait.
 template <int kTokens>
 __device__ void Wgmma(float (&sums)[kTokens / 8][4], uint64_t a, uint64_t b, int add);
+template <int kTokens>
+__device__ void Wgmma(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uint64_t b, int add);
 
+// Both forms for one number of tokens; d: its sums as asm operands %0 to %(count - 1), the numbers after those follow.
 #define LINSPEC_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
+#define LINSPEC_WGMMA(tokens, list, n0, n1, n2, n3, n4, n5, ...)                                             \
+  template <>                                                                                                \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], uint64_t a, uint64_t b, int add) { \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" n2 ", 0; wgmma.mma_async.sync.aligned.m64n" #tokens       \
+                 "k16.f32.bf16.bf16 {" list "}, %" n0 ", %" n1 ", p, 1, 1, 0, 0;}"                           \
+                 : __VA_ARGS__                                                                               \
+                 : "l"(a), "l"(b), "r"(add));                                                                \
+  }                                                                                                          \
+  template <>                                                                                                \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], const uint32_t(&a)[4], uint64_t b, \
+                                                int add) {                                                   \
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %" n5 ", 0; wgmma.mma_async.sync.aligned.m64n" #tokens       \
+                 "k16.f32.bf16.bf16 {" list "}, {%" n0 ", %" n1 ", %" n2 ", %" n3 "}, %" n4 ", p, 1, 1, 0;}" \
+                 : __VA_ARGS__                                                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                            \
+  }
 
-template <>
-__device__ __forceinline__ void Wgmma<8>(float (&d)[1][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %6, 0;"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3"
-      "}, %4, %5, p, 1, 1, 0, 0;}"
-      : LINSPEC_SUMS(0)
-      : "l"(a), "l"(b), "r"(add));
-}
+#define LINSPEC_LIST_8 "%0,%1,%2,%3"
+#define LINSPEC_SUMS_8 LINSPEC_SUMS(0)
+LINSPEC_WGMMA(8, LINSPEC_LIST_8, "4", "5", "6", "7", "8", "9", LINSPEC_SUMS_8)
 
-template <>
-__device__ __forceinline__ void Wgmma<16>(float (&d)[2][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %10, 0;"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7"
-      "}, %8, %9, p, 1, 1, 0, 0;}"
-      : LINSPEC_SUMS(0), LINSPEC_SUMS(1)
-      : "l"(a), "l"(b), "r"(add));
-}
+#define LINSPEC_LIST_16 \
+  LINSPEC_LIST_8        \
+  ",%4,%5,%6,%7"
+#define LINSPEC_SUMS_16 LINSPEC_SUMS_8, LINSPEC_SUMS(1)
+LINSPEC_WGMMA(16, LINSPEC_LIST_16, "8", "9", "10", "11", "12", "13", LINSPEC_SUMS_16)
 
-template <>
-__device__ __forceinline__ void Wgmma<32>(float (&d)[4][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %18, 0;"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
-      "}, %16, %17, p, 1, 1, 0, 0;}"
-      : LINSPEC_SUMS(0), LINSPEC_SUMS(1), LINSPEC_SUMS(2), LINSPEC_SUMS(3)
-      : "l"(a), "l"(b), "r"(add));
-}
+#define LINSPEC_LIST_32 \
+  LINSPEC_LIST_16       \
+  ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define LINSPEC_SUMS_32 LINSPEC_SUMS_16, LINSPEC_SUMS(2), LINSPEC_SUMS(3)
+LINSPEC_WGMMA(32, LINSPEC_LIST_32, "16", "17", "18", "19", "20", "21", LINSPEC_SUMS_32)
 
-template <>
-__device__ __forceinline__ void Wgmma<64>(float (&d)[8][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %34, 0;"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-      "%26,%27,%28,%29,%30,%31"
-      "}, %32, %33, p, 1, 1, 0, 0;}"
-      : LINSPEC_SUMS(0), LINSPEC_SUMS(1), LINSPEC_SUMS(2), LINSPEC_SUMS(3), LINSPEC_SUMS(4), LINSPEC_SUMS(5),
-        LINSPEC_SUMS(6), LINSPEC_SUMS(7)
-      : "l"(a), "l"(b), "r"(add));
-}
+#define LINSPEC_LIST_64 \
+  LINSPEC_LIST_32       \
+  ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define LINSPEC_SUMS_64 LINSPEC_SUMS_32, LINSPEC_SUMS(4), LINSPEC_SUMS(5), LINSPEC_SUMS(6), LINSPEC_SUMS(7)
+LINSPEC_WGMMA(64, LINSPEC_LIST_64, "32", "33", "34", "35", "36", "37", LINSPEC_SUMS_64)
 
-template <>
-__device__ __forceinline__ void Wgmma<128>(float (&d)[16][4], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{.reg .pred p; setp.ne.b32 p, %66, 0;"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
-      "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,"
-      "%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,"
-      "%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-      "}, %64, %65, p, 1, 1, 0, 0;}"
-      : LINSPEC_SUMS(0), LINSPEC_SUMS(1), LINSPEC_SUMS(2), LINSPEC_SUMS(3), LINSPEC_SUMS(4), LINSPEC_SUMS(5),
-        LINSPEC_SUMS(6), LINSPEC_SUMS(7), LINSPEC_SUMS(8), LINSPEC_SUMS(9), LINSPEC_SUMS(10), LINSPEC_SUMS(11),
-        LINSPEC_SUMS(12), LINSPEC_SUMS(13), LINSPEC_SUMS(14), LINSPEC_SUMS(15)
-      : "l"(a), "l"(b), "r"(add));
-}
+#define LINSPEC_LIST_128                                                                             \
+  LINSPEC_LIST_64                                                                                    \
+  ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55" \
+  ",%56,%57,%58,%59,%60,%61,%62,%63"
+#define LINSPEC_SUMS_128                                                                                   \
+  LINSPEC_SUMS_64, LINSPEC_SUMS(8), LINSPEC_SUMS(9), LINSPEC_SUMS(10), LINSPEC_SUMS(11), LINSPEC_SUMS(12), \
+      LINSPEC_SUMS(13), LINSPEC_SUMS(14), LINSPEC_SUMS(15)
+LINSPEC_WGMMA(128, LINSPEC_LIST_128, "64", "65", "66", "67", "68", "69", LINSPEC_SUMS_128)
 
+#undef LINSPEC_LIST_8
+#undef LINSPEC_SUMS_8
+#undef LINSPEC_LIST_16
+#undef LINSPEC_SUMS_16
+#undef LINSPEC_LIST_32
+#undef LINSPEC_SUMS_32
+#undef LINSPEC_LIST_64
+#undef LINSPEC_SUMS_64
+#undef LINSPEC_LIST_128
+#undef LINSPEC_SUMS_128
+#undef LINSPEC_WGMMA
 #undef LINSPEC_SUMS
 
 #endif

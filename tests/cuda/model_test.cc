@@ -242,6 +242,36 @@ void GreedyTextAsTheCpus(const std::string& folder, const std::shared_ptr<CudaDe
                      near_ties, widest));
 }
 
+// Matrices beyond the kernel of small ones, which all other models here fit: warpgroup products, and norms that ride on
+// them (sm_90). Random weights, the same on both machines.
+void WideModel(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<CpuOps>& ops) {
+  const ModelConfig config = Must(ParseModelConfig(R"({"model_type": "llama", "hidden_size": 2304,
+      "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 18, "num_key_value_heads": 18,
+      "head_dim": 128, "vocab_size": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
+      "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 4096, "linear_attention": {"version": 1,
+      "group_size": 64, "conv_kernel": 32, "local": "relu_squared", "global": "rms_norm", "decay": true,
+      "qk_norm_eps": 1e-6, "global_norm_eps": 1e-6}})"),
+                                  "the wide shape");
+  LoadOptions options;
+  options.ops = ops;
+  options.weight_dtype = "f32";
+  const auto cpu = Must(BuildRandomModel(config, 1, options), "wide on the CPU");
+  options.cuda = device;
+  for (const bool deterministic : {true, false}) {
+    options.deterministic = deterministic;
+    for (const char* dtype : {"bf16", "int8", "fp8"}) {
+      options.weight_dtype = dtype;
+      const auto cuda = Must(BuildRandomModel(config, 1, options), "wide on the GPU");
+      const double tolerance = std::string(dtype) == "fp8" ? 0.2 : std::string(dtype) == "int8" ? 0.05 : 0.03;
+      const std::string name = fmt::format("wide {}{}", dtype, deterministic ? " deterministic" : "");
+      AgreesWithCpu(name, cuda.get(), cpu.get(), tolerance);
+      if (!deterministic) continue;
+      ChunksAgree(name, cuda.get());
+      NeighboursDoNotMatter(name, cuda.get(), 128);
+    }
+  }
+}
+
 void OutOfMemoryIsAnError(Model* model) {
   const auto pool = model->CreatePool(1 << 20);
   const bool refused = pool.status().code() == absl::StatusCode::kResourceExhausted;
@@ -296,6 +326,7 @@ int main(int argc, char** argv) {
     SamplesAsTheHost("bundled", target.get());
     OutOfMemoryIsAnError(target.get());
   }
+  WideModel(device, ops);
   GreedyTextAsTheCpus(bundled, device, ops);
   return Finish("cuda_model_test");
 }

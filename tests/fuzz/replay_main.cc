@@ -1,4 +1,4 @@
-// Runs a fuzz target over every file of a folder, without libFuzzer: the corpus as an ordinary test. A target that finds
+// Runs a fuzz target over every file of the folders named, without libFuzzer: the corpus as an ordinary test. A target that finds
 // something aborts.
 #include <cstdint>
 #include <cstdio>
@@ -9,13 +9,11 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size);
 
-int main(int argc, char** argv) {
-  if (argc != 2 || !std::filesystem::is_directory(argv[1])) {
-    std::fprintf(stderr, "usage: %s FOLDER\n", argv[0]);
-    return 2;
-  }
+namespace {
+
+int Replay(const char* folder) {
   int count = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(argv[1])) {
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
     std::ifstream file(entry.path(), std::ios::binary);
     const std::vector<char> bytes((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
     std::printf("%s\n", entry.path().c_str());  // before it runs: the last line names what broke
@@ -23,6 +21,20 @@ int main(int argc, char** argv) {
     LLVMFuzzerTestOneInput(reinterpret_cast<const uint8_t*>(bytes.data()), bytes.size());
     ++count;
   }
-  std::printf("%d inputs\n", count);
-  return count > 0 ? 0 : 1;
+  std::printf("%d inputs of %s\n", count, folder);
+  return count;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  bool every_folder_has_inputs = argc > 1;
+  for (int i = 1; i < argc; ++i) {
+    if (!std::filesystem::is_directory(argv[i])) {
+      std::fprintf(stderr, "usage: %s FOLDER...; '%s' is no folder\n", argv[0], argv[i]);
+      return 2;
+    }
+    every_folder_has_inputs &= Replay(argv[i]) > 0;
+  }
+  return every_folder_has_inputs ? 0 : 1;
 }

@@ -17,7 +17,19 @@
 namespace linspec {
 namespace {
 
-constexpr int kTokens = 72;  // crosses a group
+// Either way a group's end is crossed while tokens are generated. Under ThreadSanitizer, where every load of a weight is
+// checked, most of the group is prompt, which is read in blocks, and only all drafters together meet the crowd.
+#ifdef __SANITIZE_THREAD__
+constexpr int kTokens = 12;
+constexpr size_t kMinPromptTokens = 58;
+constexpr uint64_t kCrowd = 5;
+constexpr bool kCrowdEveryDrafter = false;
+#else
+constexpr int kTokens = 72;
+constexpr size_t kMinPromptTokens = 0;
+constexpr uint64_t kCrowd = 13;
+constexpr bool kCrowdEveryDrafter = true;
+#endif
 
 const std::string kFolder = LINSPEC_SOURCE_DIR "/models/bundled/";
 
@@ -76,6 +88,10 @@ class BundledModelsTest : public ::testing::Test {
     Request request;
     request.id = id;
     request.prompt_tokens = *tokenizer_->Encode(prompt, {.add_special_tokens = false, .parse_special = true});
+    const std::vector<int32_t> once = request.prompt_tokens;
+    while (request.prompt_tokens.size() < kMinPromptTokens) {
+      request.prompt_tokens.insert(request.prompt_tokens.end(), once.begin(), once.end());
+    }
     request.sampling.temperature = sampled ? 0.8f : 0.0f;
     request.sampling.max_tokens = kTokens;
     if (sampled) {
@@ -108,7 +124,7 @@ class BundledModelsTest : public ::testing::Test {
     }
     Said ignored;
     for (uint64_t other = 100; engine->Step();) {
-      if (!crowded || other > 112) continue;
+      if (!crowded || other >= 100 + kCrowd) continue;
       EXPECT_TRUE(engine->Submit(MakeRequest(other, kPrompts[other % 2], other % 3 == 0, &ignored)).ok());
       if (other % 2 == 0) engine->Cancel(other - 1);
       ++other;
@@ -131,6 +147,7 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecoding) {
        {"draft", "draft tree", "medusa", "medusa static", "recurrent", "recurrent tree", "ngram", "auto"}) {
     for (const bool adaptive : {false, true}) {
       const bool crowded = adaptive;
+      if (crowded && !kCrowdEveryDrafter && kind != "auto") continue;
       SCOPED_TRACE(fmt::format("{}, adaptive {}", kind, adaptive));
       const std::map<uint64_t, Said> drafted = RunAll(MakeEngine(kind, adaptive).get(), crowded);
       EXPECT_TRUE(drafted == plain);
