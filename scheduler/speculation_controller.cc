@@ -87,7 +87,11 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
   }
 }
 
+// A drafter displaces the target's weights from caches. So the first step without one is slower than those that follow, and
+// the first with one faster; and a step whose drafts came to nothing is no plain step.
 void SpeculationController::ObserveStep(int rows, int requests, double seconds) {
+  const bool changed = std::exchange(drafted_before_, drafting_) != drafting_;
+  if (changed || (drafting_ && rows <= requests)) return;
   const double factor = step_costs_.Observe(rows, requests, seconds);
   for (DrafterState& drafter : drafters_) drafter.costs.Scale(factor);
 }
@@ -185,6 +189,7 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
   for (const SpeculationRequest& request : requests) max_nodes = std::max(max_nodes, request.max_nodes);
   most_nodes_ = std::max(most_nodes_, max_nodes);
   price_ = plain;
+  drafting_ = false;
   if (max_nodes == 1) return choices;
 
   const bool evaluate = --run_left_ < 0 || num_requests != run_requests_;
@@ -205,6 +210,7 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
   EarnCredit(num_requests);
   if (evaluate && trial_.steps_left == 0 && !std::exchange(after_trial_, false)) StartTrial(requests, choices);
   if (trial_.steps_left > 0) ApplyTrial(requests, rows_left, &choices);
+  drafting_ = std::any_of(choices.begin(), choices.end(), [](const auto& choice) { return choice.nodes > 1; });
   return choices;
 }
 

@@ -132,8 +132,9 @@ class SpeculationController {
   double plain_credit_ = 0;
   int checks_due_ =
       0;  // trials of plain steps, whatever the credit: what came into use just now may have been misjudged
-  int most_nodes_ = 1;                   // of a tree, that any request could use so far
-  int run_left_ = 0, run_requests_ = 0;  // steps until the next evaluation; what the last one was for
+  int most_nodes_ = 1;                              // of a tree, that any request could use so far
+  int run_left_ = 0, run_requests_ = 0;             // steps until the next evaluation; what the last one was for
+  bool drafting_ = false, drafted_before_ = false;  // in this step, in the last
   Trial trial_;
   bool after_trial_ = false;  // no trial in the next run
   int turn_ = 0;              // whose requests try next
