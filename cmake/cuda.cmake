@@ -43,6 +43,7 @@ function(linspec_device_program name)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
 endfunction()
 linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
+linspec_device_program(cuda_state_test tests/cuda/state_test.cc ${cpu_reference})
 linspec_device_program(cuda_gemm_test tests/cuda/gemm_test.cc tests/cuda/gemm_reference.cu)
 linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/gemm_reference.cu
   tests/cuda/read_bandwidth.cu)
@@ -52,7 +53,8 @@ linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/
 # The plugin that the server loads at start when it is there (kernels/cuda_device.h). It holds cudart and needs nothing
 # but glibc and, to find a GPU, the driver.
 add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc
-  kernels/cuda/device_forward.cc kernels/cuda/device_chain.cc kernels/cuda/device_drafter.cc kernels/cuda/graph_cache.cc kernels/cuda/products.cc)
+  kernels/cuda/device_forward.cc kernels/cuda/device_scratch.cc kernels/cuda/device_chain.cc kernels/cuda/device_drafter.cc
+  kernels/cuda/graph_cache.cc kernels/cuda/products.cc)
 target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_static)
 target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
 set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)
@@ -66,9 +68,9 @@ foreach(name model draft)
     INSTALL_RPATH "$ORIGIN/../../lib")
 endforeach()
 set(gpu_check libexec/linspec-gpu-check)
-install(TARGETS cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test
+install(TARGETS cuda_device_test cuda_state_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench cuda_model_test
   cuda_draft_test RUNTIME DESTINATION ${gpu_check})
 install(PROGRAMS tests/cuda/run_on_gpu.sh DESTINATION ${gpu_check})
 install(DIRECTORY tests/data/tiny DESTINATION ${gpu_check})
-add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench
+add_custom_target(cuda_everything DEPENDS linspec_cuda cuda_device_test cuda_state_test cuda_gemm_test cuda_device_bench cuda_attention_test cuda_attention_bench
   cuda_model_test cuda_draft_test)

@@ -35,10 +35,7 @@ class CudaStates final : public StateMemory {
 
 // A pool in device memory as the plugin reads it.
 inline LinspecCudaStates StatesOf(const StatePool& pool) {
-  constexpr int64_t kFloat = sizeof(float);
-  return {.base = reinterpret_cast<float*>(pool.data()),
-          .floats_per_slot = pool.bytes_per_slot() / kFloat,
-          .floats_per_layer = pool.bytes_per_layer() / kFloat};
+  return {.base = pool.data(), .bytes_per_slot = pool.bytes_per_slot(), .bytes_per_layer = pool.bytes_per_layer()};
 }
 
 // The weights' small vectors on the device, in one block.

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <utility>
 
+#include "models/cuda_capacity.h"
 #include "models/cuda_memory.h"
 #include "models/cuda_weights.h"
 #include "models/verify_batch.h"
@@ -13,17 +14,17 @@
 namespace linspec {
 namespace {
 
-constexpr int64_t kPrefillRows = 2048;                // of one pass: bounds the scratch; the bits do not depend on it
-constexpr int64_t kReservedBytes = int64_t{3} << 30;  // of device memory, for scratch and graphs, when slots fill it
-
 const LinspecCudaMatrix& MatrixOf(const std::unique_ptr<PackedWeight>& weight) {
   return static_cast<const CudaMatrix&>(*weight).matrix();
 }
 
 class CudaModel final : public Model {
  public:
-  CudaModel(ModelConfig config, TransformerWeights weights, std::shared_ptr<CudaDevice> device)
-      : config_(std::move(config)), weights_(std::move(weights)), device_(std::move(device)) {}
+  CudaModel(ModelConfig config, TransformerWeights weights, std::shared_ptr<CudaDevice> device, DType state_dtype)
+      : config_(std::move(config)),
+        weights_(std::move(weights)),
+        device_(std::move(device)),
+        state_dtype_(state_dtype) {}
   ~CudaModel() override {
     if (model_ != nullptr) device_->api().destroy_model(model_);
   }
@@ -32,6 +33,7 @@ class CudaModel final : public Model {
   const ModelConfig& config() const override { return config_; }
   int64_t streamed_bytes() const override;
   DType weight_dtype() const override { return weights_.lm_head->dtype(); }
+  DType state_dtype() const override { return state_dtype_; }
   int64_t weight_bytes() const override { return streamed_bytes() + weights_.packed_embedding->bytes(); }
   std::string Describe() const override;
   CudaHandle cuda() const override { return {device_, model_}; }
@@ -59,6 +61,7 @@ class CudaModel final : public Model {
   const ModelConfig config_;
   const TransformerWeights weights_;
   const std::shared_ptr<CudaDevice> device_;
+  const DType state_dtype_;
   DeviceVectors vectors_;
   LinspecCudaModel* model_ = nullptr;
   std::string device_name_;
@@ -107,7 +110,9 @@ absl::Status CudaModel::Init(bool deterministic) {
                                .rms_norm_eps = config_.rms_norm_eps,
                                .rope_theta = config_.rope_theta,
                                .qk_norm_eps = rule.qk_norm_eps,
-                               .global_norm_eps = rule.global_norm_eps};
+                               .global_norm_eps = rule.global_norm_eps,
+                               .state_type = state_dtype_ == DType::kBF16 ? kLinspecCudaBf16 : kLinspecCudaF32,
+                               .reserved = 0};
   struct Offsets {
     int64_t attention_norm, mlp_norm, global_gain, decay, conv_taps;
   };
@@ -157,6 +162,10 @@ std::string CudaModel::Describe() const {
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) const {
+  const LinspecCudaStepSize size = StepSizeOf(num_slots);
+  if (absl::Status reserved = device_->Check(device_->api().reserve(model_, &size), "scratch memory"); !reserved.ok()) {
+    return reserved;
+  }
   const auto allocate = [this](int64_t bytes) -> absl::StatusOr<std::unique_ptr<StateMemory>> {
     auto memory = CudaMemory::Allocate(device_, bytes);
     if (!memory.ok()) return memory.status();
@@ -167,13 +176,11 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
     }
     return std::make_unique<CudaStates>(device_, *std::move(memory));
   };
-  return StatePool::Create(config_, num_slots, state_dtype(), allocate);
+  return StatePool::Create(config_, num_slots, state_dtype_, allocate);
 }
 
 int64_t CudaModel::SlotsThatFit() const {
-  const auto info = device_->Info();
-  if (!info.ok()) return 0;
-  return std::max<int64_t>((info->free_bytes - kReservedBytes) / config_.StateBytes(state_dtype()) - 1, 0);
+  return CudaSlotsThatFit(device_.get(), model_, config_.StateBytes(state_dtype_));
 }
 
 absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
@@ -182,20 +189,19 @@ absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool*
   }
   if (absl::Status valid = CheckDistinctSlots(chunks); !valid.ok()) return valid;
   std::vector<PrefillChunk> pieces;
-  int64_t num_rows = 0;
+  PrefillPassSize size;
   const auto flush = [&]() -> absl::Status {
-    if (pieces.empty()) return absl::OkStatus();
-    num_rows = 0;
-    return PrefillPass(std::exchange(pieces, {}), pool);
+    size = {};
+    return pieces.empty() ? absl::OkStatus() : PrefillPass(std::exchange(pieces, {}), pool);
   };
   for (const PrefillChunk& chunk : chunks) {
-    for (size_t done = 0; done < chunk.tokens.size();) {
-      const size_t take = std::min<size_t>(chunk.tokens.size() - done, kPrefillRows - num_rows);
-      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, take)});
-      done += take;
-      num_rows += static_cast<int64_t>(take);
-      if (num_rows < kPrefillRows) continue;
-      if (absl::Status status = flush(); !status.ok()) return status;
+    const int64_t length = pool->length(chunk.slot), total = std::ssize(chunk.tokens);
+    for (int64_t done = 0, taken = 0; done < total; done += taken) {
+      if (size.full()) {
+        if (absl::Status status = flush(); !status.ok()) return status;
+      }
+      taken = size.Take(length + done, total - done, config_.linear_attention.group_size);
+      pieces.push_back({.slot = chunk.slot, .tokens = chunk.tokens.subspan(done, taken)});
     }
   }
   return flush();
@@ -381,11 +387,11 @@ absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float>
 
 absl::StatusOr<std::unique_ptr<Model>> BuildCudaModel(const ModelConfig& config, WeightSource* source,
                                                       std::shared_ptr<CudaDevice> device, BuildOptions options,
-                                                      bool deterministic) {
+                                                      DType state_dtype, bool deterministic) {
   options.pack_embedding = true;
   absl::StatusOr<TransformerWeights> weights = BuildTransformer(config, source, MakeCudaPacker(device).get(), options);
   if (!weights.ok()) return weights.status();
-  auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device));
+  auto model = std::make_unique<CudaModel>(config, *std::move(weights), std::move(device), state_dtype);
   if (absl::Status status = model->Init(deterministic); !status.ok()) return status;
   return model;
 }

@@ -49,12 +49,10 @@ absl::StatusOr<std::unique_ptr<Model>> Build(const ModelConfig& config, WeightSo
   if (!dtype.ok()) return dtype.status();
   const absl::StatusOr<DType> state_dtype = ParseStateDType(options.state_dtype);
   if (!state_dtype.ok()) return state_dtype.status();
-  if (options.cuda != nullptr && *state_dtype != DType::kF32) {
-    return absl::UnimplementedError(fmt::format(
-        "state dtype \"{}\": on a GPU states are f32; leave it out, or compute on the CPU", options.state_dtype));
-  }
   BuildOptions build{.target = *dtype, .pack_embedding = false, .progress = options.progress};
-  if (options.cuda != nullptr) return BuildCudaModel(config, source, options.cuda, build, options.deterministic);
+  if (options.cuda != nullptr) {
+    return BuildCudaModel(config, source, options.cuda, build, *state_dtype, options.deterministic);
+  }
   if (build.target == DType::kF8) {
     return absl::InvalidArgumentError("weight dtype \"fp8\" needs a GPU; on the CPU use int8");
   }

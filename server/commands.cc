@@ -51,7 +51,7 @@ constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|
   --shape NAME       random weights in the shape of LLaMA-2 7b or 13b, or of this config.json, instead of a model
   --device D         auto, cpu, cuda
   --weight-dtype T   auto, f32, bf16, int8, fp8 (GPU)
-  --state-dtype T    f32, bf16 (CPU)
+  --state-dtype T    f32, bf16
   --batch LIST       default 1,4,16
   --context LIST     default 128,4096,65536
   --prefill LIST     prompt lengths, default 512,2048; in pieces of --max-step-tokens

@@ -44,7 +44,7 @@ void VisitModelFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "isa", "instruction set of the CPU", 0, 0, {"auto", "scalar", "avx2", "avx512", "amx"}}, o.isa);
   visit(FlagInfo{g, "weight-dtype", "weights in memory; auto: as stored", 0, 0, {"auto", "f32", "bf16", "int8", "fp8"}},
         o.weight_dtype);
-  visit(FlagInfo{g, "state-dtype", "states of requests, in memory; bf16: half of it, on a CPU", 0, 0, {"f32", "bf16"}},
+  visit(FlagInfo{g, "state-dtype", "states of requests, in memory; bf16: half of it", 0, 0, {"f32", "bf16"}},
         o.state_dtype);
 }
 

@@ -41,6 +41,8 @@ bool HasTiles(const LayerParams& layer) {
          layer.conv_kernel <= g && CurrentDevice().shared_per_processor >= kSharedBytes;
 }
 
+bool SupportsBf16States(const LayerParams& layer) { return HasTiles(layer); }
+
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
   if (num_tasks == 0) return;
   if (HasTiles(params.layer)) return LaunchVerifyTiles(params, num_tasks, stream);
@@ -53,10 +55,10 @@ void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t str
   Launch(CommitKernel, params, num_tasks, stream);
 }
 
-void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
-                        cudaStream_t stream) {
+void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
+                        int num_tasks, cudaStream_t stream) {
   if (num_tasks == 0 || num_layers == 0) return;
-  if (HasTiles(shape)) return LaunchCommitTilesOfLayers(shape, layers, num_layers, num_tasks, stream);
+  if (HasTiles(shape)) return LaunchCommitTilesOfLayers(shape, bf16, layers, num_layers, num_tasks, stream);
   CommitLayersKernel<<<dim3(shape.num_kv_heads, num_tasks, num_layers), kThreads, 0, stream>>>(layers);
 }
 

@@ -11,8 +11,8 @@ bool HasTiles(const LayerParams& layer);
 
 void LaunchVerifyTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommitTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
-void LaunchCommitTilesOfLayers(const LayerParams& layer, const AttentionParams* params, int num_layers, int num_tasks,
-                               cudaStream_t stream);
+void LaunchCommitTilesOfLayers(const LayerParams& layer, bool bf16, const AttentionParams* params, int num_layers,
+                               int num_tasks, cudaStream_t stream);
 void LaunchPrefillTiles(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 
 }  // namespace linspec::cuda

@@ -11,89 +11,91 @@ namespace {
 
 constexpr int kHeads = 4;
 
-template <int kDim>
+template <int kDim, typename T>
 struct Commit {
   static constexpr int kStride = kDim + 8, kColumns = kDim / 4;
   const AttentionParams& p;
   const Task& task;
-  float* state;
+  T* state;
 
-  __device__ __forceinline__ float* Ring(int kv_head, int value) const {
+  __device__ __forceinline__ T* Ring(int kv_head, int value) const {
     const int64_t heads = p.layer.num_kv_heads, group = p.layer.group_size;
     return state + heads * kDim * kDim + (value * heads + kv_head) * group * kDim;
   }
-  __device__ __forceinline__ const float* Row(int accepted, int kv_head, int value) const {
+  __device__ __forceinline__ const T* Row(int accepted, int kv_head, int value) const {
     const int64_t row = task.row_begin + p.paths[task.path_begin + accepted];
-    const int64_t heads = p.layer.num_heads + 2 * p.layer.num_kv_heads;
-    return p.qkv + (row * heads + p.layer.num_heads + value * p.layer.num_kv_heads + kv_head) * kDim;
+    const KvRows<T> kv = p.Kv<T>();
+    return kv.data + row * kv.stride + (value * p.layer.num_kv_heads + kv_head) * kDim;
   }
 
   // Accepted rows [begin, end) of `heads` heads to their slots, from slot `slot` on.
   __device__ __forceinline__ void Append(int first_head, int heads, int begin, int end, int slot) const {
     for (int i = static_cast<int>(threadIdx.x); i < (end - begin) * 2 * heads * kColumns; i += kThreads) {
       const int c = i % kColumns * 4, head = first_head + i / kColumns % heads, part = i / kColumns / heads;
-      Store4(Ring(head, part % 2) + (slot + part / 2) * kDim + c, Load4(Row(begin + part / 2, head, part % 2) + c));
+      StoreElements(Ring(head, part % 2) + (slot + part / 2) * kDim + c,
+                    LoadElements(Row(begin + part / 2, head, part % 2) + c));
     }
   }
 
-  // S <- decay S + K^T V over slots [0, phase) of the ring and accepted rows from `begin` on.
-  __device__ __forceinline__ void Fold(int kv_head, int begin, int phase, bool first, float* keys,
+  // S <- decay S + K^T V over slots [0, phase) of the ring and accepted rows from `begin` on, at the end of a group.
+  __device__ __forceinline__ void Fold(int kv_head, int begin, int phase, int64_t completed, float* keys,
                                        float* values) const {
     const int group = p.layer.group_size;
     for (int i = static_cast<int>(threadIdx.x); i < group * 2 * kColumns; i += kThreads) {
       const int slot = i / (2 * kColumns), value = i / kColumns % 2, c = i % kColumns * 4;
-      const float* from = slot < phase ? Ring(kv_head, value) + slot * kDim : Row(begin + slot - phase, kv_head, value);
-      CopyAsync16((value != 0 ? values : keys) + slot * kStride + c, from + c);
+      const T* from = slot < phase ? Ring(kv_head, value) + slot * kDim : Row(begin + slot - phase, kv_head, value);
+      CopyElements((value != 0 ? values : keys) + slot * kStride + c, from + c);
     }
     CommitCopies();
     StateFragment<kDim, kDim, 1> s;
-    float* matrix = state + static_cast<int64_t>(kv_head) * kDim * kDim;
+    T* matrix = state + static_cast<int64_t>(kv_head) * kDim * kDim;
+    const uint32_t key = HeadRoundingKey(p.layer, completed, kv_head);
     const float decay = p.layer.decay != nullptr ? p.layer.decay[kv_head] : 1.0f;
     WaitCopies<0>();
     __syncthreads();
 #pragma unroll 1
     for (int step = 0; step < s.kSteps; ++step) {
       s.LoadStep(step, matrix);
-      if (first) s.Clear();
+      if (completed == 0) s.Clear();
       s.Fold(step, decay, keys, kStride, values, kStride, group);
+      if constexpr (sizeof(T) == 2) s.RoundStep(step, key);
       s.StoreStep(step, matrix);
     }
     __syncthreads();
   }
 };
 
-template <int kDim>
+template <int kDim, typename T>
 __device__ __forceinline__ void CommitHeads(const AttentionParams& p) {
   extern __shared__ __align__(16) float shared[];
   const Task task = p.tasks[blockIdx.y];
   if (task.slot < 0 || task.path_length == 0) return;
-  float* state = p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset;
   const int first = static_cast<int>(blockIdx.x) * kHeads, group = p.layer.group_size;
   const int heads = min(kHeads, p.layer.num_kv_heads - first);
-  const Commit<kDim> commit{p, task, state};
+  const Commit<kDim, T> commit{p, task, p.states.Slot<T>(task.slot)};
   int phase = static_cast<int>(task.length % group), done = 0;
-  bool empty = task.length < group;
+  int64_t completed = task.length / group;  // groups
   while (phase + task.path_length - done >= group) {
     for (int head = first; head < first + heads; ++head) {
-      commit.Fold(head, done, phase, empty, shared, shared + group * commit.kStride);
+      commit.Fold(head, done, phase, completed, shared, shared + group * commit.kStride);
     }
     commit.Append(first, heads, done, done + group - phase, phase);
     __syncthreads();
     done += group - phase;
     phase = 0;
-    empty = false;
+    ++completed;
   }
   commit.Append(first, heads, done, task.path_length, phase);
 }
 
-template <int kDim>
+template <int kDim, typename T>
 __global__ void __launch_bounds__(kThreads, 2) CommitLayerKernel(const AttentionParams p) {
-  CommitHeads<kDim>(p);
+  CommitHeads<kDim, T>(p);
 }
 
-template <int kDim>
+template <int kDim, typename T>
 __global__ void __launch_bounds__(kThreads, 2) CommitLayersKernel(const AttentionParams* layers) {
-  CommitHeads<kDim>(layers[blockIdx.z]);
+  CommitHeads<kDim, T>(layers[blockIdx.z]);
 }
 
 template <typename Kernel, typename Argument>
@@ -107,13 +109,18 @@ void Launch(Kernel kernel, const LayerParams& layer, const Argument& argument, i
 }  // namespace
 
 void LaunchCommitTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  Launch(p.layer.head_dim == 128 ? CommitLayerKernel<128> : CommitLayerKernel<64>, p.layer, p, num_tasks, 1, stream);
+  const auto kernel =
+      p.states.bf16 ? (p.layer.head_dim == 128 ? CommitLayerKernel<128, uint16_t> : CommitLayerKernel<64, uint16_t>)
+                    : (p.layer.head_dim == 128 ? CommitLayerKernel<128, float> : CommitLayerKernel<64, float>);
+  Launch(kernel, p.layer, p, num_tasks, 1, stream);
 }
 
-void LaunchCommitTilesOfLayers(const LayerParams& layer, const AttentionParams* params, int num_layers, int num_tasks,
-                               cudaStream_t stream) {
-  Launch(layer.head_dim == 128 ? CommitLayersKernel<128> : CommitLayersKernel<64>, layer, params, num_tasks, num_layers,
-         stream);
+void LaunchCommitTilesOfLayers(const LayerParams& layer, bool bf16, const AttentionParams* params, int num_layers,
+                               int num_tasks, cudaStream_t stream) {
+  const auto kernel =
+      bf16 ? (layer.head_dim == 128 ? CommitLayersKernel<128, uint16_t> : CommitLayersKernel<64, uint16_t>)
+           : (layer.head_dim == 128 ? CommitLayersKernel<128, float> : CommitLayersKernel<64, float>);
+  Launch(kernel, layer, params, num_tasks, num_layers, stream);
 }
 
 }  // namespace linspec::cuda

@@ -73,9 +73,12 @@ int32_t Context::AllocPinned(int64_t bytes, void** host) {
   return Check(cudaMallocHost(host, bytes > 0 ? bytes : 1), "allocate pinned memory");
 }
 
-Buffer::~Buffer() {
-  if (data_ == nullptr) return;
-  pinned_ ? cudaFreeHost(data_) : cudaFree(data_);
+Buffer::~Buffer() { Release(); }
+
+void Buffer::Release() {
+  if (data_ != nullptr) pinned_ ? cudaFreeHost(data_) : cudaFree(data_);
+  data_ = nullptr;
+  bytes_ = 0;
 }
 
 int32_t Buffer::Reserve(Context* context, int64_t bytes) {

@@ -61,6 +61,7 @@ class Buffer {
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   int32_t Reserve(Context* context, int64_t bytes);
+  void Release();
   template <typename T>
   T* as() const {
     return static_cast<T*>(data_);

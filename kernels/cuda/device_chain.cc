@@ -1,5 +1,5 @@
 // Chains of a draft model, all levels in one graph. The first level takes each task's known tokens, every further one the
-// token chosen before it, one row a task. What the levels leave in kept_qkv_ stands as a verified tree of those tokens
+// token chosen before it, one row a task. What the levels leave in kept_kv_ stands as a verified tree of those tokens
 // would: a task's rows in a row, its first level's and then one of each level, so that attention sees a chain and commit
 // takes any beginning of it. Everything that differs between calls of one size is data in one block.
 #include <algorithm>
@@ -49,9 +49,7 @@ int32_t DeviceModel::CheckChains(const LinspecCudaChainStep& step) const {
 
 int32_t DeviceModel::ReserveChains(const ChainSize& size, int64_t block_bytes, int64_t candidate_bytes) {
   const int rows = std::max(size.first_rows, size.tasks);
-  LINSPEC_CUDA_TRY(ReserveScratch(rows, /*logits=*/true));
-  LINSPEC_CUDA_TRY(ReserveKept(size.Row(size.levels)));
-  LINSPEC_CUDA_TRY(scratch_qkv_.Reserve(context_, Bytes<float>(rows * qkv_width())));
+  LINSPEC_CUDA_TRY(ReserveVerify(rows, size.Row(size.levels)));
   LINSPEC_CUDA_TRY(chain_tokens_.Reserve(context_, Bytes<int32_t>(size.tasks)));
   LINSPEC_CUDA_TRY(chain_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_chain_block_.Reserve(context_, block_bytes));
@@ -119,7 +117,7 @@ void DeviceModel::EnqueueChains(const ChainSize& size, const LinspecCudaStates& 
     Logits(input.num_rows, nullptr);
     LaunchChooseDraft(
         {.input = drafted,
-         .logits = logits_.as<float>(),
+         .logits = logits(),
          .vocab = shape_.vocab_size,
          .first_level = level,
          .num_levels = 1,
@@ -148,10 +146,8 @@ int32_t DeviceModel::DraftChains(const LinspecCudaChainStep& step, LinspecCudaDr
   const int64_t candidate_bytes = Bytes<LinspecCudaDraftCandidate>(int64_t{size.levels} * size.tasks * size.top_k);
   LINSPEC_CUDA_TRY(ReserveChains(size, block_bytes, candidate_bytes));
   PackChains(step, size, host_chain_block_.as<std::byte>());
-  uint64_t stamp = reinterpret_cast<uintptr_t>(step.states.base);
-  for (const Buffer* buffer :
-       {&x_, &normed_, &squares_, &kept_qkv_, &scratch_qkv_, &attention_, &gate_up_, &activated_, &angles_, &logits_,
-        &chain_block_, &chain_tokens_, &candidates_, &host_chain_block_, &host_candidates_}) {
+  uint64_t stamp = reinterpret_cast<uintptr_t>(step.states.base) + ScratchStamp();
+  for (const Buffer* buffer : {&chain_block_, &chain_tokens_, &candidates_, &host_chain_block_, &host_candidates_}) {
     stamp += buffer->generation();
   }
   const auto enqueue = [&]() -> int32_t {

@@ -21,7 +21,7 @@ class RecurrentDrafter final : public DeviceDrafter {
     const int64_t inner = head_.down.cols;
     LINSPEC_CUDA_TRY(state_.Reserve(context(), num_rows * dim() * kF32));
     LINSPEC_CUDA_TRY(input_.Reserve(context(), num_rows * 2 * dim() * kBf16));
-    LINSPEC_CUDA_TRY(gate_up_.Reserve(context(), num_rows * 2 * inner * kF32));
+    LINSPEC_CUDA_TRY(gate_up_.Reserve(context(), num_rows * 2 * inner * kBf16));
     LINSPEC_CUDA_TRY(activated_.Reserve(context(), num_rows * inner * kBf16));
     LINSPEC_CUDA_TRY(rounded_.Reserve(context(), num_rows * dim() * kBf16));
     LINSPEC_CUDA_TRY(tokens_.Reserve(context(), num_rows * int64_t{sizeof(int32_t)}));
@@ -49,7 +49,7 @@ class RecurrentDrafter final : public DeviceDrafter {
                             .out = input_.as<uint16_t>(),
                             .eps = head_.rms_norm_eps},
                            stream());
-      products.GateUp(head_.gate_up, input_.as<uint16_t>(), gate_up_.as<float>(), activated_.as<uint16_t>(), rows);
+      products.GateUp(head_.gate_up, input_.as<uint16_t>(), gate_up_.as<uint16_t>(), activated_.as<uint16_t>(), rows);
       products.Matmul(head_.down, activated_.as<uint16_t>(), state_.as<float>(), /*accumulate=*/true, rows);
       LaunchRound(state_.as<float>(), rounded_.as<uint16_t>(), rows * dim(), stream());
       products.Matmul(target_->weights().lm_head, rounded_.as<uint16_t>(), logits_.as<float>(), false, rows);

@@ -15,16 +15,18 @@ LayerParams DeviceModel::ShapeOf(int index) const {
           .global_norm_eps = shape_.global_norm_eps,
           .global_gain = layer.global_gain,
           .decay = layer.decay,
-          .conv_taps = layer.conv_taps};
+          .conv_taps = layer.conv_taps,
+          .index = index};
 }
 
-AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states, const float* qkv) const {
+AttentionParams DeviceModel::AttentionOf(int index, const LinspecCudaStates& states) const {
   return {.layer = ShapeOf(index),
           .states = {.base = states.base,
-                     .floats_per_slot = states.floats_per_slot,
-                     .layer_offset = index * states.floats_per_layer},
+                     .per_slot = states.bytes_per_slot / state_element_bytes(),
+                     .layer_offset = index * states.bytes_per_layer / state_element_bytes(),
+                     .bf16 = bf16_states()},
           .tasks = nullptr,
-          .qkv = qkv,
+          .qkv = qkv(),
           .ancestors = nullptr,
           .paths = nullptr,
           .out = nullptr,
@@ -53,38 +55,38 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   NormBefore before;
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
-    float* kept = kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width();
-    const bool moves = input.kept_rows != nullptr;
-    float* qkv = moves || attention == Attention::kPrefill ? scratch_qkv_.as<float>() : kept;
-    products_.Matmul(layer.qkv, normed, qkv, false, rows, before);
-    LaunchRopeNormalize({.qkv = moves ? kept : qkv,
+    products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
+    void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
+    LaunchRopeNormalize({.qkv = qkv(),
                          .angles = angles_.as<float2>(),
                          .num_heads = shape_.num_heads,
                          .num_kv_heads = shape_.num_kv_heads,
                          .head_dim = shape_.head_dim,
                          .eps = shape_.qk_norm_eps,
-                         .from = moves ? qkv : nullptr,
-                         .to_rows = input.kept_rows},
+                         .kv = kept,
+                         .bf16 = bf16_states(),
+                         .kv_rows = input.kept_rows},
                         rows, stream);
-    AttentionParams params = AttentionOf(i, states, moves ? kept : qkv);
+    AttentionParams params = AttentionOf(i, states);
+    params.kv = kept;
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
     params.last_rows = input.last_rows;
-    params.scratch = prefill_states_.as<float>();
+    params.scratch = prefill_states(rows);
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
     before = products_.AddAndNorm(layer.o, attention_.as<uint16_t>(), x, after(layer.mlp_norm), shape_.rms_norm_eps,
                                   layer.gate_up, rows);
-    products_.GateUp(layer.gate_up, normed, gate_up_.as<float>(), activated_.as<uint16_t>(), rows, before);
+    products_.GateUp(layer.gate_up, normed, gate_up(), activated(rows), rows, before);
     if (i + 1 == shape_.num_layers) {
-      products_.Matmul(layer.down, activated_.as<uint16_t>(), x, true, rows);
+      products_.Matmul(layer.down, activated(rows), x, true, rows);
       break;
     }
     const LinspecCudaLayer& next = layers_[i + 1];
-    before = products_.AddAndNorm(layer.down, activated_.as<uint16_t>(), x, after(next.attention_norm),
-                                  shape_.rms_norm_eps, next.qkv, rows);
+    before = products_.AddAndNorm(layer.down, activated(rows), x, after(next.attention_norm), shape_.rms_norm_eps,
+                                  next.qkv, rows);
   }
 }
 
@@ -97,7 +99,7 @@ void DeviceModel::Logits(int rows, float* hidden) {
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
                 rows, context_->stream());
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits(), false, rows);
 }
 
 // Final norm, logits, and the token after each row.
@@ -105,7 +107,7 @@ void DeviceModel::Head(const StepInput& input) {
   const cudaStream_t stream = context_->stream();
   Logits(input.num_rows, hidden_.as<float>());
   if (input.sampling == nullptr) return;
-  LaunchSample({.logits = logits_.as<float>(),
+  LaunchSample({.logits = logits(),
                 .sampling = input.sampling,
                 .edits = input.edits,
                 .sampled = sampled_.as<int32_t>(),

@@ -33,6 +33,11 @@ int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, con
                          "intermediate_size and num_heads * head_dim that are multiples of 16");
   }
   std::unique_ptr<DeviceModel> made(new DeviceModel(context, shape, weights, deterministic));
+  if (made->bf16_states() ? !SupportsBf16States(made->ShapeOf(0)) : shape.state_type != kLinspecCudaF32) {
+    return context->Fail(kLinspecCudaUnsupported,
+                         "bf16 states need a head_dim of 64 or 128, groups of 8, 16, 32 or 64, at most 32 taps, and a "
+                         "chip with 228 KB of shared memory a multiprocessor");
+  }
   for (cudaEvent_t* event : {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_, &made->verify_begin_,
                              &made->verify_end_}) {
     LINSPEC_CUDA_TRY(context->Check(cudaEventCreate(event), "event"));
@@ -65,42 +70,7 @@ int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
   return context_->Fail(kLinspecCudaInvalid, "a step needs tasks, rows and states");
 }
 
-int32_t DeviceModel::ReserveScratch(int num_rows, bool logits) {
-  const int64_t rows = num_rows, f32 = sizeof(float), bf16 = sizeof(uint16_t);
-  LINSPEC_CUDA_TRY(products_.Reserve());
-  LINSPEC_CUDA_TRY(x_.Reserve(context_, rows * shape_.hidden_size * f32));
-  LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * shape_.hidden_size * bf16));
-  LINSPEC_CUDA_TRY(squares_.Reserve(context_, rows * NormParts(shape_.hidden_size) * f32));
-  LINSPEC_CUDA_TRY(attention_.Reserve(context_, rows * attention_width() * bf16));
-  LINSPEC_CUDA_TRY(gate_up_.Reserve(context_, rows * 2 * shape_.intermediate_size * f32));
-  LINSPEC_CUDA_TRY(activated_.Reserve(context_, rows * shape_.intermediate_size * bf16));
-  LINSPEC_CUDA_TRY(angles_.Reserve(context_, rows * shape_.head_dim / 2 * int64_t{sizeof(float2)}));
-  if (!logits) return kLinspecCudaOk;
-  LINSPEC_CUDA_TRY(ReserveKept(num_rows));
-  LINSPEC_CUDA_TRY(logits_.Reserve(context_, rows * shape_.vocab_size * f32));
-  LINSPEC_CUDA_TRY(hidden_.Reserve(context_, rows * shape_.hidden_size * f32));
-  LINSPEC_CUDA_TRY(sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)}));
-  return host_sampled_.Reserve(context_, rows * int64_t{sizeof(int32_t)});
-}
-
-int32_t DeviceModel::ReserveKept(int num_rows) {
-  if (num_rows <= kept_rows_) return kLinspecCudaOk;
-  const int64_t floats = num_rows * qkv_width() * shape_.num_layers;
-  LINSPEC_CUDA_TRY(kept_qkv_.Reserve(context_, floats * static_cast<int64_t>(sizeof(float))));
-  kept_rows_ = num_rows;
-  return kLinspecCudaOk;
-}
-
-int32_t DeviceModel::ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups) {
-  LINSPEC_CUDA_TRY(ReserveScratch(step.num_rows, /*logits=*/false));
-  *num_groups = 0;
-  for (int i = 0; i < step.num_tasks; ++i) {
-    *num_groups += PrefillGroups(step.tasks[i].length, step.tasks[i].num_rows, shape_.group_size);
-  }
-  const int64_t floats = PrefillScratchFloats(ShapeOf(0), *num_groups);
-  LINSPEC_CUDA_TRY(prefill_states_.Reserve(context_, floats * static_cast<int64_t>(sizeof(float))));
-  return scratch_qkv_.Reserve(context_, step.num_rows * qkv_width() * static_cast<int64_t>(sizeof(float)));
-}
+int DeviceModel::VerifyRows(int num_rows) { return num_rows <= kMaxGraphRows ? RowBucket(num_rows) : num_rows; }
 
 DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool sampling) {
   BlockLayout layout{};
@@ -156,10 +126,10 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
   if (step.ancestors == nullptr) return context_->Fail(kLinspecCudaInvalid, "verify needs ancestor sets");
   if (pending_) return context_->Fail(kLinspecCudaInvalid, "the verify before this one was not finished");
   const bool graph = step.num_rows <= kMaxGraphRows;
-  const int num_rows = graph ? RowBucket(step.num_rows) : step.num_rows;
+  const int num_rows = VerifyRows(step.num_rows);
   const int num_tasks = graph ? PowerOfTwo(step.num_tasks) : step.num_tasks;
   const int64_t block_bytes = LayoutOf(num_tasks, num_rows, step.sampling != nullptr).size;
-  LINSPEC_CUDA_TRY(ReserveScratch(num_rows, /*logits=*/true));
+  LINSPEC_CUDA_TRY(ReserveVerify(num_rows, num_rows));
   LINSPEC_CUDA_TRY(verify_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_verify_block_.Reserve(context_, block_bytes));
   if (step.num_edits > 0) {
@@ -193,10 +163,7 @@ int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, 
 
 int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
   uint64_t stamp = reinterpret_cast<uintptr_t>(states.base);
-  for (const Buffer* buffer : {&x_, &normed_, &squares_, &kept_qkv_, &attention_, &gate_up_, &activated_, &angles_,
-                               &logits_, &hidden_, &sampled_, &verify_block_, &host_verify_block_}) {
-    stamp += buffer->generation();
-  }
+  stamp += ScratchStamp() + verify_block_.generation() + host_verify_block_.generation();
   const int sampling = input.sampling != nullptr;
   const int kernels = input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
   return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling}, kernels, stamp,
@@ -205,23 +172,23 @@ int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, c
 
 int32_t DeviceModel::EnqueueResults(const LinspecCudaStep& step) {
   result_ = {};
-  const auto fetch = [&](Buffer& to, const Buffer& from, int64_t bytes) {
+  const auto fetch = [&](Buffer& to, const void* from, int64_t bytes) {
     LINSPEC_CUDA_TRY(to.Reserve(context_, bytes));
-    return context_->Check(
-        cudaMemcpyAsync(to.as<void>(), from.as<void>(), bytes, cudaMemcpyDeviceToHost, context_->stream()),
-        "download results");
+    return context_->Check(cudaMemcpyAsync(to.as<void>(), from, bytes, cudaMemcpyDeviceToHost, context_->stream()),
+                           "download results");
   };
   const int64_t rows = step.num_rows;
   if (step.sampling != nullptr) {
-    LINSPEC_CUDA_TRY(fetch(host_sampled_, sampled_, rows * static_cast<int64_t>(sizeof(int32_t))));
+    LINSPEC_CUDA_TRY(fetch(host_sampled_, sampled_.as<void>(), rows * static_cast<int64_t>(sizeof(int32_t))));
     result_.sampled = host_sampled_.as<int32_t>();
   }
   if (step.want_logits) {
-    LINSPEC_CUDA_TRY(fetch(host_logits_, logits_, rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
+    LINSPEC_CUDA_TRY(fetch(host_logits_, logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
     result_.logits = host_logits_.as<float>();
   }
   if (step.want_hidden) {
-    LINSPEC_CUDA_TRY(fetch(host_hidden_, hidden_, rows * shape_.hidden_size * static_cast<int64_t>(sizeof(float))));
+    LINSPEC_CUDA_TRY(
+        fetch(host_hidden_, hidden_.as<void>(), rows * shape_.hidden_size * static_cast<int64_t>(sizeof(float))));
     result_.hidden = host_hidden_.as<float>();
   }
   return kLinspecCudaOk;
@@ -282,30 +249,34 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
   std::memcpy(host, tasks, num_tasks * sizeof(Task));
   std::memcpy(host + paths_at, paths, int64_t{num_paths} * 4);
   for (int i = 0; i < shape_.num_layers; ++i) {
-    AttentionParams params = AttentionOf(i, states, kept_qkv_.as<float>() + int64_t{i} * kept_rows_ * qkv_width());
+    AttentionParams params = AttentionOf(i, states);
+    params.kv = kept_kv(i);
     params.tasks = reinterpret_cast<const Task*>(device);
     params.paths = reinterpret_cast<const int32_t*>(device + paths_at);
     std::memcpy(host + layers_at + i * sizeof(AttentionParams), &params, sizeof(params));
   }
   LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, context_->stream()),
                                    "upload a commit"));
-  LaunchCommitLayers(ShapeOf(0), reinterpret_cast<const AttentionParams*>(device + layers_at), shape_.num_layers,
-                     num_tasks, context_->stream());
+  LaunchCommitLayers(ShapeOf(0), bf16_states(), reinterpret_cast<const AttentionParams*>(device + layers_at),
+                     shape_.num_layers, num_tasks, context_->stream());
   return context_->CheckLaunch("commit");
 }
 
 int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   LINSPEC_CUDA_TRY(context_->Enter());
   const int64_t dim = shape_.hidden_size, f32 = sizeof(float);
-  LINSPEC_CUDA_TRY(ReserveScratch(rows, /*logits=*/true));
+  // Not what a verify keeps: a commit may follow.
+  LINSPEC_CUDA_TRY(products_.Reserve());
+  LINSPEC_CUDA_TRY(normed_.Reserve(context_, rows * dim * static_cast<int64_t>(sizeof(uint16_t))));
+  LINSPEC_CUDA_TRY(arena_.Reserve(context_, rows * shape_.vocab_size * f32));
   const cudaStream_t stream = context_->stream();
   std::vector<uint16_t> rounded(rows * dim);
   std::transform(hidden, hidden + rows * dim, rounded.begin(), RoundToBf16);
   LINSPEC_CUDA_TRY(context_->Check(
       cudaMemcpyAsync(normed_.as<void>(), rounded.data(), rows * dim * 2, cudaMemcpyHostToDevice, stream), "upload"));
-  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), logits_.as<float>(), false, rows);
+  products_.Matmul(weights_.lm_head, normed_.as<uint16_t>(), this->logits(), false, rows);
   LINSPEC_CUDA_TRY(context_->Check(
-      cudaMemcpyAsync(logits, logits_.as<void>(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
+      cudaMemcpyAsync(logits, this->logits(), rows * shape_.vocab_size * f32, cudaMemcpyDeviceToHost, stream),
       "download"));
   return context_->Sync("unembed");
 }

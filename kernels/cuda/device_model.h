@@ -6,12 +6,14 @@
 // read and reach no state.
 //
 // A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
-// above the rows that the levels before left in kept_qkv_. All levels are one graph.
+// above the k and v that the levels before left in kept_kv_. All levels are one graph.
 //
 // Activations: fp32 residual stream and attention, bf16 inputs of the matrix products. Threads: one at a time per
 // context. Ownership: owns its scratch; weights and states are the caller's and must outlive it.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -37,6 +39,9 @@ class DeviceModel {
                  int num_paths);
   int32_t Unembed(const float* hidden, int rows, float* logits);
   int32_t DraftChains(const LinspecCudaChainStep& step, LinspecCudaDraftResult* result);
+  // Device memory that steps of up to this size need beyond what is held already.
+  int64_t ScratchBytes(const LinspecCudaStepSize& size) const;
+  int32_t Reserve(const LinspecCudaStepSize& size);  // takes it now, so that no such step can fail for want of it
 
   Context* context() const { return context_; }
   const LinspecCudaShape& shape() const { return shape_; }
@@ -58,7 +63,7 @@ class DeviceModel {
     int num_tasks, num_rows;
     int max_rows;                        // of one task, or more
     int num_groups;                      // prefill: that the tasks touch
-    const int32_t* kept_rows = nullptr;  // chains: where in kept_qkv_ each row's q, k and v go; null: row by row
+    const int32_t* kept_rows = nullptr;  // chains: where in kept_kv_ each row's k and v go; null: row by row
     int last_rows = 0;                   // chains: as AttentionParams
   };
   struct BlockLayout {  // byte offsets in the input block
@@ -78,9 +83,33 @@ class DeviceModel {
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
-  int32_t ReserveScratch(int num_rows, bool logits);
-  int32_t ReserveKept(int num_rows);
+  // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_ for a step of one kind.
+  using ScratchSizes = std::array<int64_t, 9>;
+  ScratchSizes VerifySizes(int64_t rows, int64_t kept_rows) const;
+  ScratchSizes PrefillSizes(int64_t rows, int64_t groups) const;
+  ScratchSizes LargestSizes(const LinspecCudaStepSize& size) const;
+  std::array<const Buffer*, 9> ScratchBuffers() const;  // in that order
+  uint64_t ScratchStamp() const;                        // of their addresses, for captured graphs
+  static int VerifyRows(int num_rows);                  // that a step of num_rows is padded to
+  int32_t ReserveScratch(const ScratchSizes& sizes);
+  int32_t ReserveVerify(int num_rows, int kept_rows);
   int32_t ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups);
+  // Where things are in arena_, in a step of `rows`. Those of one line live at the same time, those of different lines
+  // do not: the products of the attention and of the MLP, then the logits.
+  float* qkv() const { return arena_.as<float>(); }
+  float* prefill_states(int64_t rows) const {
+    return reinterpret_cast<float*>(arena_.as<std::byte>() + QkvBytes(rows));
+  }
+  uint16_t* gate_up() const { return arena_.as<uint16_t>(); }
+  uint16_t* activated(int64_t rows) const {
+    return reinterpret_cast<uint16_t*>(arena_.as<std::byte>() + GateUpBytes(rows));
+  }
+  float* logits() const { return arena_.as<float>(); }
+  void* kept_kv(int layer) const {
+    return kept_kv_.as<std::byte>() + layer * kept_rows_ * kv_width() * state_element_bytes();
+  }
+  int64_t QkvBytes(int64_t rows) const;
+  int64_t GateUpBytes(int64_t rows) const;
   // Writes step's arrays, padded, into the pinned block `host`; returns the views of the same block at `device`.
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
                       const LinspecCudaLogitEdit* edits) const;
@@ -98,9 +127,12 @@ class DeviceModel {
   static void PackChains(const LinspecCudaChainStep& step, const ChainSize& size, std::byte* host);
   void EnqueueChains(const ChainSize& size, const LinspecCudaStates& states);
   LayerParams ShapeOf(int layer) const;
-  AttentionParams AttentionOf(int layer, const LinspecCudaStates& states, const float* qkv) const;
+  AttentionParams AttentionOf(int layer, const LinspecCudaStates& states) const;
 
   int64_t qkv_width() const { return int64_t{shape_.num_heads + 2 * shape_.num_kv_heads} * shape_.head_dim; }
+  int64_t kv_width() const { return int64_t{2} * shape_.num_kv_heads * shape_.head_dim; }
+  bool bf16_states() const { return shape_.state_type == kLinspecCudaBf16; }
+  int64_t state_element_bytes() const { return bf16_states() ? 2 : 4; }
   int64_t attention_width() const { return int64_t{shape_.num_heads} * shape_.head_dim; }
 
   Context* const context_;
@@ -109,11 +141,11 @@ class DeviceModel {
   std::vector<LinspecCudaLayer> layers_;
   Products products_;
 
-  // Scratch [rows, ...]: residual stream, inputs of products, qkv of every layer of the last verify or chains, and so on.
-  Buffer x_, normed_, squares_, kept_qkv_, scratch_qkv_, prefill_states_, attention_, gate_up_, activated_, angles_,
-      logits_, hidden_, sampled_;
+  // Scratch [rows, ...]: residual stream, inputs of products, sums of squares for norms, what lives only within a layer or
+  // at a step's end, and of the last verify or chains k and v of every layer, and the states after the final norm.
+  Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_;
   int hidden_rows_ = 0;
-  int kept_rows_ = 0;  // rows a layer's part of kept_qkv_ holds
+  int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
   Buffer verify_block_, prefill_block_, commit_block_, edits_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};

@@ -14,15 +14,19 @@ namespace linspec::cuda {
 // Slots need not be cleared: nothing of a slot is read before it was written.
 //
 // Verify reads `tasks` and S before the kernel in front of it in the stream has ended (pdl.h): what wrote those must be
-// older than that kernel. It never writes state. Commit appends accepted rows and folds. Prefill is verify and commit of
-// a chain of any length; it needs AttentionParams::scratch.
+// older than that kernel. It never writes state. Commit appends accepted rows and folds. Prefill is verify and commit
+// of a chain of any length; it needs AttentionParams::scratch.
 void LaunchVerify(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchCommit(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t stream);
 
-// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`.
-void LaunchCommitLayers(const LayerParams& shape, const AttentionParams* layers, int num_layers, int num_tasks,
-                        cudaStream_t stream);
+// Commit of all layers: `layers` [num_layers] is in device memory, its LayerParams all have the shape of `shape`, its
+// states are all bf16 or all fp32.
+void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
+                        int num_tasks, cudaStream_t stream);
+
+// Layer shapes whose states may be bf16.
+bool SupportsBf16States(const LayerParams& layer);
 
 // Groups that a prefill task of `rows` rows touches, for AttentionParams::num_groups.
 constexpr int64_t PrefillGroups(int64_t length, int64_t rows, int group_size) {
@@ -48,17 +52,17 @@ struct RmsNormRows {  // dim % 4 == 0, everything aligned to 16 bytes
 };
 void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream);
 
-// out = silu(gate) * up in bf16, gate_up [rows, 2 dim] in the order of PackedGateUpRow.
-void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
+// out = silu(gate) * up, all bf16; gate_up [rows, 2 dim] in the order of PackedGateUpRow, dim % 8 == 0.
+void LaunchSiluMul(const uint16_t* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream);
 
 struct RopeRows {
   float* qkv;            // [rows, (H + 2 Hkv) d], in place
   const float2* angles;  // [rows, d / 2]: cosine, sine
   int num_heads, num_kv_heads, head_dim;
   float eps;
-  // If set, q, k and v come from here [rows, (H + 2 Hkv) d] and go to row to_rows[i] of qkv; -1: nowhere.
-  const float* from = nullptr;
-  const int32_t* to_rows = nullptr;  // [rows]
+  void* kv = nullptr;                // [rows, 2 Hkv d]: if set, k and v go here instead
+  bool bf16 = false;                 // k and v are rounded to bf16; in kv they are bf16
+  const int32_t* kv_rows = nullptr;  // [rows] row of kv that row i's go to; -1: nowhere. Null: row i
 };
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
                      cudaStream_t stream);

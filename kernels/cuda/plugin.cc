@@ -197,6 +197,8 @@ int32_t Pack(LinspecCudaContext* context, const LinspecCudaSource* source, const
 int32_t CreateModel(LinspecCudaContext* context, const LinspecCudaShape* shape, const LinspecCudaWeights* weights,
                     int32_t deterministic, LinspecCudaModel** model) {
   LINSPEC_CUDA_TRY(context->impl->Enter());
+  LINSPEC_CUDA_TRY(context->impl->Sync("load weights"));  // the weights are there: their way in is no longer needed
+  for (Buffer* buffer : {&context->staging, &context->staging_scales, &context->host_staging}) buffer->Release();
   std::unique_ptr<DeviceModel> made;
   LINSPEC_CUDA_TRY(DeviceModel::Create(context->impl.get(), *shape, *weights, deterministic != 0, &made));
   *model = new LinspecCudaModel{.impl = std::move(made)};
@@ -204,6 +206,12 @@ int32_t CreateModel(LinspecCudaContext* context, const LinspecCudaShape* shape, 
 }
 
 void DestroyModel(LinspecCudaModel* model) { delete model; }
+
+int32_t ScratchBytes(LinspecCudaModel* model, const LinspecCudaStepSize* size, int64_t* bytes) {
+  *bytes = model->impl->ScratchBytes(*size);
+  return kLinspecCudaOk;
+}
+int32_t Reserve(LinspecCudaModel* model, const LinspecCudaStepSize* size) { return model->impl->Reserve(*size); }
 
 int32_t Prefill(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->Prefill(*step); }
 int32_t VerifyStart(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->VerifyStart(*step); }
@@ -261,6 +269,8 @@ constexpr LinspecCudaApi kApi = {
     .pack = Pack,
     .create_model = CreateModel,
     .destroy_model = DestroyModel,
+    .scratch_bytes = ScratchBytes,
+    .reserve = Reserve,
     .prefill = Prefill,
     .verify_start = VerifyStart,
     .verify_finish = VerifyFinish,

@@ -74,6 +74,8 @@ typedef struct LinspecCudaShape {
   int64_t hidden_size, intermediate_size, vocab_size;
   int32_t num_layers, num_heads, num_kv_heads, head_dim, group_size, conv_kernel, local, global;
   float rms_norm_eps, rope_theta, qk_norm_eps, global_norm_eps;
+  int32_t state_type;  // kLinspecCudaF32 or kLinspecCudaBf16, of S and rings
+  int32_t reserved;
 } LinspecCudaShape;
 
 typedef struct LinspecCudaLayer {  // device pointers; null where the shape has no such branch
@@ -94,9 +96,9 @@ typedef struct LinspecCudaTask {  // host; the layout of linspec::cuda::Task
   int32_t slot, row_begin, num_rows, path_begin, path_length, reserved;
 } LinspecCudaTask;
 
-typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer][S | ring_k | ring_v]
-  float* base;
-  int64_t floats_per_slot, floats_per_layer;
+typedef struct LinspecCudaStates {  // device memory of all slots: [slot][layer][S | ring_k | ring_v] in the state type
+  void* base;
+  int64_t bytes_per_slot, bytes_per_layer;
 } LinspecCudaStates;
 
 // logit = (logit + bias), divided by repetition where positive and multiplied where negative, less subtract: the order
@@ -125,6 +127,11 @@ typedef struct LinspecCudaStep {  // host arrays
   int32_t num_tasks, num_rows, num_edits;
   int32_t want_logits, want_hidden;
 } LinspecCudaStep;
+
+typedef struct LinspecCudaStepSize {  // the largest steps that a model has to have memory for
+  int32_t verify_rows, prefill_rows;
+  int64_t prefill_groups;  // that the tasks of a prefill touch
+} LinspecCudaStepSize;
 
 typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start
   const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
@@ -218,6 +225,10 @@ typedef struct LinspecCudaApi {
   int32_t (*create_model)(LinspecCudaContext*, const LinspecCudaShape*, const LinspecCudaWeights*,
                           int32_t deterministic, LinspecCudaModel**);
   void (*destroy_model)(LinspecCudaModel*);
+  // Device memory that steps of up to this size take beyond what the model holds; and taking it, so that none of them can
+  // run out. Larger steps take more when they come.
+  int32_t (*scratch_bytes)(LinspecCudaModel*, const LinspecCudaStepSize*, int64_t* bytes);
+  int32_t (*reserve)(LinspecCudaModel*, const LinspecCudaStepSize*);
   int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_start)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);

@@ -24,40 +24,46 @@ struct ScanStage {
   float keys[kGroup * (kDim + 8)], values[kGroup * kValue];
 };
 
-template <int kDim>
-__device__ __forceinline__ void LoadGroup(const Chain& chain, int first, int column, ScanStage<kDim>& stage) {
+template <int kDim, typename T>
+__device__ __forceinline__ void LoadGroup(const Chain<T>& chain, int first, int column, ScanStage<kDim>& stage) {
   const int group = chain.p.layer.group_size, thread = static_cast<int>(threadIdx.x), begin = chain.phase - first;
   constexpr int kColumns = kDim / 4, kOwn = kSlice<kDim> / 4;
   const int key_head = chain.p.layer.num_heads + chain.kv_head;
   int c = thread % kColumns * 4;
-  const float *slot = chain.Ring(0, 0, kDim) + c, *row = chain.Row(-begin, key_head, kDim) + c;
+  const auto copy = [&](float* to, const T* slot, const float* row, int token) {
+    if (token < begin) {
+      CopyElements(to, slot + token * kDim);
+    } else {
+      CopyAsync16(to, row + token * chain.RowStride(kDim));
+    }
+  };
+  const T* slot = chain.Ring(0, 0, kDim) + c;
+  const float* row = chain.Row(-begin, key_head, kDim) + c;
 #pragma unroll 4
   for (int token = thread / kColumns; token < group; token += kThreads / kColumns) {
-    CopyAsync16(stage.keys + token * (kDim + 8) + c,
-                token < begin ? slot + token * kDim : row + token * chain.RowStride(kDim));
+    copy(stage.keys + token * (kDim + 8) + c, slot, row, token);
   }
   c = thread % kOwn * 4;
   slot = chain.Ring(0, 1, kDim) + column + c;
   row = chain.Row(-begin, key_head + chain.p.layer.num_kv_heads, kDim) + column + c;
 #pragma unroll 2
   for (int token = thread / kOwn; token < group; token += kThreads / kOwn) {
-    CopyAsync16(stage.values + token * stage.kValue + c,
-                token < begin ? slot + token * kDim : row + token * chain.RowStride(kDim));
+    copy(stage.values + token * stage.kValue + c, slot, row, token);
   }
 }
 
-template <int kDim>
+template <int kDim, typename T>
 __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) {
   extern __shared__ __align__(16) float shared[];
   auto* stages = reinterpret_cast<ScanStage<kDim>*>(shared);
   const Task task = p.tasks[blockIdx.z];
   const int groups = Groups(task, p.layer.group_size), column = static_cast<int>(blockIdx.x) * kSlice<kDim>;
   if (groups == 0) return;
-  const Chain chain(p, task, static_cast<int>(blockIdx.y));
+  const Chain<T> chain(p, task, static_cast<int>(blockIdx.y));
   const int group = p.layer.group_size, complete = chain.end() / group;
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
-    if (i < complete) LoadGroup(chain, i * group, column, stages[i]);
+    if (i < complete) LoadGroup<kDim>(chain, i * group, column, stages[i]);
     CommitCopies();
   }
   StateFragment<kDim, kSlice<kDim>> s;
@@ -74,13 +80,16 @@ __global__ void __launch_bounds__(kThreads) ScanKernel(const AttentionParams p) 
     WaitCopies<kStages - 2>();
     __syncthreads();
     if (i + kStages - 1 < complete) {
-      LoadGroup(chain, (i + kStages - 1) * group, column, stages[(i + kStages - 1) % kStages]);
+      LoadGroup<kDim>(chain, (i + kStages - 1) * group, column, stages[(i + kStages - 1) % kStages]);
     }
     CommitCopies();
     const ScanStage<kDim>& stage = stages[i % kStages];
 #pragma unroll
     for (int step = 0; step < s.kSteps; ++step) {
       s.Fold(step, decay, stage.keys, kDim + 8, stage.values, stage.kValue, group);
+      if constexpr (sizeof(T) == 2) {
+        s.RoundStep(step, HeadRoundingKey(p.layer, task.length / group + i, chain.kv_head) + column);
+      }
     }
   }
   if (complete == 0) return;
@@ -114,7 +123,7 @@ __device__ __forceinline__ void FindTask(const AttentionParams& p, int num_tasks
   if (lane == 0) *task = num_tasks;
 }
 
-template <int kDim, bool kExact>
+template <int kDim, bool kExact, typename T>
 __global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams p, int num_tasks) {
   extern __shared__ __align__(16) float memory[];
   __shared__ int found, before;
@@ -124,17 +133,17 @@ __global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams
   if (found == num_tasks) return;
   const Task task = p.tasks[found];
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (p.layer.num_heads / p.layer.num_kv_heads);
-  const Chain chain(p, task, kv_head);
+  const Chain<T> chain(p, task, kv_head);
   const int first = (index - before) * group;
   OutShared<kDim>& shared = *reinterpret_cast<OutShared<kDim>*>(memory);
-  const GroupProgram<kDim, kExact> program{p,
-                                           chain,
-                                           shared,
-                                           head,
-                                           first,
-                                           min(group, chain.end() - first),
-                                           max(0, chain.phase - first),
-                                           task.length - chain.phase + first > 0 && p.layer.global != Global::kNone};
+  const GroupProgram<kDim, kExact, T> program{p,
+                                              chain,
+                                              shared,
+                                              head,
+                                              first,
+                                              min(group, chain.end() - first),
+                                              max(0, chain.phase - first),
+                                              task.length - chain.phase + first > 0 && p.layer.global != Global::kNone};
   float y[program.kBlocks][4][4] = {}, z[program.kBlocks][4][4] = {}, scores[4][4] = {};
   program.LoadQueries();
   program.LoadTaps();
@@ -166,35 +175,38 @@ __global__ void __launch_bounds__(kThreads, 2) GroupKernel(const AttentionParams
 }
 
 // Grid (kv heads, tasks): the last rows of a call to their ring slots.
-template <int kDim>
+template <int kDim, typename T>
 __global__ void __launch_bounds__(kThreads) RingKernel(const AttentionParams p) {
   const Task task = p.tasks[blockIdx.y];
   if (task.slot < 0) return;
-  const Chain chain(p, task, static_cast<int>(blockIdx.x));
+  const Chain<T> chain(p, task, static_cast<int>(blockIdx.x));
   const int group = p.layer.group_size, begin = max(0, task.num_rows - group);
   constexpr int kColumns = kDim / 4;
   for (int i = static_cast<int>(threadIdx.x); i < (task.num_rows - begin) * 2 * kColumns; i += kThreads) {
     const int row = begin + i / (2 * kColumns), value = i / kColumns % 2, c = i % kColumns * 4;
-    Store4(chain.Ring((chain.phase + row) % group, value, kDim) + c,
-           Load4(chain.Token(chain.phase + row, value, kDim) + c));
+    const int head = p.layer.num_heads + value * p.layer.num_kv_heads + chain.kv_head;
+    StoreElements(chain.Ring((chain.phase + row) % group, value, kDim) + c, Load4(chain.Row(row, head, kDim) + c));
   }
 }
 
-template <int kDim>
+template <int kDim, typename T>
 void Launch(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   constexpr int kScanBytes = kStages * sizeof(ScanStage<kDim>), kOutBytes = sizeof(OutShared<kDim>);
-  cudaFuncSetAttribute(ScanKernel<kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kScanBytes);
-  const auto group_kernel = p.exact_prefill ? GroupKernel<kDim, true> : GroupKernel<kDim, false>;
+  const auto scan_kernel = ScanKernel<kDim, T>;
+  const auto group_kernel = p.exact_prefill ? GroupKernel<kDim, true, T> : GroupKernel<kDim, false, T>;
+  cudaFuncSetAttribute(scan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kScanBytes);
   cudaFuncSetAttribute(group_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kOutBytes);
-  ScanKernel<kDim><<<dim3(kDim / kSlice<kDim>, p.layer.num_kv_heads, num_tasks), kThreads, kScanBytes, stream>>>(p);
+  scan_kernel<<<dim3(kDim / kSlice<kDim>, p.layer.num_kv_heads, num_tasks), kThreads, kScanBytes, stream>>>(p);
   group_kernel<<<dim3(p.layer.num_heads, p.num_groups), kThreads, kOutBytes, stream>>>(p, num_tasks);
-  RingKernel<kDim><<<dim3(p.layer.num_kv_heads, num_tasks), kThreads, 0, stream>>>(p);
+  RingKernel<kDim, T><<<dim3(p.layer.num_kv_heads, num_tasks), kThreads, 0, stream>>>(p);
 }
 
 }  // namespace
 
 void LaunchPrefillTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.layer.head_dim == 128 ? Launch<128>(p, num_tasks, stream) : Launch<64>(p, num_tasks, stream);
+  const auto launch = p.states.bf16 ? (p.layer.head_dim == 128 ? Launch<128, uint16_t> : Launch<64, uint16_t>)
+                                    : (p.layer.head_dim == 128 ? Launch<128, float> : Launch<64, float>);
+  launch(p, num_tasks, stream);
 }
 
 }  // namespace linspec::cuda

@@ -20,24 +20,26 @@ __device__ __forceinline__ int GroupsBefore(const AttentionParams& p, int end) {
   return __reduce_add_sync(0xFFFFFFFFu, count);
 }
 
-// The tokens of a call: ring slots first, then its rows. Index 0 is the first position of the open group.
+// The tokens of a call: ring slots first (T: type of the states), then its rows. Index 0 is the first position of the open
+// group.
+template <typename T>
 struct Chain {
   const AttentionParams& p;
   const Task& task;
-  float* state;
+  T* state;
   int kv_head, phase;
 
   __device__ __forceinline__ Chain(const AttentionParams& params, const Task& t, int head)
       : p(params), task(t), kv_head(head), phase(static_cast<int>(t.length % params.layer.group_size)) {
-    state = p.states.base + t.slot * p.states.floats_per_slot + p.states.layer_offset;
+    state = p.states.Slot<T>(t.slot);
   }
   __device__ __forceinline__ int end() const { return phase + task.num_rows; }
   // Zero: before the start of the sequence, or no longer in the ring and out of every tap's reach.
   __device__ __forceinline__ bool Has(int token) const {
     return token < end() && token >= phase - p.layer.group_size && task.length - phase + token >= 0;
   }
-  __device__ __forceinline__ float* Matrix(int d) const { return state + static_cast<int64_t>(kv_head) * d * d; }
-  __device__ __forceinline__ float* Ring(int slot, int value, int d) const {
+  __device__ __forceinline__ T* Matrix(int d) const { return state + static_cast<int64_t>(kv_head) * d * d; }
+  __device__ __forceinline__ T* Ring(int slot, int value, int d) const {
     const int64_t heads = p.layer.num_kv_heads, group = p.layer.group_size;
     return state + heads * d * d + ((value * heads + kv_head) * group + slot) * d;
   }
@@ -46,10 +48,6 @@ struct Chain {
   }
   __device__ __forceinline__ const float* Row(int row, int head, int d) const {
     return p.qkv + static_cast<int64_t>(task.row_begin + row) * RowStride(d) + head * d;
-  }
-  __device__ __forceinline__ const float* Token(int token, int value, int d) const {
-    if (token < phase) return Ring(token < 0 ? token + p.layer.group_size : token, value, d);
-    return Row(token - phase, p.layer.num_heads + value * p.layer.num_kv_heads + kv_head, d);
   }
 };
 

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "kernels/cuda/prefill_chain.h"
+#include "kernels/cuda/state_element.h"
 #include "kernels/cuda/tensor_core.h"
 
 namespace linspec::cuda {
@@ -33,7 +34,7 @@ struct OutShared {
   float taps[kHistory], squares[2][kGroup];
 };
 
-template <int kDim, bool kExact>
+template <int kDim, bool kExact, typename T>
 struct GroupProgram {
   static constexpr int kColumns = kDim / 4, kBlocks = kDim / 64;  // blocks of 32 columns a warp
   using Shared = OutShared<kDim>;
@@ -41,7 +42,7 @@ struct GroupProgram {
   using B = std::conditional_t<kExact, Split<2>, Rounded<2>>;
 
   const AttentionParams& p;
-  const Chain& chain;
+  const Chain<T>& chain;
   Shared& shared;
   int head, first, tokens, begin;  // rows [begin, tokens) of the group are rows of the call
   bool folded;
@@ -72,20 +73,23 @@ struct GroupProgram {
     }
   }
   __device__ __forceinline__ void LoadKeys() const {
-    const float *row = chain.Row(first - chain.phase, p.layer.num_heads + chain.kv_head, kDim) + Column(),
-                *slot = chain.Ring(0, 0, kDim) + Column();
+    const float* row = chain.Row(first - chain.phase, p.layer.num_heads + chain.kv_head, kDim) + Column();
+    const T* slot = chain.Ring(0, 0, kDim) + Column();
     float* to = shared.keys + Column();
 #pragma unroll 4
     for (int i = FirstRow(); i < kGroup; i += kRowsAtOnce) {
-      if (i < tokens)
-        CopyAsync16(to + i * Shared::kQuery, i < begin ? slot + i * kDim : row + i * chain.RowStride(kDim));
+      if (i < begin) {
+        CopyElements(to + i * Shared::kQuery, slot + i * kDim);
+      } else if (i < tokens) {
+        CopyAsync16(to + i * Shared::kQuery, row + i * chain.RowStride(kDim));
+      }
     }
   }
   // Rows [from, to) of the values: the history, then the group. Zeros where there is no token.
   __device__ __forceinline__ void LoadValues(int from, int to) const {
     const float* row =
         chain.Row(first - chain.phase, p.layer.num_heads + p.layer.num_kv_heads + chain.kv_head, kDim) + Column();
-    const float* slot = chain.Ring(0, 1, kDim) + Column();
+    const T* slot = chain.Ring(0, 1, kDim) + Column();
 #pragma unroll 2
     for (int i = from + FirstRow(); i < to; i += kRowsAtOnce) {
       const int token = i - kHistory, at = first + token;
@@ -95,7 +99,7 @@ struct GroupProgram {
       } else if (at >= chain.phase) {
         CopyAsync16(target, row + token * chain.RowStride(kDim));
       } else {
-        CopyAsync16(target, slot + (at < 0 ? at + p.layer.group_size : at) * kDim);
+        CopyElements(target, slot + (at < 0 ? at + p.layer.group_size : at) * kDim);
       }
     }
   }

@@ -31,6 +31,10 @@ int32_t Products::Reserve() {
                          "zero");
 }
 
+int64_t Products::bytes_to_reserve() const {
+  return workspace_.as<void>() != nullptr ? 0 : StreamingGemmWorkspaceBytes();
+}
+
 // Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
 // the number of rows.
 bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
@@ -64,21 +68,22 @@ void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, b
   LaunchOwn(product, rows);
 }
 
-void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows,
+void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* scratch, uint16_t* activated, int rows,
                       const NormBefore& before) {
-  if (UsesCublas(w, rows)) {
-    Matmul(w, x, scratch, false, rows);
+  GemmParams product{.w = w,
+                     .x = x,
+                     .y = nullptr,
+                     .accumulate = false,
+                     .y_bf16 = scratch,
+                     .silu_mul = false,
+                     .workspace = workspace_.as<void>(),
+                     .norm_before = before};
+  if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) {
     LaunchSiluMul(scratch, activated, w.rows / 2, rows, context_->stream());
     return;
   }
-  const GemmParams product{.w = w,
-                           .x = x,
-                           .y = nullptr,
-                           .accumulate = false,
-                           .y_bf16 = activated,
-                           .silu_mul = true,
-                           .workspace = workspace_.as<void>(),
-                           .norm_before = before};
+  product.y_bf16 = activated;
+  product.silu_mul = true;
   LaunchOwn(product, rows);
 }
 

@@ -16,11 +16,12 @@ class Products {
   Products(Context* context, bool deterministic) : context_(context), deterministic_(deterministic) {}
 
   int32_t Reserve();  // before the first product
+  int64_t bytes_to_reserve() const;
   // y [rows, N] (+)= x [rows, K] w^T. before: what x still lacks, from AddAndNorm for this w.
   void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows,
               const NormBefore& before = {});
-  // activated [rows, N / 2] = silu(gate) * up of w x, w in the order of PackedGateUpRow. scratch: [rows, N] floats.
-  void GateUp(const LinspecCudaMatrix& w, const uint16_t* x, float* scratch, uint16_t* activated, int rows,
+  // activated [rows, N / 2] = silu(gate) * up of w x, w in the order of PackedGateUpRow. scratch: [rows, N].
+  void GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* scratch, uint16_t* activated, int rows,
               const NormBefore& before = {});
   // y += x w^T, then after.out = RMSNorm(y) in bf16 for the product of `next`: complete, or but for what is returned and
   // that product must be told. after.squares is scratch.

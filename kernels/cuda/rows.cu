@@ -2,8 +2,8 @@
 // fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
 // that row. Launched overlapped (pdl.h): the product after a row operation fetches its weights while that still runs.
 //
-// Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 8 F + 2 F; RoPE 8 (H + Hkv) d;
-// argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
+// Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 4 F + 2 F; RoPE 8 (H + Hkv) d, and
+// 8 Hkv d where k and v move; argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
 #include <climits>
 
 #include "kernels/cuda/embedding.h"
@@ -63,15 +63,26 @@ __global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormRows p) {
   }
 }
 
-// gate_up holds 8 of gate, the same 8 of up, and so on (PackedGateUpRow).
-__global__ void __launch_bounds__(kThreads) SiluMulKernel(const float* gate_up, uint16_t* out, int64_t dim) {
+__device__ uint32_t SiluMulPair(uint32_t gates, uint32_t ups) {
+  uint32_t result = 0;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float gate = __uint_as_float(i == 0 ? gates << 16 : gates & 0xFFFF0000u);
+    const float up = __uint_as_float(i == 0 ? ups << 16 : ups & 0xFFFF0000u);
+    result |= static_cast<uint32_t>(RoundToBf16(gate / (1.0f + expf(-gate)) * up)) << 16 * i;
+  }
+  return result;
+}
+
+// gate_up holds 8 of gate, the same 8 of up, and so on (PackedGateUpRow): a thread takes one such pair of eights.
+__global__ void __launch_bounds__(kThreads) SiluMulKernel(const uint4* gate_up, uint4* out, int64_t eights) {
   GridLaunchDependents();
   GridWait();
-  const int64_t i = static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x, row = blockIdx.x;
-  if (i >= dim) return;
-  const int64_t at = row * 2 * dim + i / 8 * 16 + i % 8;
-  const float gate = gate_up[at], up = gate_up[at + 8];
-  out[row * dim + i] = RoundToBf16(gate / (1.0f + expf(-gate)) * up);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= eights) return;
+  const uint4 gate = gate_up[2 * i], up = gate_up[2 * i + 1];
+  out[i] = make_uint4(SiluMulPair(gate.x, up.x), SiluMulPair(gate.y, up.y), SiluMulPair(gate.z, up.z),
+                      SiluMulPair(gate.w, up.w));
 }
 
 // In double, once per step: position * frequency has to stay exact over millions of tokens.
@@ -88,40 +99,97 @@ __global__ void RopeTableKernel(const int64_t* positions, double theta, int head
 
 constexpr int kRopeHeads = 8;  // of a block
 
-// One warp per (row, head of q or k, and of v where rows move); head_dim <= 128: a lane holds at most two pairs.
-__global__ void RopeNormalizeKernel(const RopeRows p) {
+// Two consecutive pairs a lane where a half of the head is 64 wide: 8-byte loads.
+struct RopeLane {
+  float low[2], high[2];
+
+  __device__ static int Index(int lane, int half, int part) {
+    return half == 64 ? 2 * lane + part : lane + part * kWarp;
+  }
+  __device__ void Load(const float* x, int lane, int half) {
+    if (half == 64) {
+      const float2 a = reinterpret_cast<const float2*>(x)[lane], b = reinterpret_cast<const float2*>(x + half)[lane];
+      low[0] = a.x, low[1] = a.y, high[0] = b.x, high[1] = b.y;
+      return;
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int i = lane + part * kWarp;
+      low[part] = i < half ? x[i] : 0.0f;
+      high[part] = i < half ? x[i + half] : 0.0f;
+    }
+  }
+  __device__ void Scale(float scale) {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      low[part] *= scale;
+      high[part] *= scale;
+    }
+  }
+  __device__ void Store(uint16_t* x, int lane, int half) const {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int i = Index(lane, half, part);
+      if (i >= half) continue;
+      x[i] = RoundToBf16(low[part]);
+      x[i + half] = RoundToBf16(high[part]);
+    }
+  }
+  __device__ void Round() {
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      low[part] = __uint_as_float(static_cast<uint32_t>(RoundToBf16(low[part])) << 16);
+      high[part] = __uint_as_float(static_cast<uint32_t>(RoundToBf16(high[part])) << 16);
+    }
+  }
+  __device__ void Store(float* x, int lane, int half) const {
+    if (half == 64) {
+      reinterpret_cast<float2*>(x)[lane] = make_float2(low[0], low[1]);
+      reinterpret_cast<float2*>(x + half)[lane] = make_float2(high[0], high[1]);
+      return;
+    }
+#pragma unroll
+    for (int part = 0; part < 2; ++part) {
+      const int i = lane + part * kWarp;
+      if (i >= half) continue;
+      x[i] = low[part];
+      x[i + half] = high[part];
+    }
+  }
+};
+
+// One warp per (row, head of q or k, or of v where that moves or is rounded); head_dim <= 128: a lane holds at most two
+// pairs.
+__global__ void RopeNormalizeKernel(const RopeRows p, int heads) {
   GridLaunchDependents();
   GridWait();
   const int head = blockIdx.y * kRopeHeads + threadIdx.x / kWarp, lane = threadIdx.x % kWarp, half = p.head_dim / 2;
-  const int turned = p.num_heads + p.num_kv_heads, heads = turned + p.num_kv_heads;
-  const int64_t row = blockIdx.x, to = p.to_rows != nullptr ? p.to_rows[row] : row;
-  if (to < 0 || head >= (p.from != nullptr ? heads : turned)) return;
-  const float* x = (p.from != nullptr ? p.from : p.qkv) + (row * heads + head) * p.head_dim;
-  float* out = p.qkv + (to * heads + head) * p.head_dim;
-  if (head >= turned) {
-    for (int i = lane; i < p.head_dim; i += kWarp) out[i] = x[i];
-    return;
-  }
-  const float2* angles = p.angles + static_cast<int64_t>(blockIdx.x) * half;
-  float low[2] = {}, high[2] = {};
-  float squares = 0.0f;
+  const int turned = p.num_heads + p.num_kv_heads, all = turned + p.num_kv_heads;
+  if (head >= heads) return;
+  const int64_t row = blockIdx.x, to = p.kv_rows != nullptr ? p.kv_rows[row] : row;
+  const int64_t kept = (to * (all - p.num_heads) + head - p.num_heads) * p.head_dim;
+  float* own = p.qkv + (row * all + head) * p.head_dim;
+  RopeLane x;
+  x.Load(own, lane, half);
+  if (head < turned) {
+    float squares = 0.0f;
 #pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int i = lane + part * kWarp;
-    if (i >= half) continue;
-    const float a = x[i], b = x[i + half], cosine = angles[i].x, sine = angles[i].y;
-    low[part] = fmaf(a, cosine, -(b * sine));
-    high[part] = fmaf(b, cosine, a * sine);
-    squares = fmaf(low[part], low[part], fmaf(high[part], high[part], squares));
+    for (int part = 0; part < 2; ++part) {
+      const int i = RopeLane::Index(lane, half, part);
+      if (i >= half) continue;
+      const float2 angle = p.angles[row * half + i];  // cosine, sine
+      const float a = x.low[part], b = x.high[part];
+      x.low[part] = fmaf(a, angle.x, -(b * angle.y));
+      x.high[part] = fmaf(b, angle.x, a * angle.y);
+      squares = fmaf(x.low[part], x.low[part], fmaf(x.high[part], x.high[part], squares));
+    }
+    x.Scale(1.0f / sqrtf(WarpSum(squares) + p.eps));
   }
-  const float scale = 1.0f / sqrtf(WarpSum(squares) + p.eps);
-#pragma unroll
-  for (int part = 0; part < 2; ++part) {
-    const int i = lane + part * kWarp;
-    if (i >= half) continue;
-    out[i] = low[part] * scale;
-    out[i + half] = high[part] * scale;
-  }
+  if (head < p.num_heads) return x.Store(own, lane, half);
+  if (to < 0) return;
+  if (p.kv != nullptr && p.bf16) return x.Store(static_cast<uint16_t*>(p.kv) + kept, lane, half);
+  if (p.bf16) x.Round();
+  x.Store(p.kv != nullptr ? static_cast<float*>(p.kv) + kept : own, lane, half);
 }
 
 __global__ void ArgmaxKernel(const float* logits, int64_t vocab, int32_t* out) {
@@ -166,9 +234,11 @@ void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream) {
   LaunchOverlapped(RmsNormKernel, rows, kThreads, 0, stream, 1, params);
 }
 
-void LaunchSiluMul(const float* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((dim + kThreads - 1) / kThreads);
-  LaunchOverlapped(SiluMulKernel, dim3(rows, blocks), kThreads, 0, stream, 1, gate_up, out, dim);
+void LaunchSiluMul(const uint16_t* gate_up, uint16_t* out, int64_t dim, int rows, cudaStream_t stream) {
+  const int64_t eights = rows * dim / 8;
+  const auto blocks = static_cast<unsigned>((eights + kThreads - 1) / kThreads);
+  LaunchOverlapped(SiluMulKernel, blocks, kThreads, 0, stream, 1, reinterpret_cast<const uint4*>(gate_up),
+                   reinterpret_cast<uint4*>(out), eights);
 }
 
 void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float2* angles, int rows,
@@ -177,9 +247,9 @@ void LaunchRopeTable(const int64_t* positions, double theta, int head_dim, float
 }
 
 void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream) {
-  const int heads = params.num_heads + (params.from != nullptr ? 2 : 1) * params.num_kv_heads;
+  const int heads = params.num_heads + params.num_kv_heads * (params.kv != nullptr || params.bf16 ? 2 : 1);
   const auto blocks = static_cast<unsigned>((heads + kRopeHeads - 1) / kRopeHeads);
-  LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params);
+  LaunchOverlapped(RopeNormalizeKernel, dim3(rows, blocks), kRopeHeads * kWarp, 0, stream, 1, params, heads);
 }
 
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream) {

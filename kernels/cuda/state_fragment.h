@@ -1,12 +1,13 @@
 // S of one head, spread over the registers of a block of 8 warps in the layout of the tensor cores' operands.
 //
 // kColumns of the d columns, a multiple of 32 (kDim: all): warp w owns 32 of them, slice w % (kColumns / 32), and part
-// w / (kColumns / 32) of the rows. Lane 4 g + c holds, for each
-// step s of 16 rows, rows 16 s + 4 c + 0..3 and columns 4 g + 0..3 of the slice: 16-byte loads, four whole 128-byte
-// lines a warp. The same registers are A of q S (transposed: rows of A are columns of S) and C of the fold.
+// w / (kColumns / 32) of the rows. Lane 4 g + c holds, for each step s of 16 rows, rows 16 s + 4 c + 0..3 and columns 4
+// g + 0..3 of the slice: 16-byte loads, four whole 128-byte lines a warp. The same registers are A of q S
+// (held_state.h; transposed: rows of A are columns of S) and C of the fold.
 #pragma once
 
 #include "kernels/cuda/block.h"
+#include "kernels/cuda/state_element.h"
 #include "kernels/cuda/tensor_core.h"
 
 namespace linspec::cuda {
@@ -36,31 +37,18 @@ struct StateFragment {
 #pragma unroll
     for (int row = 0; row < 4; ++row) LoadEarly(s[Held(step)][row], state + (Row(step) + row) * kDim + Column());
   }
-  __device__ __forceinline__ void Load(const float* state) {
+  __device__ __forceinline__ void LoadStep(int step, const uint16_t* state) {
+#pragma unroll
+    for (int row = 0; row < 4; ++row) {
+      const Vec4 x = LoadElements(state + (Row(step) + row) * kDim + Column());
+      float(&to)[4] = s[Held(step)][row];
+      to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+  }
+  template <typename T>
+  __device__ __forceinline__ void Load(const T* state) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) LoadStep(step, state);
-  }
-
-  // partial[part][row][column] of q S for 8 rows of q [8][stride]; only the first kRows are stored.
-  template <int kRows>
-  __device__ __forceinline__ void Multiply(const float* q, int stride, float* partial) const {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
-    Accumulators sum[2];
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      Vec4 x{0, 0, 0, 0};
-      if (g < kRows) x = Load4(q + g * stride + Row(step));
-      const Split<2> b[2] = {Split<2>({x.x, x.y}), Split<2>({x.z, x.w})};
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-        const float(&r0)[4] = s[step][2 * u], (&r1)[4] = s[step][2 * u + 1];
-        sum[0].Add(Split<4, true>({r0[0], r0[1], r1[0], r1[1]}), b[u]);
-        sum[1].Add(Split<4, true>({r0[2], r0[3], r1[2], r1[3]}), b[u]);
-      }
-    }
-    float* out = partial + Part() * kRows * kDim + Column();
-    if (2 * c < kRows) Store4(out + 2 * c * kDim, {sum[0][0], sum[0][2], sum[1][0], sum[1][2]});
-    if (2 * c + 1 < kRows) Store4(out + (2 * c + 1) * kDim, {sum[0][1], sum[0][3], sum[1][1], sum[1][3]});
   }
 
   // One step of S <- decay S + K^T V, over `tokens` (a multiple of 8) rows of k and v in shared memory, ascending.
@@ -95,11 +83,21 @@ struct StateFragment {
     }
   }
 
-  __device__ __forceinline__ void StoreStep(int step, float* state) const {
+  // As a bf16 S is rounded at the end of a fold; key: of the element at `state` of LoadStep.
+  __device__ __forceinline__ void RoundStep(int step, uint32_t key) {
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      float& x = s[Held(step)][i / 4][i % 4];
+      x = RoundStochastically(x, key + static_cast<uint32_t>((Row(step) + i / 4) * kDim + Column() + i % 4));
+    }
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void StoreStep(int step, T* state) const {
 #pragma unroll
     for (int row = 0; row < 4; ++row) {
       const float(&x)[4] = s[Held(step)][row];
-      Store4(state + (Row(step) + row) * kDim + Column(), {x[0], x[1], x[2], x[3]});
+      StoreElements(state + (Row(step) + row) * kDim + Column(), {x[0], x[1], x[2], x[3]});
     }
   }
 };

@@ -16,9 +16,9 @@ __device__ __forceinline__ void MmaTf32(float (&c)[4], const uint32_t (&a)[4], c
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x itself
-// as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the mask comes
-// from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
+// The tensor cores ignore the low bits, and the assembler knows: with a constant mask it drops the masking, feeds x
+// itself as hi, and copies x into the order of an operand, for values in flight right where they were loaded. So the
+// mask comes from memory. kPinned: the splitting stays where it is written; else the compiler moves it ahead of loops.
 static __constant__ uint32_t high_mask = 0xFFFFE000u;
 
 template <int kSize, bool kPinned = false>
@@ -72,6 +72,44 @@ struct Accumulators {  // two chains of dependent instructions instead of one
   __device__ __forceinline__ float operator[](int i) const { return main[i] + rest[i]; }
 };
 
+// Pairs of bf16 as an A operand, exact in tf32. Pinned like Split.
+struct ExactOperand {
+  uint32_t x[4];
+};
+__device__ __forceinline__ void WidenPair(uint32_t pair, uint32_t& low, uint32_t& high) {
+  asm volatile("shl.b32 %0, %2, 16; and.b32 %1, %2, 0xFFFF0000;" : "=&r"(low), "=r"(high) : "r"(pair));
+}
+// A pair is rows g and g + 8; the pairs are columns c and c + 4.
+__device__ __forceinline__ ExactOperand OfRowPairs(uint32_t left, uint32_t right) {
+  ExactOperand a;
+  WidenPair(left, a.x[0], a.x[1]);
+  WidenPair(right, a.x[2], a.x[3]);
+  return a;
+}
+// A pair is columns c and c + 4; the pairs are rows g and g + 8.
+__device__ __forceinline__ ExactOperand OfColumnPairs(uint32_t upper, uint32_t lower) {
+  ExactOperand a;
+  WidenPair(upper, a.x[0], a.x[2]);
+  WidenPair(lower, a.x[1], a.x[3]);
+  return a;
+}
+
+struct PreciseSums {  // three chains: shorter, for warps that have nothing else to do meanwhile
+  float main[4] = {0, 0, 0, 0}, left[4] = {0, 0, 0, 0}, right[4] = {0, 0, 0, 0};
+
+  template <bool kPinned>
+  __device__ __forceinline__ void Add(const Split<4, kPinned>& a, const Split<2>& b) {
+    MmaTf32(main, a.hi, b.hi);
+    MmaTf32(left, a.lo, b.hi);
+    MmaTf32(right, a.hi, b.lo);
+  }
+  __device__ __forceinline__ void Add(const ExactOperand& a, const Split<2>& b) {
+    MmaTf32(main, a.x, b.hi);
+    MmaTf32(right, a.x, b.lo);
+  }
+  __device__ __forceinline__ float operator[](int i) const { return main[i] + (left[i] + right[i]); }
+};
+
 // 16 bytes of global memory to shared memory; both aligned to 16.
 __device__ __forceinline__ void CopyAsync16(float* shared, const float* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -90,16 +128,25 @@ template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
+// Also for those that were never committed.
+__device__ __forceinline__ void WaitAllCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Bulk copies after this see what other kernels stored before.
+__device__ __forceinline__ void OrderAfterStores() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
 
 // Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
-// each round, announces the bytes; any thread of its warp may then copy.
+// each round, announces the bytes; any thread of its warp may then copy. Further arrivals are of ArriveAfterCopies.
 struct CopyBarrier {
   uint64_t word;
 
   __device__ __forceinline__ uint32_t Address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&word)); }
-  __device__ __forceinline__ void Make() {
+  __device__ __forceinline__ void Make(int arrivals) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Address()) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(Address()), "r"(arrivals) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
   }
@@ -108,8 +155,14 @@ struct CopyBarrier {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
 #endif
   }
+  // Arrives once the thread's CopyAsync before this have landed.
+  __device__ __forceinline__ void ArriveAfterCopies() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(Address()) : "memory");
+#endif
+  }
   // 16-byte aligned ends, a multiple of 16 bytes; 0: nothing.
-  __device__ __forceinline__ void Copy(float* shared, const float* global, uint32_t bytes) {
+  __device__ __forceinline__ void Copy(void* shared, const void* global, uint32_t bytes) {
     if (bytes == 0) return;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     const auto target = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
@@ -117,12 +170,6 @@ struct CopyBarrier {
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
         "l"(global), "r"(bytes), "r"(Address())
         : "memory");
-#endif
-  }
-  // By every thread that stored where the next round copies to, before the block's barrier ahead of that round.
-  static __device__ __forceinline__ void OrderStores() {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
   }
   // Round 0, 1, ...: only its parity counts.
@@ -137,11 +184,16 @@ struct CopyBarrier {
   }
 };
 
-// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the data.
+// Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the
+// data.
 __device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
   asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
                : "l"(global));
+}
+
+__device__ __forceinline__ void LoadEarly(uint32_t (&x)[2], const uint16_t* global) {
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(global));
 }
 
 }  // namespace linspec::cuda

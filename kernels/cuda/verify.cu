@@ -1,346 +1,327 @@
 // tree_verify on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
-// threads a multiprocessor. S of an item lives in registers (state_fragment.h), its window in shared memory
-// (window_tile.h). As soon as an item's sums are formed, S and window of the next are asked for: S by 16-byte loads, the
-// window by bulk copies that one warp prepared while the others scored.
+// threads a multiprocessor. S of an item lives in registers (held_state.h), its window in shared memory
+// (verify_item.h, window_tile.h).
 //
-// Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in and
-// 0.5 KB out. Reached on an H200, 2026-11-27, in (requests, nodes): 83 % at (256, 1), 69 % at (64, 1), 60 % at (64, 4),
-// 48 % at (16, 8); 7.6 us at (1, 1); docs/cuda_attention.md.
-// Slower, measured: one item a block (71 %); S in predicated loads (copies that wait: 56 %); two tiles an item.
+// An item is two phases with a barrier after each, and what a phase has used up is asked for again at once: q S and the
+// weights (then S, keys and queries of the next item travel), then the weighted values (then its values). So loads are
+// under way all the time, and a block waits for memory only. A block starts while the kernel before it runs: S, rings
+// and tasks are older than that.
+//
+// Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in
+// and 0.5 KB out. Reached: docs/cuda_attention.md.
 #include <algorithm>
 
 #include "kernels/cuda/attention_kernels.h"
+#include "kernels/cuda/held_state.h"
 #include "kernels/cuda/pdl.h"
 #include "kernels/cuda/window_tile.h"
 
 namespace linspec::cuda {
 namespace {
 
-constexpr int kQueryRows = 8;  // columns of the tensor cores' B operand
-
-struct Work {
-  int items, splits;  // splits: tiles of the largest task
-  int tokens;         // capacity: ring and nodes
-};
+// Rows of an item: 1; 8, the columns of the tensor cores' B operand; or 16 where two blocks have no room for the window
+// of a large tree, and one has registers to spare.
+constexpr int kTreeRows = 8, kLargeTreeRows = 16;
+constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 
 // Shared memory, in floats.
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 struct Layout {
-  using Tile = WindowTile<kDim, kRows>;
-  int tokens, taps;
-  __host__ __device__ Layout(const Work& work, const LayerParams& layer)
-      : tokens(work.tokens), taps((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
+  using Tile = WindowTile<kDim, kRows, T>;
+  int tokens, taps_size;
+  __host__ __device__ Layout(const VerifyWork& work, const LayerParams& layer)
+      : tokens(work.tokens), taps_size((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
   __host__ __device__ int Masks() const { return 0; }
   __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
-  __host__ __device__ int Queries() const { return Taps() + taps; }
-  __host__ __device__ int Keys() const { return Queries() + kRows * Tile::kQueryStride; }
-  __host__ __device__ int Values() const { return KeysEnd() > Sums() ? KeysEnd() : Sums(); }
-  __host__ __device__ int Local() const { return Values() + tokens * Tile::kStride; }
+  __host__ __device__ int Queries() const { return Taps() + taps_size; }
+  __host__ __device__ int State() const { return Queries() + kRows * Tile::kQueryStride; }  // q S, by parts of the rows
+  __host__ __device__ int Local() const { return State() + HeldState<kDim, T>::kParts * kRows * kDim; }
   __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
-  __host__ __device__ int End() const { return Grouped() + tokens * kRows; }
-  // Sums of the warps: in place of the keys, which are scored by then.
-  __host__ __device__ int Partial() const { return Keys(); }
-  __host__ __device__ int State() const { return Partial() + kClasses * kRows * kDim; }
-  __host__ __device__ int Size() const { return End(); }
+  __host__ __device__ int Keys() const { return Grouped() + tokens * kRows; }
+  __host__ __device__ int Values() const { return Keys() + WindowSize(); }
+  __host__ __device__ int Size() const { return Values() + WindowSize(); }
 
  private:
-  static constexpr int kSums = (kClasses + StateFragment<kDim>::kParts) * kRows * kDim;
-  __host__ __device__ int KeysEnd() const { return Keys() + tokens * Tile::kStride; }
-  __host__ __device__ int Sums() const { return Keys() + kSums; }
+  __host__ __device__ int WindowSize() const { return tokens * Tile::kStride * sizeof(T) / sizeof(float); }
 };
 
-struct BulkCopy {
-  int to;  // in shared memory, in floats
-  uint32_t bytes;
-  const float* from;
-};
-
-// What a block shares about its present and its next items; round r is in tasks[r % 3] and items[r % 2].
+// What a block shares about its items; round r is in items[r % 3] and came from tasks[r % 4].
+template <int kRows>
 struct Schedule {
-  Task tasks[3];
-  Item items[2];
-  CopyBarrier barrier;
+  Task tasks[4];
+  Item items[3];
+  RowInfo rows[3][kRows];
+  CopyBarrier keys, values;
+  int folds[kRows];
+  float squares[kRows][kMaxHeadDim / 32];  // of z, by the warps that share a row
 };
 
-template <int kDim, int kRows>
+template <int kDim, int kRows, typename T>
 struct Verifier {
-  static constexpr int kChannels = kDim / 32;
-  using Tile = WindowTile<kDim, kRows>;
+  using Tile = WindowTile<kDim, kRows, T>;
+  static constexpr int kThreadRows = Tile::kThreadRows;
 
   const AttentionParams& p;
-  const Work& work;
-  Layout<kDim, kRows> layout;
+  const VerifyWork& work;
+  Layout<kDim, kRows, T> layout;
   float* shared;
+  Schedule<kRows>& schedule;
 
-  __device__ __forceinline__ float* Head(const Task& task, int kv_head) const {
-    return p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset +
-           static_cast<int64_t>(kv_head) * kDim * kDim;
+  __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ __forceinline__ static bool Fetches() { return Warp() == kThreads / 32 - 1; }  // it scores the least
+  __device__ __forceinline__ static bool Sums() { return kRows > 1 || Warp() < Tile::kChannelWarps; }
+  __device__ __forceinline__ int IndexOf(int round) const {
+    return static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
   }
-  // Ring of keys; the values follow all heads' keys.
-  __device__ __forceinline__ float* Ring(const Task& task, int kv_head) const {
-    const int64_t group = p.layer.group_size, heads = p.layer.num_kv_heads;
-    return Head(task, 0) + heads * kDim * kDim + kv_head * group * kDim;
+  __device__ __forceinline__ bool Has(int round) const { return IndexOf(round) < work.items; }
+  __device__ __forceinline__ const Task* TaskOf(int round) const {
+    return p.tasks + IndexOf(round) / (p.layer.num_kv_heads * work.splits);
   }
-  __device__ __forceinline__ int64_t RingValues() const {
-    return static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
-  }
-  __device__ __forceinline__ int64_t Stride() const {
-    return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
-  }
-  __device__ __forceinline__ const float* Keys(const Task& task, int kv_head) const {
-    return p.qkv + task.row_begin * Stride() + static_cast<int64_t>(p.layer.num_heads + kv_head) * kDim;
-  }
-  __device__ __forceinline__ bool NeedsState(const Item& item) const {
-    return item.folded && p.layer.global != Global::kNone;
-  }
+  __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
-  // Copy i of an item's window: ring of keys, of values, values of the history, then rows of keys, values and queries.
-  __device__ __forceinline__ BulkCopy Describe(const Task& task, const Item& item, int i) const {
-    constexpr uint32_t kRowBytes = kDim * sizeof(float);
-    const float* ring = Ring(task, item.kv_head);
-    const int keys = layout.Keys(), values = layout.Values(), begin = item.history * kDim, node = (i - 3) / 2;
-    if (i == 0) return {keys + begin, item.phase * kRowBytes, ring};
-    if (i == 1) return {values + begin, item.phase * kRowBytes, ring + RingValues()};
-    if (i == 2) {
-      return {values, item.history * kRowBytes, ring + RingValues() + (p.layer.group_size - item.history) * kDim};
-    }
-    const float* row = p.qkv + task.row_begin * Stride();
-    if (node < item.nodes) {
-      const int value = (i - 3) % 2, head = p.layer.num_heads + value * p.layer.num_kv_heads + item.kv_head;
-      return {(value != 0 ? values : keys) + (item.ring() + node) * kDim, kRowBytes,
-              row + node * Stride() + head * kDim};
-    }
-    const int query = i - 3 - 2 * item.nodes, at = item.first_row + query;
-    return {layout.Queries() + query * Tile::kQueryStride, kRowBytes,
-            row + at / item.heads * Stride() + (item.kv_head * item.heads + at % item.heads) * kDim};
+  __device__ __forceinline__ WindowFetch<kDim, T> Fetch() const {
+    return {p,
+            reinterpret_cast<T*>(shared + layout.Keys()),
+            reinterpret_cast<T*>(shared + layout.Values()),
+            shared + layout.Queries(),
+            shared + layout.Taps(),
+            reinterpret_cast<uint64_t*>(shared + layout.Masks()),
+            schedule.keys,
+            schedule.values};
   }
-  __device__ __forceinline__ static int NumCopies(const Item& item) {
-    return item.rows > 0 ? 3 + 2 * item.nodes + item.rows : 0;
+  __device__ __forceinline__ Tile TileOf(int round) const {
+    return {p.layer,
+            ItemOf(round),
+            schedule.rows[round % 3],
+            reinterpret_cast<T*>(shared + layout.Keys()),
+            reinterpret_cast<T*>(shared + layout.Values()),
+            shared + layout.Queries(),
+            reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
+            shared + layout.Taps(),
+            shared + layout.Local(),
+            shared + layout.Grouped(),
+            schedule.folds,
+            __ffs(p.layer.group_size) - 1};
   }
 
-  // Starts the copies, by one warp whose lanes hold copy `lane` ready.
-  __device__ __forceinline__ void FetchWindow(const Task& task, const Item& item, const BulkCopy& ready,
-                                              CopyBarrier& barrier) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32, copies = NumCopies(item);
-    const int rows = item.phase + item.ring() + 2 * item.nodes + item.rows;
-    if (lane == 0) barrier.Expect(copies > 0 ? rows * static_cast<int>(kDim * sizeof(float)) : 0);
-    __syncwarp();
-    if (lane < copies) barrier.Copy(shared + ready.to, ready.from, ready.bytes);
-#pragma unroll 1
-    for (int i = lane + 32; i < copies; i += 32) {
-      const BulkCopy copy = Describe(task, item, i);
-      barrier.Copy(shared + copy.to, copy.from, copy.bytes);
-    }
-  }
-
-  // Starts the copies of masks and taps; by one warp.
-  __device__ __forceinline__ void FetchConstants(const Task& task, const Item& item) const {
+  // By one warp: the item of a round, whose task has landed. The gains land with the copies of tasks.
+  __device__ __forceinline__ void Prepare(int round) const {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int nodes = item.rows > 0 ? item.nodes : 0, taps = nodes > 0 ? item.heads * p.layer.conv_kernel : 0;
-    auto* masks = reinterpret_cast<uint64_t*>(shared + layout.Masks());
-#pragma unroll 1
-    for (int node = lane; node < nodes; node += 32) {
-      if (p.ancestors != nullptr) {
-        CopyAsync8(masks + node, p.ancestors + task.row_begin + node);
-      } else {
-        masks[node] = ~uint64_t{0} >> (63 - node);
-      }
+    if (!Has(round)) return;
+    const Item item(p, schedule.tasks[round % 4], IndexOf(round), work, kRows);
+    if (lane == 0) schedule.items[round % 3] = item;
+    if (lane < item.rows) {
+      const int row = item.first_row + lane, node = row / item.heads, head = row - node * item.heads;
+      RowInfo& info = schedule.rows[round % 3][lane];
+      const int query_head = item.kv_head * item.heads + head;
+      info.node = node;
+      info.head = head;
+      info.out = (item.out_begin + node) * p.layer.num_heads + query_head;
+      if (p.layer.global == Global::kRmsNorm) CopyAsync4(&info.gain, p.layer.global_gain + query_head);
     }
-#pragma unroll 1
-    for (int i = lane; i < taps; i += 32) {
-      CopyAsync4(shared + layout.Taps() + i, p.layer.conv_taps + item.kv_head * taps + i);
-    }
-  }
-
-  // Sums of the warps for the row of this warp.
-  __device__ __forceinline__ void Add(const float* partial, int parts, float (&sum)[kChannels]) const {
-    const float* from = partial + static_cast<int>(threadIdx.x) / 32 * kDim + Channel();
-    for (int part = 0; part < parts; ++part) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[i] += from[part * kRows * kDim + i];
-    }
-  }
-  __device__ __forceinline__ void AddState(int kv_head, int group, float (&z)[kChannels]) const {
-    float q_s[kChannels] = {};
-    Add(shared + layout.State(), StateFragment<kDim>::kParts, q_s);
-    const float decay = group > 0 && p.layer.decay != nullptr ? Power(p.layer.decay[kv_head], group) : 1.0f;
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) z[i] = fmaf(decay, q_s[i], z[i]);
-  }
-  __device__ __forceinline__ static int Channel() { return static_cast<int>(threadIdx.x) % 32 * kChannels; }
-
-  // The item of an index, and what the lane copies for it; by one warp.
-  __device__ __forceinline__ BulkCopy Prepare(int index, const Task& task, Item& item) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane == 0) item = Item(p.layer, task, index, work.splits, kRows, p.last_rows);
     __syncwarp();
-    return lane < NumCopies(item) ? Describe(task, item, lane) : BulkCopy{};
   }
-  // S of the item, or some matrix where it is not used.
-  __device__ __forceinline__ const float* Matrix(const Task& task, const Item& item) const {
-    return item.rows > 0 && NeedsState(item) ? Head(task, item.kv_head) : p.states.base;
+  __device__ __forceinline__ void FetchTask(int round) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (lane < 2 && Has(round)) {
+      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[round % 4]) + 4 * lane,
+                  reinterpret_cast<const float*>(TaskOf(round)) + 4 * lane);
+    }
   }
 
-  // The loads of the first item. Tasks and S are older than the kernel before this one; everything else may be its work.
-  __device__ __forceinline__ void Begin(int index, bool fetches, Schedule& schedule, BulkCopy& ready,
-                                        StateFragment<kDim>& s) const {
-    const Task& task = schedule.tasks[0];
-    Item& item = schedule.items[0];
-    if (fetches) ready = Prepare(index, task, item);
+  // The loads of the first item; rows of the step only once the kernel before this one has ended.
+  __device__ __forceinline__ void Begin(HeldState<kDim, T>& s) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    if (thread == 0) {
+      schedule.keys.Make(1 + 32);
+      schedule.values.Make(1);
+    }
+    if (thread < 6 && Has(thread / 2)) {
+      Store4(reinterpret_cast<float*>(&schedule.tasks[thread / 2]) + thread % 2 * 4,
+             Load4(reinterpret_cast<const float*>(TaskOf(thread / 2)) + thread % 2 * 4));
+    }
     __syncthreads();
-    s.Load(Matrix(task, item));
+    s.Load(static_cast<const T*>(Item(p, schedule.tasks[0], IndexOf(0), work, kRows).state));
+    const WindowFetch<kDim, T> fetch = Fetch();
+    if (Fetches()) {
+      Prepare(0);
+      fetch.ExpectKeys(ItemOf(0));
+      fetch.ExpectValues(ItemOf(0));
+      fetch.OldKeys(ItemOf(0));
+      fetch.OldValues(ItemOf(0));
+      Prepare(1);
+      WaitAllCopies();  // gains
+    }
     GridWait();
-    if (fetches) {
-      FetchWindow(task, item, ready, schedule.barrier);
-      FetchConstants(task, item);
+    if (Fetches()) {
+      OrderAfterStores();
+      fetch.NewKeys(ItemOf(0), schedule.rows[0]);
+      fetch.NewValues(ItemOf(0));
     }
-    CommitCopies();
+    __syncthreads();  // items
   }
 
-  // The two sums of the warp's row. All threads.
-  __device__ __forceinline__ void Compute(const Item& item, const StateFragment<kDim>& s, float (&local)[kChannels],
-                                          float (&z)[kChannels]) const {
-    constexpr unsigned kAll = 0xFFFFFFFFu;
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-    const bool needs_state = NeedsState(item);
-    const Tile tile{p.layer,
-                    item,
-                    shared + layout.Keys(),
-                    shared + layout.Values(),
-                    shared + layout.Queries(),
-                    reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
-                    shared + layout.Taps(),
-                    shared + layout.Local(),
-                    shared + layout.Grouped(),
-                    shared + layout.Partial(),
-                    __ffs(p.layer.group_size) - 1};
-    tile.Score();
-    __syncthreads();
-    tile.Weigh();
-    __syncthreads();
-    const QueryRow own = tile.Row(thread % kRows);
-    const uint64_t high = __reduce_or_sync(kAll, static_cast<uint32_t>(own.mask >> 32));
-    const uint64_t seen = high << 32 | __reduce_or_sync(kAll, static_cast<uint32_t>(own.mask));
-    const int group = __shfl_sync(kAll, own.group, warp % kRows);
-    tile.Accumulate(tile.local, seen);
-    if (needs_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
-    __syncthreads();
-    if (warp < kRows) Add(tile.partial, kClasses, local);
-    if (__any_sync(kAll, own.group > 0) && p.layer.global != Global::kNone) {  // the same in every warp
-      __syncthreads();
-      tile.Accumulate(tile.grouped, seen);
-      __syncthreads();
-      if (warp < kRows) Add(tile.partial, kClasses, z);
-    }
-    if (warp < kRows && needs_state) AddState(item.kv_head, group, z);
+  // Between the phases, by one warp: keys and queries of the next item, and what later ones are.
+  __device__ __forceinline__ void FetchNext(int round) const {
+    WaitAllCopies();  // the task of round + 2, the gains of round + 1
+    __syncwarp();
+    const WindowFetch<kDim, T> fetch = Fetch();
+    const Item& next = ItemOf(round + 1);
+    fetch.ExpectKeys(next);
+    fetch.NewKeys(next, schedule.rows[(round + 1) % 3]);
+    fetch.OldKeys(next);
+    Prepare(round + 2);
+    FetchTask(round + 3);
+  }
+  __device__ __forceinline__ void FetchNextValues(int round) const {
+    const WindowFetch<kDim, T> fetch = Fetch();
+    const Item& next = ItemOf(round + 1);
+    fetch.ExpectValues(next);
+    fetch.OldValues(next);
+    fetch.NewValues(next);
   }
 
-  // y of one row by one warp, lane l having channels l * kChannels + 0..; z is complete.
-  __device__ __forceinline__ void Finish(const Task& task, const Item& item, const float (&local)[kChannels],
-                                         const float (&z)[kChannels]) const {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    if (warp >= kRows || warp >= item.rows) return;
-    const int row = item.first_row + warp, head = item.kv_head * item.heads + row % item.heads;
-    float scale = p.layer.global_factor;
-    if (p.layer.global == Global::kRmsNorm) {
-      float squares = 0.0f;
+  // z of the thread's rows and channel, given the grouped sum of its window, and its squares.
+  __device__ __forceinline__ void AddState(const Item& item, float (&z)[kThreadRows]) const {
+    const float* from = shared + layout.State() + Tile::FirstRow() * kDim + Tile::Channel();
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) squares = fmaf(z[i], z[i], squares);
+    for (int i = 0; i < kThreadRows; ++i) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int part = 0; part < HeldState<kDim, T>::kParts; ++part) sum += from[(part * kRows + i) * kDim];
+      if (item.may_cross(p.layer.group_size) && p.layer.decay != nullptr) {
+#pragma unroll 1
+        for (int fold = schedule.folds[Tile::FirstRow() + i]; fold > 0; --fold) sum *= p.layer.decay[item.kv_head];
+      }
+      z[i] += sum;
+    }
+  }
+  __device__ __forceinline__ void Square(const float (&z)[kThreadRows]) const {
+#pragma unroll
+    for (int i = 0; i < kThreadRows; ++i) {
+      float squares = z[i] * z[i];
+#pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
-      scale = p.layer.global_gain[head] / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      if (threadIdx.x % 32 == 0) schedule.squares[Tile::FirstRow() + i][Warp() % Tile::kChannelWarps] = squares;
     }
-    const int64_t at =
-        (static_cast<int64_t>(task.row_begin - task.out_shift + row / item.heads) * p.layer.num_heads + head) * kDim +
-        Channel();
+  }
+
+  // y of the thread's rows and channel.
+  __device__ __forceinline__ void Finish(int round, const float (&local)[kThreadRows],
+                                         const float (&z)[kThreadRows]) const {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int row = Tile::FirstRow() + i;
+      if (row >= ItemOf(round).rows) return;
+      const RowInfo& info = schedule.rows[round % 3][row];
+      float scale = p.layer.global_factor;
+      if (p.layer.global == Global::kRmsNorm) {
+        float squares = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < Tile::kChannelWarps; ++warp) squares += schedule.squares[row][warp];
+        scale = info.gain / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+      }
+      const int64_t at = static_cast<int64_t>(info.out) * kDim + Tile::Channel();
       const float y = p.layer.global == Global::kNone ? local[i] : fmaf(scale, z[i], local[i]);
-      if (p.out != nullptr) p.out[at + i] = y;
-      if (p.out_bf16 != nullptr) p.out_bf16[at + i] = RoundToBf16(y);
+      if (p.out != nullptr) p.out[at] = y;
+      if (p.out_bf16 != nullptr) p.out_bf16[at] = RoundToBf16(y);
     }
+  }
+
+  // kMore: another round follows.
+  template <bool kMore>
+  __device__ __forceinline__ void Round(int round, HeldState<kDim, T>& s) const {
+    const Item& item = ItemOf(round);
+    const Tile tile = TileOf(round);
+    PreciseSums scores[Tile::kTiles];
+    schedule.keys.Wait(round);
+    if (item.reads_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
+    if (item.rows > 0) tile.Score(scores);
+    if constexpr (kMore) s.Load(static_cast<const T*>(ItemOf(round + 1).state));
+    if (item.rows > 0) tile.Weigh(scores);
+    __syncthreads();
+    if constexpr (kMore) {
+      if (Fetches()) FetchNext(round);
+    }
+    schedule.values.Wait(round);
+    float local[kThreadRows] = {}, z[kThreadRows] = {};
+    if (Sums() && item.rows > 0) {
+      tile.Accumulate(tile.local, local);
+      if (item.may_cross(p.layer.group_size)) tile.Accumulate(tile.grouped, z);
+      if (item.reads_state) AddState(item, z);
+      if (p.layer.global == Global::kRmsNorm) Square(z);
+    }
+    __syncthreads();
+    if constexpr (kMore) {
+      if (Fetches()) FetchNextValues(round);
+    }
+    if (Sums()) Finish(round, local, z);
   }
 };
 
-template <int kDim, int kRows>
-__global__ void __launch_bounds__(kThreads, 2) VerifyTileKernel(const AttentionParams p, const Work work) {
+template <int kDim, int kRows, typename T>
+__global__ void __launch_bounds__(kThreads, kBlocks(kRows))
+    VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
   extern __shared__ __align__(16) float shared[];
-  __shared__ __align__(16) Schedule schedule;
-  using Program = Verifier<kDim, kRows>;
-  const Program program{p, work, Layout<kDim, kRows>(work, p.layer), shared};
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, stride = static_cast<int>(gridDim.x);
-  const int per_task = p.layer.num_kv_heads * work.splits;
-  const bool fetches = warp == kThreads / 32 - 1;  // the last warp: it has the least to score and to finish
-  int index = static_cast<int>(blockIdx.x);
-  if (thread == 0) schedule.barrier.Make();
-  if (thread < 2 && index + thread * stride < work.items) {
-    schedule.tasks[thread] = p.tasks[(index + thread * stride) / per_task];
-  }
-  __syncthreads();
-  BulkCopy ready;
-  StateFragment<kDim> s;
-  program.Begin(index, fetches, schedule, ready, s);
-  for (int round = 0;; index += stride, ++round) {
-    const int buffer = round & 1, next = index + stride, after = next + stride;
-    const Task& next_task = schedule.tasks[(round + 1) % 3];
-    Item& next_item = schedule.items[buffer ^ 1];
-    WaitCopies<0>();
-    schedule.barrier.Wait(round);
-    __syncthreads();
-    if (thread < 2 && after < work.items) {
-      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[(round + 2) % 3]) + 4 * thread,
-                  reinterpret_cast<const float*>(p.tasks + after / per_task) + 4 * thread);
-    }
-    CommitCopies();
-    if (fetches && next < work.items) ready = program.Prepare(next, next_task, next_item);
-    const Task& task = schedule.tasks[round % 3];
-    const Item& item = schedule.items[buffer];
-    float local[Program::kChannels] = {}, z[Program::kChannels] = {};
-    if (item.rows > 0) program.Compute(item, s, local, z);
-    CopyBarrier::OrderStores();  // the sums lie where the next keys go
-    __syncthreads();
-    if (next >= work.items) {
-      program.Finish(task, item, local, z);
-      return;
-    }
-    s.Load(program.Matrix(next_task, next_item));
-    if (fetches) {
-      program.FetchWindow(next_task, next_item, ready, schedule.barrier);
-      program.FetchConstants(next_task, next_item);
-    }
-    CommitCopies();
-    program.Finish(task, item, local, z);
-  }
+  __shared__ __align__(16) Schedule<kRows> schedule;
+  GridLaunchDependents();
+  const Verifier<kDim, kRows, T> program{p, work, Layout<kDim, kRows, T>(work, p.layer), shared, schedule};
+  HeldState<kDim, T> s;
+  program.Begin(s);
+  int round = 0;
+#pragma unroll 1
+  for (; program.Has(round + 1); ++round) program.template Round<true>(round, s);
+  program.template Round<false>(round, s);
 }
 
-template <int kDim, int kRows>
-void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  const Device& device = CurrentDevice();
+VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
-  Work work;
+  VerifyWork work;
   work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
   const int queries = p.last_rows > 0 && p.last_rows < nodes ? p.last_rows : nodes;
-  work.splits = (queries * heads + kRows - 1) / kRows;
+  work.splits = (queries * heads + rows - 1) / rows;
   work.items = num_tasks * p.layer.num_kv_heads * work.splits;
-  const int bytes = Layout<kDim, kRows>(work, p.layer).Size() * static_cast<int>(sizeof(float));
-  const auto kernel = VerifyTileKernel<kDim, kRows>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  const int resident = device.processors * (2 * (bytes + 2048) <= device.shared_per_processor ? 2 : 1);
-  const int blocks = std::min(work.items, resident);
-  LaunchOverlapped(kernel, dim3(blocks), dim3(kThreads), bytes, stream, 1, p, work);
+  return work;
 }
 
-template <int kDim>
+template <int kDim, int kRows, typename T>
+int SharedBytes(const AttentionParams& p) {
+  return Layout<kDim, kRows, T>(WorkOf(p, 1, kRows), p.layer).Size() * static_cast<int>(sizeof(float));
+}
+
+// Blocks of a multiprocessor.
+template <int kDim, int kRows, typename T>
+int Resident(const AttentionParams& p) {
+  constexpr int kSystemBytes = 1024;  // of each block
+  const int bytes = SharedBytes<kDim, kRows, T>(p) + static_cast<int>(sizeof(Schedule<kRows>)) + kSystemBytes;
+  return std::clamp(CurrentDevice().shared_per_processor / bytes, 1, kBlocks(kRows));
+}
+
+template <int kDim, int kRows, typename T>
+void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
+  const VerifyWork work = WorkOf(p, num_tasks, kRows);
+  const int bytes = SharedBytes<kDim, kRows, T>(p), resident = CurrentDevice().processors * Resident<kDim, kRows, T>(p);
+  const auto kernel = VerifyTileKernel<kDim, kRows, T>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  LaunchOverlapped(kernel, dim3(std::min(work.items, resident)), dim3(kThreads), bytes, stream, 1, p, work);
+}
+
+template <int kDim, typename T>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  const int rows = p.last_rows > 0 ? p.last_rows : p.max_rows;
-  rows* p.layer.num_heads == p.layer.num_kv_heads ? LaunchTiles<kDim, 1>(p, num_tasks, stream)
-                                                  : LaunchTiles<kDim, kQueryRows>(p, num_tasks, stream);
+  const int nodes = p.last_rows > 0 ? p.last_rows : p.max_rows;
+  if (nodes * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1, T>(p, num_tasks, stream);
+  if (Resident<kDim, kTreeRows, T>(p) > 1) return LaunchTiles<kDim, kTreeRows, T>(p, num_tasks, stream);
+  LaunchTiles<kDim, kLargeTreeRows, T>(p, num_tasks, stream);
 }
 
 }  // namespace
 
 void LaunchVerifyTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  p.layer.head_dim == 128 ? LaunchVerifyOf<128>(p, num_tasks, stream) : LaunchVerifyOf<64>(p, num_tasks, stream);
+  const auto launch = p.states.bf16
+                          ? (p.layer.head_dim == 128 ? LaunchVerifyOf<128, uint16_t> : LaunchVerifyOf<64, uint16_t>)
+                          : (p.layer.head_dim == 128 ? LaunchVerifyOf<128, float> : LaunchVerifyOf<64, float>);
+  launch(p, num_tasks, stream);
 }
 
 }  // namespace linspec::cuda

@@ -35,11 +35,19 @@ struct LayerParams {
   const float* global_gain;  // [H] or null
   const float* decay;        // [Hkv] or null
   const float* conv_taps;    // [H, conv_kernel] or null
+  int32_t index = 0;         // of the layer in its model: keys the rounding of bf16 states
 };
 
-struct StateView {  // all slots in one allocation
-  float* base;
-  int64_t floats_per_slot, layer_offset;
+struct StateView {  // all slots in one allocation, in elements of fp32 or bf16
+  void* base;
+  int64_t per_slot, layer_offset;
+  bool bf16 = false;  // shapes of SupportsBf16States only; see AttentionParams::kv
+
+  LINSPEC_BLOCK int64_t ElementBytes() const { return bf16 ? 2 : 4; }
+  template <typename T>
+  LINSPEC_BLOCK T* Slot(int32_t slot) const {
+    return static_cast<T*>(base) + slot * per_slot + layer_offset;
+  }
 };
 
 struct Task {      // one request of a call
@@ -47,14 +55,23 @@ struct Task {      // one request of a call
   int32_t slot;    // -1: padding, the block returns
   int32_t row_begin, num_rows;
   int32_t path_begin, path_length;  // commit: into AttentionParams::paths
-  int32_t out_shift = 0;            // verify: outputs go this many rows above their row in qkv
+  int32_t out_shift = 0;            // verify: queries and outputs are this many rows above k and v
+};
+
+template <typename T>
+struct KvRows {
+  const T* data;  // k of a row's kv heads, then v
+  int64_t stride;
 };
 
 struct AttentionParams {
   LayerParams layer;
   StateView states;
-  const Task* tasks;          // [num_tasks]
-  const float* qkv;           // [rows, (H + 2 Hkv) d]
+  const Task* tasks;  // [num_tasks]
+  const float* qkv;   // [rows, (H + 2 Hkv) d]
+  // [rows, 2 Hkv d] in the type of the states: k and v, where they are not those in qkv. With bf16 states verify and
+  // commit need it, and prefill needs k and v in qkv to be rounded to bf16.
+  const void* kv = nullptr;
   const uint64_t* ancestors;  // [rows] bit j: node j of the request is the row or above it; null: chains
   const int32_t* paths;       // accepted nodes, indices inside the request
   float* out;                 // [rows, H d] or null
@@ -65,6 +82,13 @@ struct AttentionParams {
   float* scratch = nullptr;
   int32_t num_groups = 0;
   bool exact_prefill = false;  // outputs of prefill from three tf32 products instead of one; states always are
+
+  template <typename T = float>
+  LINSPEC_BLOCK KvRows<T> Kv() const {
+    const int64_t d = layer.head_dim, heads = layer.num_heads, both = 2 * layer.num_kv_heads;
+    if (kv != nullptr) return {static_cast<const T*>(kv), both * d};
+    return {reinterpret_cast<const T*>(qkv + heads * d), (heads + both) * d};
+  }
 };
 
 struct AttentionShared {
@@ -117,7 +141,7 @@ struct Window {
   const float *ring_k, *ring_v;        // [G, d]
   const float *row_k, *row_v, *row_q;  // of the request's first row; row_q of the kv head's first query head
   const uint64_t* ancestors;           // [num_rows] or null
-  int64_t stride, first_out;
+  int64_t stride, kv_stride, first_out;
   int kv_head, num_rows, phase, ring_begin;
   int first_query = 0;  // rows before it are seen, but not computed
   bool folded;          // S holds at least one group
@@ -129,9 +153,10 @@ struct Window {
     stride = static_cast<int64_t>(layer.num_heads + 2 * layer.num_kv_heads) * d;
     ring_k = state + static_cast<int64_t>(layer.num_kv_heads) * d * d + static_cast<int64_t>(head) * g * d;
     ring_v = ring_k + static_cast<int64_t>(layer.num_kv_heads) * g * d;
-    const float* first = p.qkv + row * stride;
-    row_q = first + static_cast<int64_t>(head) * (layer.num_heads / layer.num_kv_heads) * d;
-    row_k = first + static_cast<int64_t>(layer.num_heads + head) * d;
+    const KvRows<float> kv = p.Kv();
+    kv_stride = kv.stride;
+    row_q = p.qkv + row * stride + static_cast<int64_t>(head) * (layer.num_heads / layer.num_kv_heads) * d;
+    row_k = kv.data + row * kv_stride + static_cast<int64_t>(head) * d;
     row_v = row_k + static_cast<int64_t>(layer.num_kv_heads) * d;
     phase = static_cast<int>(length % g);
     folded = length >= g;
@@ -150,7 +175,7 @@ struct Window {
 
  private:
   LINSPEC_BLOCK const float* Pick(int token, const float* ring, const float* rows) const {
-    if (token >= ring_tokens()) return rows + (token - ring_tokens()) * stride;
+    if (token >= ring_tokens()) return rows + (token - ring_tokens()) * kv_stride;
     const int position = ring_begin + token;
     return ring + static_cast<int64_t>(position < 0 ? position + layer.group_size : position) * layer.head_dim;
   }

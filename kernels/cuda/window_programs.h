@@ -13,9 +13,7 @@ LINSPEC_BLOCK float* HeadState(const AttentionParams& p, float* state, int kv_he
   return state + static_cast<int64_t>(kv_head) * p.layer.head_dim * p.layer.head_dim;
 }
 
-LINSPEC_BLOCK float* SlotState(const AttentionParams& p, const Task& task) {
-  return p.states.base + task.slot * p.states.floats_per_slot + p.states.layer_offset;
-}
+LINSPEC_BLOCK float* SlotState(const AttentionParams& p, const Task& task) { return p.states.Slot<float>(task.slot); }
 
 LINSPEC_BLOCK void LoadState(const Grid& grid, int thread, const float* s, Fragment& fragment) {
   LINSPEC_UNROLL
@@ -51,7 +49,7 @@ LINSPEC_BLOCK void AppendRow(const Window& w, int thread, int row, int slot) {
   const bool key = thread < columns;
   const int c = thread % columns * 4;
   float* ring = const_cast<float*>(key ? w.ring_k : w.ring_v);
-  Store4(ring + slot * d + c, Load4((key ? w.row_k : w.row_v) + row * w.stride + c));
+  Store4(ring + slot * d + c, Load4((key ? w.row_k : w.row_v) + row * w.kv_stride + c));
 }
 
 // Reads state, never writes it.
@@ -62,6 +60,7 @@ LINSPEC_BLOCK void VerifyBlock(const Block& block, const AttentionParams& p, con
   float* state = SlotState(p, task);
   Window w(p, task.length, task.row_begin, task.num_rows, p.ancestors == nullptr, state, kv_head);
   w.first_out -= task.out_shift;
+  w.row_q -= task.out_shift * w.stride;
   if (p.last_rows > 0 && p.last_rows < task.num_rows) w.first_query = task.num_rows - p.last_rows;
   const Grid grid(kDim != 0 ? kDim : p.layer.head_dim);
   typename Block::template PerThread<Fragment> s;

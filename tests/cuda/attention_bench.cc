@@ -66,46 +66,84 @@ DeviceArray<float>* States(std::mt19937& random, int count) {
   return states;
 }
 
-void BenchVerify(const char* name, decltype(&LaunchVerify) launch, int requests, int nodes, double bandwidth) {
-  std::mt19937 random(1);
-  const int copies = std::max<int>(2, static_cast<int>(kRotatedBytes / (requests * kStateFloats * 4)));
-  const int rows = requests * nodes;
-  const Layer layer(random);
-  const std::unique_ptr<DeviceArray<float>> states(States(random, copies * requests));
-  std::vector<uint64_t> ancestors;
-  std::vector<Task> tasks;
-  for (int r = 0; r < requests; ++r) {
-    tasks.push_back({kLength, r, r * nodes, nodes, 0, 0});
-    for (int i = 0; i < nodes; ++i) {  // a binary tree
-      ancestors.push_back((i == 0 ? 0 : ancestors[r * nodes + (i - 1) / 2]) | uint64_t{1} << i);
+// A verify of binary trees. Rotates over copies of the states.
+class VerifyBench {
+ public:
+  VerifyBench(int requests, int nodes, bool bf16)
+      : requests_(requests), nodes_(nodes), bf16_(bf16), random_(1), layer_(random_) {
+    copies_ = std::max<int>(2, static_cast<int>(kRotatedBytes / (requests * kStateFloats * ElementBytes())));
+    // As bf16 a float's halves are values of which one has its size: good enough to be read.
+    states_.reset(States(random_, copies_ * requests / (bf16 ? 2 : 1)));
+    std::vector<uint64_t> ancestors;
+    std::vector<Task> tasks;
+    for (int r = 0; r < requests; ++r) {
+      tasks.push_back({kLength, r, r * nodes, nodes, 0, 0});
+      for (int i = 0; i < nodes; ++i) {
+        ancestors.push_back((i == 0 ? 0 : ancestors[r * nodes + (i - 1) / 2]) | uint64_t{1} << i);
+      }
     }
+    ancestors_ = std::make_unique<DeviceArray<uint64_t>>(ancestors);
+    tasks_ = std::make_unique<DeviceArray<Task>>(tasks);
+    qkv_ = std::make_unique<DeviceArray<float>>(Normal(random_, int64_t{rows()} * 3 * kHeads * kDim, 0.088f));
+    kv_ = std::make_unique<DeviceArray<float>>(Normal(random_, int64_t{rows()} * 2 * kHeads * kDim, 0.088f));
+    out_ = std::make_unique<DeviceArray<float>>(int64_t{rows()} * kHeads * kDim);
   }
-  const DeviceArray<float> qkv(Normal(random, int64_t{rows} * 3 * kHeads * kDim, 0.088f));
-  const DeviceArray<float> out(int64_t{rows} * kHeads * kDim);
-  const DeviceArray<uint64_t> device_ancestors(ancestors);
-  const DeviceArray<Task> device_tasks(tasks);
-  const double us = GraphMicroseconds([&](int i, cudaStream_t stream) {
-    launch({.layer = layer.params,
-            .states = {states->get() + i % copies * requests * kStateFloats, kStateFloats, 0},
-            .tasks = device_tasks.get(),
-            .qkv = qkv.get(),
-            .ancestors = device_ancestors.get(),
-            .paths = nullptr,
-            .out = out.get(),
-            .out_bf16 = nullptr,
-            .max_rows = nodes},
-           requests, stream);
-  });
-  const double bytes = 4.0 * kHeads * (requests * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows * 4.0 * kDim);
-  const double floor = bytes / bandwidth * 1e-6;
-  const double node_bytes = static_cast<double>(rows + requests) * kHeads * kDim * kDim * 4;
-  const DeviceArray<float> node_states(int64_t{rows} * kHeads * kDim * kDim);
-  const double node_us = GraphMicroseconds([&](int i, cudaStream_t stream) {
-    LaunchPerNodeVerify(states->get() + i % copies * requests * kStateFloats, node_states.get(), qkv.get(), out.get(),
-                        requests, nodes, kHeads, stream);
-  });
-  std::printf("%s (%3d,%2d): %8.2f us, floor %7.2f us, %5.1f %%; a state per node: %8.2f us, %4.1f x the bytes\n", name,
-              requests, nodes, us, floor, 100.0 * floor / us, node_us, node_bytes / bytes);
+
+  int rows() const { return requests_ * nodes_; }
+  double Microseconds() const {
+    return GraphMicroseconds([&](int i, cudaStream_t stream) {
+      LaunchVerify({.layer = layer_.params,
+                    .states = {StatesOf(i), kStateFloats, 0, bf16_},
+                    .tasks = tasks_->get(),
+                    .qkv = qkv_->get(),
+                    .kv = kv_->get(),
+                    .ancestors = ancestors_->get(),
+                    .paths = nullptr,
+                    .out = out_->get(),
+                    .out_bf16 = nullptr,
+                    .max_rows = nodes_},
+                   requests_, stream);
+    });
+  }
+  // S, the ring part needed, and the rows, once each.
+  double Bytes() const {
+    const double state = requests_ * (kDim * kDim + 2.0 * (kLength % kGroup) * kDim) + rows() * 2.0 * kDim;
+    return kHeads * (state * static_cast<double>(ElementBytes()) + rows() * 2.0 * kDim * sizeof(float));
+  }
+  double PerNodeMicroseconds() const {
+    const DeviceArray<float> node_states(int64_t{rows()} * kHeads * kDim * kDim);
+    return GraphMicroseconds([&](int i, cudaStream_t stream) {
+      LaunchPerNodeVerify(static_cast<const float*>(StatesOf(i)), node_states.get(), qkv_->get(), out_->get(),
+                          requests_, nodes_, kHeads, stream);
+    });
+  }
+
+ private:
+  int64_t ElementBytes() const { return bf16_ ? 2 : 4; }
+  void* StatesOf(int i) const {
+    return reinterpret_cast<char*>(states_->get()) + i % copies_ * requests_ * kStateFloats * ElementBytes();
+  }
+
+  const int requests_, nodes_;
+  const bool bf16_;
+  std::mt19937 random_;
+  const Layer layer_;
+  int copies_;
+  std::unique_ptr<DeviceArray<float>> states_, qkv_, kv_, out_;
+  std::unique_ptr<DeviceArray<uint64_t>> ancestors_;
+  std::unique_ptr<DeviceArray<Task>> tasks_;
+};
+
+void BenchVerify(int requests, int nodes, double bandwidth) {
+  const VerifyBench bench(requests, nodes, /*bf16=*/false), narrow(requests, nodes, /*bf16=*/true);
+  const double us = bench.Microseconds(), floor = bench.Bytes() / bandwidth * 1e-6;
+  const double narrow_us = narrow.Microseconds(), narrow_floor = narrow.Bytes() / bandwidth * 1e-6;
+  const double node_bytes = static_cast<double>(bench.rows() + requests) * kHeads * kDim * kDim * 4;
+  std::printf(
+      "verify (%3d,%2d): %8.2f us, floor %7.2f us, %5.1f %%; bf16 states: %8.2f us, floor %7.2f us, %5.1f %%; "
+      "a state per node: %8.2f us, %4.1f x the bytes\n",
+      requests, nodes, us, floor, 100.0 * floor / us, narrow_us, narrow_floor, 100.0 * narrow_floor / narrow_us,
+      bench.PerNodeMicroseconds(), node_bytes / bench.Bytes());
 }
 
 // 64 tokens of one request taken one by one into S, and appended and folded once: the same S.
@@ -168,7 +206,7 @@ void BenchLazyCommit(int requests, int tokens) {
   }
   const DeviceArray<AttentionParams> device_layers(layers);
   const double lazy = GraphMicroseconds([&](int, cudaStream_t stream) {
-    LaunchCommitLayers(layer.params, device_layers.get(), kLayers, requests, stream);
+    LaunchCommitLayers(layer.params, false, device_layers.get(), kLayers, requests, stream);
   });
   const double eager = GraphMicroseconds([&](int i, cudaStream_t stream) {
     LaunchEagerCommit(states.get() + i % kLayers * kStateFloats, kLayers * kStateFloats, qkv.get(), requests, tokens,
@@ -258,7 +296,7 @@ int main(int argc, char** argv) {
   Check(cudaSetDevice(0), "no usable GPU");
   if (argc == 4) {
     const int requests = std::atoi(argv[2]), rows = std::atoi(argv[3]);
-    if (std::strcmp(argv[1], "verify") == 0) BenchVerify("verify", &LaunchVerify, requests, rows, 1.0);
+    if (std::strcmp(argv[1], "verify") == 0) BenchVerify(requests, rows, 1.0);
     if (std::strcmp(argv[1], "prefill") == 0) BenchPrefill(requests, rows, false, 1.0);
     return 0;
   }
@@ -266,7 +304,7 @@ int main(int argc, char** argv) {
   std::printf("read %.2f TB/s\n", bandwidth);
   for (const auto& [requests, nodes] :
        {std::pair{1, 1}, {1, 8}, {1, 64}, {4, 32}, {16, 8}, {64, 4}, {64, 1}, {256, 1}}) {
-    BenchVerify("verify", &LaunchVerify, requests, nodes, bandwidth);
+    BenchVerify(requests, nodes, bandwidth);
   }
   for (const int phase : {0, kGroup - 1, -1}) {
     for (const int requests : {1, 64, 256}) BenchCommit(requests, phase, bandwidth);

@@ -78,9 +78,9 @@ class Fixture {
   }
 
   // Slots are not in request order; slot 0 belongs to nobody and must stay as it is.
-  static int Slot(int request) { return 4 - request; }
+  static int Slot(int request) { return request < 4 ? 4 - request : request + 1; }
   std::vector<float> States(const std::vector<Request>& requests) const {
-    std::vector<float> states(5 * floats_, 0.25f);
+    std::vector<float> states((std::max<size_t>(requests.size(), 4) + 1) * floats_, 0.25f);
     for (size_t r = 0; r < requests.size(); ++r) {
       const std::vector<float> state = ReferenceState(layer_, Path(requests[r], -1));
       std::copy(state.begin(), state.end(), states.begin() + Slot(static_cast<int>(r)) * floats_);
@@ -189,7 +189,7 @@ std::vector<int32_t> PathTo(const Request& request, int node) {
 // Commit by way of the call for all layers.
 void CommitLayer(const AttentionParams& params, int num_tasks, cudaStream_t stream) {
   const DeviceArray<AttentionParams> layers(std::vector<AttentionParams>{params});
-  LaunchCommitLayers(params.layer, layers.get(), 1, num_tasks, stream);
+  LaunchCommitLayers(params.layer, false, layers.get(), 1, num_tasks, stream);
   Sync();
 }
 
@@ -244,6 +244,31 @@ void VerifyAndCommit(const Shape& shape, int length, uint32_t seed, Errors& erro
     f.Call(&CommitLayer, call, true, {{}, {}, {0}}, walked);
     f.Accept(alone, {0});
   }
+}
+
+// More items than blocks: every block takes several, whose loads overlap. Each request has the bits that it has alone.
+double Crowd(const Shape& shape, int nodes) {
+  constexpr int kCrowd = 500;
+  Fixture f(shape, 77);
+  std::vector<Request> requests;
+  for (int r = 0; r < kCrowd; ++r)
+    requests.push_back(f.Make(r * 3 % (2 * shape.group), 1 + (nodes > 1 ? r % nodes : 0), false));
+  double different = 0;
+  std::vector<float> states = f.States(requests);
+  const std::vector<float> all = f.Call(&LaunchVerify, requests, true, {}, states);
+  const int width = shape.heads * shape.d;
+  int64_t row = 0;
+  for (int r = 0; r < kCrowd; ++r) {
+    std::vector<Request> alone = {requests[r]};
+    const auto rows = static_cast<int64_t>(requests[r].parents.size());
+    if (r % 7 == 0) {
+      std::vector<float> own = f.States(alone);
+      const std::vector<float> out = f.Call(&LaunchVerify, alone, true, {}, own);
+      different = std::max(different, Different(&all[row * width], out.data(), rows * width));
+    }
+    row += rows;
+  }
+  return different;
 }
 
 void Prefill(const Shape& shape, int length, uint32_t seed, Errors& errors) {
@@ -339,6 +364,10 @@ int main(int argc, char** argv) {
     Report("prefill" + name + ": state", prefill.state, 1e-5);
     Report("prefill" + name + ": any chunking", prefill.bits, 0.0);
     Report("prefill" + name + ": state of decoding", prefill.fused, 0.0);
+  }
+  for (const int nodes : {1, 8, 40}) {
+    if (!quick)
+      Report("verify many requests of up to " + std::to_string(nodes) + " nodes", Crowd(kShapes[0], nodes), 0.0);
   }
   return Summary("attention_test");
 }

@@ -25,13 +25,14 @@ void TestRows(CpuOps& ops) {
     Sync();
     Report("rms_norm" + size, RelativeError(out.Read(), expected), 1e-6);
 
-    std::vector<float> activated(x.size() / 2);
-    ops.SiluMul({x.data(), activated.data(), rows, dim / 2});
-    std::vector<float> in_turn(x.size());  // 8 of gate, 8 of up
+    std::vector<float> activated(x.size() / 2), rounded(x.size());
+    for (int64_t i = 0; i < std::ssize(x); ++i) rounded[i] = BFloat16ToFloat(RoundToBf16(x[i]));
+    ops.SiluMul({rounded.data(), activated.data(), rows, dim / 2});
+    std::vector<uint16_t> in_turn(x.size());  // 8 of gate, 8 of up
     for (int64_t i = 0; i < std::ssize(x); ++i) {
-      in_turn[i] = x[i / dim * dim + PackedGateUpRow(i % dim, dim / 2)];
+      in_turn[i] = RoundToBf16(x[i / dim * dim + PackedGateUpRow(i % dim, dim / 2)]);
     }
-    const DeviceArray<float> device_in_turn(in_turn);
+    const DeviceArray<uint16_t> device_in_turn(in_turn);
     const DeviceArray<uint16_t> bits(activated.size());
     LaunchSiluMul(device_in_turn.get(), bits.get(), dim / 2, rows, nullptr);
     Sync();
@@ -57,9 +58,19 @@ void TestRows(CpuOps& ops) {
     const DeviceArray<float2> angles(static_cast<size_t>(rows) * d / 2);
     ops.RopeNormalize({qkv.data(), positions.data(), rows, heads, kv, d, 10000.0f, 1e-6f});
     LaunchRopeTable(device_positions.get(), 10000.0, d, angles.get(), rows, nullptr);
+    const DeviceArray<float> moved(device.Read()), kept(static_cast<size_t>(rows) * 2 * kv * d);
     LaunchRopeNormalize({device.get(), angles.get(), heads, kv, d, 1e-6f}, rows, nullptr);
     Sync();
     Report("rope_normalize d " + std::to_string(d), RelativeError(device.Read(), qkv), 1e-6);
+    LaunchRopeNormalize({moved.get(), angles.get(), heads, kv, d, 1e-6f, kept.get()}, rows, nullptr);
+    Sync();
+    const std::vector<float> in_place = device.Read(), queries = moved.Read(), keys_and_values = kept.Read();
+    int wrong = 0;  // the same bits, queries where they were, the rest apart
+    for (int i = 0; i < rows * width; ++i) {
+      const int row = i / width, column = i % width - heads * d;
+      wrong += in_place[i] != (column < 0 ? queries[i] : keys_and_values[row * 2 * kv * d + column]);
+    }
+    Report("rope_normalize with k and v apart d " + std::to_string(d), wrong, 0);
   }
 }
 

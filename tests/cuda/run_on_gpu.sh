@@ -25,6 +25,7 @@ bench() {  # NAME FLAGS...: `linspec bench` on the GPU
 
 nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used --format=csv | tee "$logs/gpu.csv"
 run device_test 240 "$here/cuda_device_test"
+run state_test 120 "$here/cuda_state_test"
 run gemm_test 120 "$here/cuda_gemm_test"
 run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
 run draft_test 120 "$here/cuda_draft_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
@@ -39,6 +40,7 @@ bench bench_bundled --batch 1,8,64,256 --context 1024 --prefill 2048 --max-step-
 if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
   run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test"
   run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test"
+  run state_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_state_test"
   run gemm_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run gemm_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick

@@ -72,7 +72,7 @@ class CudaWindowTest : public testing::TestWithParam<int> {
                       .global_gain = layer_.global_gain,
                       .decay = layer_.decay,
                       .conv_taps = layer_.conv_taps},
-            .states = {.base = state.data(), .floats_per_slot = 0, .layer_offset = 0},
+            .states = {.base = state.data(), .per_slot = 0, .layer_offset = 0},
             .tasks = nullptr,
             .qkv = qkv_.data(),
             .ancestors = nullptr,

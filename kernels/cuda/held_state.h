@@ -1,0 +1,81 @@
+// S of one head in the registers of a block of 8 warps, in the type and layout it is stored in, on its way from memory
+// while the block does other things; then an operand of the tensor cores (the layout is state_fragment.h's).
+#pragma once
+
+#include "kernels/cuda/state_fragment.h"
+
+namespace linspec::cuda {
+
+// Four columns of a row of S.
+template <typename T>
+struct HeldRow;
+
+template <>
+struct HeldRow<float> {
+  float x[4];
+  __device__ __forceinline__ void Load(const float* from) { LoadEarly(x, from); }
+};
+template <>
+struct HeldRow<uint16_t> {
+  uint32_t pairs[2];
+  __device__ __forceinline__ void Load(const uint16_t* from) { LoadEarly(pairs, from); }
+};
+
+// Columns 2 i and 2 i + 1 of two rows as the A operand. bf16 is exact in tf32.
+template <int i>
+__device__ __forceinline__ Split<4, true> OperandOf(const HeldRow<float>& a, const HeldRow<float>& b) {
+  return Split<4, true>({a.x[2 * i], a.x[2 * i + 1], b.x[2 * i], b.x[2 * i + 1]});
+}
+template <int i>
+__device__ __forceinline__ ExactOperand OperandOf(const HeldRow<uint16_t>& a, const HeldRow<uint16_t>& b) {
+  return OfRowPairs(a.pairs[i], b.pairs[i]);
+}
+
+template <int kDim, typename T>
+struct HeldState {
+  using Layout = StateFragment<kDim>;
+  static constexpr int kParts = Layout::kParts, kSteps = Layout::kSteps;
+  HeldRow<T> s[kSteps][4];
+
+  __device__ __forceinline__ void Load(const T* state) {
+#pragma unroll
+    for (int i = 0; i < kSteps * 4; ++i)
+      s[i / 4][i % 4].Load(state + (Layout::Row(i / 4) + i % 4) * kDim + Layout::Column());
+  }
+
+  // partial[part][row][column] of q S for kRows rows of q [kRows][stride].
+  template <int kRows>
+  __device__ __forceinline__ void Multiply(const float* q, int stride, float* partial) const {
+    constexpr int kTiles = (kRows + 7) / 8;  // of 8 rows, the columns of an instruction
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
+    PreciseSums sum[kTiles][2];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Vec4 x[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        x[tile] = Load4(q + min(8 * tile + g, kRows - 1) * stride + Layout::Row(step));
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const auto even = OperandOf<0>(s[step][2 * u], s[step][2 * u + 1]);
+        const auto odd = OperandOf<1>(s[step][2 * u], s[step][2 * u + 1]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          const Split<2> b(u == 0 ? Split<2>({x[tile].x, x[tile].y}) : Split<2>({x[tile].z, x[tile].w}));
+          sum[tile][0].Add(even, b);
+          sum[tile][1].Add(odd, b);
+        }
+      }
+    }
+    float* out = partial + Layout::Part() * kRows * kDim + Layout::Column();
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      const int row = i / 2 * 8 + 2 * c + i % 2, e = i % 2;
+      const PreciseSums(&y)[2] = sum[i / 2];
+      if (row < kRows) Store4(out + row * kDim, {y[0][e], y[0][2 + e], y[1][e], y[1][2 + e]});
+    }
+  }
+};
+
+}  // namespace linspec::cuda

@@ -1,0 +1,145 @@
+// What a block of tree_verify works on, and the copies that bring an item's window to shared memory.
+#pragma once
+
+#include "kernels/cuda/tensor_core.h"
+#include "kernels/cuda/window_attention.h"
+
+namespace linspec::cuda {
+
+struct VerifyWork {
+  int items, splits;  // splits: tiles of the largest task
+  int tokens;         // capacity of a window: ring and nodes
+};
+
+// Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it
+// are the history, which only taps reach.
+struct Item {
+  const void* state;                    // S of the head; base of all states where S is not read
+  const void* ring;                     // keys of the head; its values follow all heads' keys
+  int kv_head, heads, first_row, rows;  // heads: query heads of the kv head; rows: of the item, 0: nothing to do
+  int phase, history, nodes;            // nodes: of the request that any row of the item can see
+  int row_begin, out_begin;             // of the request: its first row of k and v; of queries and outputs
+  bool reads_state;
+
+  __device__ Item() {}
+  __device__ __forceinline__ Item(const AttentionParams& p, const Task& task, int index, const VerifyWork& work,
+                                  int tile) {
+    const LayerParams& layer = p.layer;
+    kv_head = index / work.splits % layer.num_kv_heads;
+    heads = layer.num_heads / layer.num_kv_heads;
+    first_row = (p.last_rows > 0 ? max(0, task.num_rows - p.last_rows) : 0) * heads + index % work.splits * tile;
+    rows = task.slot < 0 ? 0 : max(0, min(tile, task.num_rows * heads - first_row));
+    nodes = (first_row + rows - 1) / heads + 1;
+    row_begin = task.row_begin;
+    out_begin = task.row_begin - task.out_shift;
+    phase = static_cast<int>(task.length & (layer.group_size - 1));
+    const bool folded = task.length >= layer.group_size;
+    history = folded ? max(0, layer.conv_kernel - 1 - phase) : 0;
+    reads_state = rows > 0 && folded && layer.global != Global::kNone;
+    const int64_t d = layer.head_dim;
+    const int64_t first = max(task.slot, 0) * p.states.per_slot + p.states.layer_offset, size = p.states.ElementBytes();
+    const char* base = static_cast<const char*>(p.states.base);
+    state = base + (reads_state ? first + kv_head * d * d : 0) * size;
+    ring = base + (first + layer.num_kv_heads * d * d + kv_head * layer.group_size * d) * size;
+  }
+  __device__ __forceinline__ int ring_tokens() const { return phase + history; }
+  __device__ __forceinline__ int tokens() const { return ring_tokens() + nodes; }
+  // Some row of the item may stand past the end of the open group.
+  __device__ __forceinline__ bool may_cross(int group_size) const { return phase + nodes > group_size; }
+};
+
+struct RowInfo {   // of a row of an item
+  int node, head;  // head: in the kv head's group
+  int out;         // row of d channels in the output
+  float gain;      // Global::kRmsNorm
+};
+
+// Copies of an item to shared memory, started by one warp; a barrier of 1 + kWarp arrivals for the keys, queries, masks
+// and taps (the last two come by copies of 4 and 8 bytes, at which every lane arrives), one of 1 for the values.
+template <int kDim, typename T>
+struct WindowFetch {
+  static constexpr int kWarp = 32, kQueryStride = kDim + 4;
+  static constexpr uint32_t kRowBytes = kDim * sizeof(T), kQueryBytes = kDim * sizeof(float);
+
+  const AttentionParams& p;
+  T *keys, *values;  // in shared memory
+  float *queries, *taps;
+  uint64_t* masks;
+  CopyBarrier &keys_barrier, &values_barrier;
+
+  __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+
+  // Announces the bytes of all copies of the item. Before any of them; all lanes.
+  __device__ __forceinline__ void ExpectKeys(const Item& item) const {
+    const uint32_t bytes = (item.phase + item.nodes) * kRowBytes + item.rows * kQueryBytes;
+    if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? bytes : 0);
+    __syncwarp();
+  }
+  __device__ __forceinline__ void ExpectValues(const Item& item) const {
+    if (Lane() == 0) values_barrier.Expect(item.rows > 0 ? item.tokens() * kRowBytes : 0);
+    __syncwarp();
+  }
+
+  // What is older than the kernel before this one: rings, masks, taps.
+  __device__ __forceinline__ void OldKeys(const Item& item) const {
+    if (item.rows > 0) {
+      if (Lane() == 0) keys_barrier.Copy(keys + item.history * kDim, item.ring, item.phase * kRowBytes);
+#pragma unroll 1
+      for (int node = Lane(); node < item.nodes; node += kWarp) {
+        if (p.ancestors != nullptr) {
+          CopyAsync8(masks + node, p.ancestors + item.row_begin + node);
+        } else {
+          masks[node] = ~uint64_t{0} >> (63 - node);
+        }
+      }
+      const int size = item.heads * p.layer.conv_kernel;
+#pragma unroll 1
+      for (int i = Lane(); i < size; i += kWarp) CopyAsync4(taps + i, p.layer.conv_taps + item.kv_head * size + i);
+    }
+    keys_barrier.ArriveAfterCopies();
+  }
+  __device__ __forceinline__ void OldValues(const Item& item) const {
+    if (item.rows == 0 || Lane() > 1) return;
+    const T* ring =
+        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
+    if (Lane() == 0) values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
+    if (Lane() == 1) {
+      values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
+    }
+  }
+
+  // The rows of this step.
+  __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
+    if (item.rows == 0) return;
+    const KvRows<T> kv = p.Kv<T>();
+    const T* from = kv.data + item.row_begin * kv.stride + item.kv_head * kDim;
+    const float* q = p.qkv + item.out_begin * QueryStride();
+#pragma unroll 1
+    for (int i = Lane(); i < item.nodes + item.rows; i += kWarp) {
+      const int query = i - item.nodes;
+      if (query < 0) {
+        keys_barrier.Copy(keys + (item.ring_tokens() + i) * kDim, from + i * kv.stride, kRowBytes);
+      } else {
+        const RowInfo& row = rows[query];
+        keys_barrier.Copy(queries + query * kQueryStride,
+                          q + row.node * QueryStride() + (item.kv_head * item.heads + row.head) * kDim, kQueryBytes);
+      }
+    }
+  }
+  __device__ __forceinline__ void NewValues(const Item& item) const {
+    if (item.rows == 0) return;
+    const KvRows<T> kv = p.Kv<T>();
+    const T* from = kv.data + item.row_begin * kv.stride + (p.layer.num_kv_heads + item.kv_head) * kDim;
+#pragma unroll 1
+    for (int node = Lane(); node < item.nodes; node += kWarp) {
+      values_barrier.Copy(values + (item.ring_tokens() + node) * kDim, from + node * kv.stride, kRowBytes);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int64_t QueryStride() const {
+    return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
+  }
+};
+
+}  // namespace linspec::cuda
