@@ -146,10 +146,17 @@ def dashboard(uid, title, panels):
     }
 
 
+def text(board):
+    """JSON with a line for each panel, so that a changed panel is a changed line."""
+    fields = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in board.items() if name != "panels"]
+    panels = ",\n".join("  " + json.dumps(one) for one in board["panels"])
+    return "{\n" + ",\n".join(fields) + ',\n "panels": [\n' + panels + "\n ]\n}\n"
+
+
 def main():
     folder = pathlib.Path(__file__).parent / "dashboards"
     for uid, (title, panels) in DASHBOARDS.items():
-        (folder / f"{uid}.json").write_text(json.dumps(dashboard(uid, title, panels), indent=1) + "\n")
+        (folder / f"{uid}.json").write_text(text(dashboard(uid, title, panels)))
 
 
 if __name__ == "__main__":
