@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "fmt/format.h"
+#include "models/self_check.h"
 #include "scheduler/engine_core.h"
 #include "scheduler/request_queue.h"
 #include "scheduler/speculator.h"
@@ -77,6 +78,11 @@ class Engine::Impl {
 
   absl::Status Prepare() {
     if (absl::Status status = speculator_.CheckMode(options_.speculation); !status.ok()) return status;
+    if (model_->cuda().model != nullptr) {  // the CPU's kernels run in the tests, with these bits on every machine
+      if (absl::Status status = CheckSelf(model_.get(), pool_.get()); !status.ok()) {
+        return absl::Status(status.code(), std::string(status.message()) + "; --device cpu serves without this GPU");
+      }
+    }
     if (options_.calibrate && !speculator_.empty() && options_.max_draft_nodes > 1) {
       return speculator_.Calibrate(model_.get(), pool_.get());
     }
