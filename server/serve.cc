@@ -88,7 +88,7 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
     const char* key = config.security.api_key_file.empty() ? "" : " -H 'Authorization: Bearer YOUR_KEY'";
     fmt::print(
         "\ncurl -N {}/v1/completions{} -H 'Content-Type: application/json' \\\n"
-        "  -d '{{\"prompt\": \"Once upon a time\", \"max_tokens\": 64, \"stream\": true}}'\n\n",
+        "  -d '{{\"prompt\": \"Once upon a time\", \"max_tokens\": 64, \"temperature\": 0.7, \"stream\": true}}'\n\n",
         base, key);
   }
   std::fflush(stdout);
