@@ -20,12 +20,12 @@ namespace {
 // Either way a group's end is crossed while tokens are generated. Under ThreadSanitizer, where every load of a weight is
 // checked, most of the group is prompt, which is read in blocks, and only all drafters together meet the crowd.
 #ifdef __SANITIZE_THREAD__
-constexpr int kTokens = 12;
+constexpr int kTokens = 12, kTurns = 2;
 constexpr size_t kMinPromptTokens = 58;
 constexpr uint64_t kCrowd = 5;
 constexpr bool kCrowdEveryDrafter = false;
 #else
-constexpr int kTokens = 72;
+constexpr int kTokens = 72, kTurns = 3;
 constexpr size_t kMinPromptTokens = 0;
 constexpr uint64_t kCrowd = 13;
 constexpr bool kCrowdEveryDrafter = true;
@@ -172,7 +172,7 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecodingWithBf16StatesT
   }
 }
 
-// A chat of three turns and two copies of its last prompt at once: what is taken up from the prefix cache has the bits of
+// A chat whose last prompt comes three times at once: what is taken up from the prefix cache has the bits of
 // what is computed.
 TEST_F(BundledModelsTest, ThePrefixCacheChangesNoBit) {
   const std::string turn =
@@ -198,13 +198,14 @@ TEST_F(BundledModelsTest, ThePrefixCacheChangesNoBit) {
   };
   const std::unique_ptr<Engine> cached_engine = MakeEngine("auto", false, 3), plain_engine = MakeEngine("", false);
   std::vector<int32_t> prompt = words;
-  for (int round = 0; round < 3; ++round) {
-    const std::vector<std::vector<int32_t>> prompts(round == 2 ? 3 : 1, prompt);
+  for (int turn_index = 0; turn_index < kTurns; ++turn_index) {
+    const bool first = turn_index == 0, last = turn_index == kTurns - 1;
+    const std::vector<std::vector<int32_t>> prompts(last ? 3 : 1, prompt);
     int64_t cached = 0, none = 0;
     const std::vector<Said> said = run(cached_engine.get(), prompts, &cached);
-    EXPECT_TRUE(said == run(plain_engine.get(), prompts, &none)) << round;
+    EXPECT_TRUE(said == run(plain_engine.get(), prompts, &none)) << turn_index;
     EXPECT_EQ(none, 0);
-    EXPECT_GE(cached, round == 0 ? 0 : round == 1 ? std::ssize(words) : std::ssize(prompt) - 1);
+    EXPECT_GE(cached, first ? 0 : last ? std::ssize(prompt) - 1 : std::ssize(words));
     prompt.insert(prompt.end(), said[0].tokens.begin(), said[0].tokens.end());
     prompt.insert(prompt.end(), words.begin(), words.end());
   }
