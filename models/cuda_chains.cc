@@ -7,6 +7,7 @@
 
 #include "models/cuda_draft.h"
 #include "models/cuda_memory.h"
+#include "models/cuda_step.h"
 #include "models/verify_batch.h"
 
 namespace linspec {
@@ -53,38 +54,10 @@ class CudaChains final : public DraftChains {
 
   absl::Status Commit(const VerifyBatch& looked_at, std::span<const std::vector<int32_t>> paths,
                       StatePool* pool) override {
-    if (absl::Status valid = looked_at_.CheckCommit(looked_at, paths, *pool); !valid.ok()) return valid;
-    std::vector<LinspecCudaTask> tasks;
-    std::vector<int32_t> nodes;
-    for (int r = 0; r < looked_at.num_requests(); ++r) {
-      if (paths[r].empty()) continue;
-      tasks.push_back(TaskOf(looked_at, r, looked_at_.lengths[r]));
-      tasks.back().path_begin = static_cast<int32_t>(nodes.size());
-      tasks.back().path_length = static_cast<int32_t>(paths[r].size());
-      nodes.insert(nodes.end(), paths[r].begin(), paths[r].end());
-    }
-    looked_at_ = {};
-    if (tasks.empty()) return absl::OkStatus();
-    const LinspecCudaStates states = StatesOf(*pool);
-    const int32_t code =
-        handle_.device->api().commit(handle_.model, &states, tasks.data(), static_cast<int32_t>(tasks.size()),
-                                     nodes.data(), static_cast<int32_t>(nodes.size()));
-    if (absl::Status status = handle_.device->Check(code, "commit"); !status.ok()) return status;
-    for (const LinspecCudaTask& task : tasks) pool->set_length(task.slot, task.length + task.path_length);
-    return absl::OkStatus();
+    return CommitPaths(handle_, &looked_at_, looked_at, paths, pool);
   }
 
  private:
-  static LinspecCudaTask TaskOf(const VerifyBatch& batch, int request, int64_t length) {
-    return {.length = length,
-            .slot = batch.slots[request],
-            .row_begin = batch.row_starts[request],
-            .num_rows = NumNodes(batch, request),
-            .path_begin = 0,
-            .path_length = 0,
-            .reserved = 0};
-  }
-
   const CudaHandle handle_;
   const int64_t vocab_size_;
   VerifiedBatch looked_at_;

@@ -8,6 +8,7 @@
 
 #include "models/cuda_capacity.h"
 #include "models/cuda_memory.h"
+#include "models/cuda_step.h"
 #include "models/cuda_weights.h"
 #include "models/verify_batch.h"
 
@@ -347,28 +348,7 @@ absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const S
 }
 
 absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
-  if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
-  std::vector<int32_t> nodes;
-  std::vector<LinspecCudaTask> tasks;
-  for (int r = 0; r < batch.num_requests(); ++r) {
-    if (paths[r].empty()) continue;
-    tasks.push_back({.length = verified_.lengths[r],
-                     .slot = batch.slots[r],
-                     .row_begin = batch.row_starts[r],
-                     .num_rows = NumNodes(batch, r),
-                     .path_begin = static_cast<int32_t>(nodes.size()),
-                     .path_length = static_cast<int32_t>(paths[r].size()),
-                     .reserved = 0});
-    nodes.insert(nodes.end(), paths[r].begin(), paths[r].end());
-  }
-  verified_ = {};
-  if (tasks.empty()) return absl::OkStatus();
-  const LinspecCudaStates states = StatesOf(*pool);
-  const int32_t code = device_->api().commit(model_, &states, tasks.data(), static_cast<int32_t>(tasks.size()),
-                                             nodes.data(), static_cast<int32_t>(nodes.size()));
-  if (absl::Status status = device_->Check(code, "commit"); !status.ok()) return status;
-  for (const LinspecCudaTask& task : tasks) pool->set_length(task.slot, task.length + task.path_length);
-  return absl::OkStatus();
+  return CommitPaths(cuda(), &verified_, batch, paths, pool);
 }
 
 absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float> hidden) {

@@ -7,18 +7,12 @@
 
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/attention_reference.h"
+#include "tests/cuda/attention_shape.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
-
-struct Shape {
-  int heads, kv_heads, d, group, conv;
-  bool local;
-  int global;
-  bool decay;
-};
 
 constexpr Shape kShapes[] = {
     {2, 2, 128, 64, 32, true, 2, true},  {4, 1, 128, 64, 32, true, 1, false}, {4, 2, 64, 64, 32, true, 2, true},

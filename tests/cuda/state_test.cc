@@ -8,18 +8,13 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/dtype.h"
 #include "kernels/ops.h"
+#include "tests/cuda/attention_shape.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
 
-struct Shape {
-  int heads, kv_heads, d, group, conv;
-  bool local;
-  int global;
-  bool decay;
-};
 constexpr Shape kShapes[] = {{2, 2, 128, 64, 32, true, 2, true},
                              {4, 2, 64, 64, 32, true, 1, false},
                              {2, 1, 128, 16, 7, false, 1, true},

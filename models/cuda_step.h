@@ -1,0 +1,22 @@
+// What the plugin is told of a request in a step, and the commit of what a step looked at: the same for a model and for the
+// chains of a draft model. Threads: engine thread only.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "models/model.h"
+#include "models/verify_batch.h"
+
+namespace linspec {
+
+// Request r of the batch, whose slot holds `length` tokens.
+LinspecCudaTask TaskOf(const VerifyBatch& batch, int request, int64_t length);
+
+// Model::Commit. `verified` is empty afterwards, unless the paths were none of its.
+absl::Status CommitPaths(const CudaHandle& handle, VerifiedBatch* verified, const VerifyBatch& batch,
+                         std::span<const std::vector<int32_t>> paths, StatePool* pool);
+
+}  // namespace linspec
