@@ -1,5 +1,5 @@
-// What the plugin is told of a request in a step, and the commit of what a step looked at: the same for a model and for the
-// chains of a draft model. Threads: engine thread only.
+// What the plugin is told of a request in a step, and the commit of what a step looked at: the same for a model and for
+// the chains of a draft model. Threads: engine thread only.
 #pragma once
 
 #include <cstdint>

@@ -74,9 +74,9 @@ void EngineCore::Admit(RequestQueue::News news, StepStats* stats) {
 }
 
 // Takes up the longest kept state. The state at the prompt's end will be kept if there is more than a little to compute
-// until there. Where the prompt shares more with another, the state at that point will be kept: by the
-// other if it is yet to get there, for which this one waits, else by this one. Waiting only for those ahead, in order of
-// admission, so that nobody waits in a circle.
+// until there. Where the prompt shares more with another, the state at that point will be kept: by the other if it is
+// yet to get there, for which this one waits, else by this one. Waiting only for those ahead, in order of admission, so
+// that nobody waits in a circle.
 void EngineCore::ReusePrefix(Sequence* sequence, StepStats* stats) {
   if (prefix_cache_.capacity() == 0) return;
   const std::string_view owner = sequence->cache_owner();

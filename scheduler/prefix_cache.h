@@ -1,13 +1,13 @@
 // Keeps states that token prefixes led to, so that a prompt that begins like an earlier one starts where the two part.
 //
 // A KV cache can be cut at any token; a recurrent state can only be taken up where it was kept, and costs one slot
-// whatever it covers. So states are kept where they are likely to be asked for: at the end of a sequence, which the next
-// turn of a chat repeats, and at the end of its prompt, because text that went to the client and back need not become the
-// same tokens again; and where two prompts were seen to part (a shared system prompt). A restored state has the bits of a
-// computed one (docs/design.md, invariant 2): the cache changes speed only.
+// whatever it covers. So states are kept where they are likely to be asked for: at the end of a sequence, which the
+// next turn of a chat repeats, and at the end of its prompt, because text that went to the client and back need not
+// become the same tokens again; and where two prompts were seen to part (a shared system prompt). A restored state has
+// the bits of a computed one (docs/design.md, invariant 2): the cache changes speed only.
 //
-// An entry belongs to its owner (a tenant, and the salt of its requests); others can neither use it nor learn of it from response times. The least
-// recently used entry makes room, and entries that were never asked for go first.
+// An entry belongs to its owner (a tenant, and the salt of its requests); others can neither use it nor learn of it
+// from response times. The least recently used entry makes room, and entries that were never asked for go first.
 //
 // Threads: engine thread only. Holds at most `capacity` slots of the pool, which must outlive it.
 #pragma once
@@ -24,8 +24,8 @@ namespace linspec {
 
 class PrefixCache {
  public:
-  // Tokens. Shorter prefixes are not worth a slot, and prompts part at multiples of it: what is common by accident beyond a
-  // shared beginning (the first words of the next message) would otherwise make a new entry for every pair.
+  // Tokens. Shorter prefixes are not worth a slot, and prompts part at multiples of it: what is common by accident
+  // beyond a shared beginning (the first words of the next message) would otherwise make a new entry for every pair.
   static constexpr int64_t kGrain = 64;
   // What two prompts share that is worth keeping: a multiple of kGrain, or all of `prompt` but its last token.
   static int64_t Shared(std::span<const int32_t> prompt, std::span<const int32_t> other);
@@ -43,9 +43,9 @@ class PrefixCache {
   int64_t LongestShared(std::string_view owner, std::span<const int32_t> prompt) const;
 
   enum class Place : uint8_t { kParting, kPromptEnd, kEnd };
-  // `tokens` led to the state in the slot. Snapshot copies the state; Keep takes the slot of a sequence that ended. An end
-  // takes over from those that it continues, which go first from then on: a prompt's from all, a sequence's from sequences'.
-  // So a long conversation does not push out the others.
+  // `tokens` led to the state in the slot. Snapshot copies the state; Keep takes the slot of a sequence that ended. An
+  // end takes over from those that it continues, which go first from then on: a prompt's from all, a sequence's from
+  // sequences'. So a long conversation does not push out the others.
   void Snapshot(std::string_view owner, std::span<const int32_t> tokens, int32_t slot, Place place);
   void Keep(std::string_view owner, std::span<const int32_t> tokens, StateSlot slot);
 
