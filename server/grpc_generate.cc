@@ -35,6 +35,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       busy_ = false;
       service_->metrics().OnWrite(std::chrono::duration<double>(Clock::now() - write_start_).count());
       if (!ok) candidates_.reset();
+      if (!missed_ && candidates_ != nullptr) return;  // nothing came meanwhile, and what comes tells
     }
     Advance();
   }
@@ -91,7 +92,9 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     {
       std::lock_guard lock(mutex_);
       if (!started_ || finishing_) return;
-      if (busy_) {  // a reader that fell behind by a whole buffer gets no more
+      if (busy_) {
+        missed_ = true;
+        // A reader that fell behind by a whole buffer gets no more.
         if (candidates_ != nullptr && candidates_->overflowed()) context_->TryCancel();
         return;
       }
@@ -100,6 +103,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
         end = grpc::Status(grpc::StatusCode::CANCELLED, "cancelled");
       } else {
         Choice choice;
+        missed_ = candidates_->size() > 1;  // of several choices, others may have news too
         const absl::StatusOr<bool> more = candidates_->Next(&choice);
         if (more.ok() && !*more) return;
         write = more.ok();
@@ -117,13 +121,13 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   // REQUIRES: mutex_ held, candidates_ there, and not busy_.
   void FillMessage(const Choice& choice, bool last) {
-    v1::GenerateResponse response;
-    response.set_request_id(request_id_);
-    FillResponse(choice, candidates_->call(), service_->tokenizer(), &response);
-    if (last) FillUsage(candidates_->usage(), response.mutable_usage());
+    message_.Clear();
+    message_.set_request_id(request_id_);
+    FillResponse(choice, candidates_->call(), service_->tokenizer(), &message_);
+    if (last) FillUsage(candidates_->usage(), message_.mutable_usage());
     response_.Clear();  // Serialize fills an empty buffer only
     bool own = false;
-    grpc::SerializationTraits<v1::GenerateResponse>::Serialize(response, &response_, &own);
+    grpc::SerializationTraits<v1::GenerateResponse>::Serialize(message_, &response_, &own);
   }
 
   grpc::CallbackServerContext* const context_;
@@ -133,7 +137,9 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
   grpc::ByteBuffer response_;  // gRPC's while busy_
   std::mutex mutex_;           // guards the rest
   std::unique_ptr<Candidates> candidates_;
+  v1::GenerateResponse message_;  // its memory serves one message after the other
   bool started_ = false, cancelled_ = false, busy_ = false, finishing_ = false;
+  bool missed_ = false;  // news came while busy_, or more may be waiting
   Clock::time_point write_start_;
 };
 

@@ -13,6 +13,7 @@
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
+#include <charconv>
 #include <chrono>
 #include <mutex>
 #include <optional>
@@ -35,6 +36,7 @@ using SteadyClock = std::chrono::steady_clock;
 
 constexpr size_t kMaxPipelinedBytes = 64 << 10;  // read ahead while an answer is in the making
 constexpr size_t kReadBytes = 8 << 10;
+constexpr size_t kChunkHead = 18;  // 16 digits and CRLF: the longest that a chunk can have
 
 inline std::chrono::nanoseconds Duration(double seconds) {
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
@@ -218,8 +220,10 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
   // Moves the answer on: head first, then whatever body is ready; one write at a time.
   void Advance() {
     if (operation_ == nullptr || closed_) return;
-    if (operation_->Abandoned()) return Close();
-    if (writing_) return;
+    if (writing_) {
+      if (operation_->Abandoned()) Close();
+      return;
+    }
     if (!head_sent_) {
       HttpReply reply;
       if (!operation_->Poll(&reply)) return Read();  // notices a peer that leaves
@@ -230,33 +234,42 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       Read();
       return Write(Head(reply), &Connection::Advance);
     }
-    std::string body;
-    const auto progress = operation_->Next(&body);
-    const bool done = progress == HttpOperation::Progress::kDone;
-    if (body.empty() && !done) return;
-    std::string frame;
-    if (http_1_0_) {
-      frame = std::move(body);
-    } else {
-      if (!body.empty()) frame = fmt::format("{:x}\r\n", body.size()) + body + "\r\n";
-      if (done) frame += "0\r\n\r\n";
-    }
-    if (done) return Write(std::move(frame), &Connection::Finish);
-    if (SendAtOnce(&frame)) return;  // what comes next is told by the next notify
-    Write(std::move(frame), &Connection::Advance);
+    thread_local std::string frame;  // the thread's: its memory is warm, whichever stream comes next
+    frame.assign(kChunkHead, ' ');   // the operation appends to it, so that a piece need not be moved to be framed
+    const bool done = operation_->Next(&frame);
+    const bool empty = frame.size() == kChunkHead;
+    if (empty && !done) return;
+    const size_t begin = http_1_0_ || empty ? kChunkHead : FrameChunk(&frame);
+    if (done && !http_1_0_) frame += "0\r\n\r\n";
+    const std::string_view data = std::string_view(frame).substr(begin);
+    if (done) return Write(std::string(data), &Connection::Finish);
+    const size_t sent = SendAtOnce(data);
+    if (sent < data.size()) Write(std::string(data.substr(sent)), &Connection::Advance);
   }
 
-  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. What is left
-  // (an error too) is Write's.
-  bool SendAtOnce(std::string* data) {
-    if constexpr (std::is_same_v<Stream, TlsStream>) return false;
+  // Writes the head of a chunk that ends where the chunk begins, and closes the chunk. Returns where the head begins.
+  static size_t FrameChunk(std::string* frame) {
+    std::array<char, kChunkHead> head;
+    const auto [end, error] = std::to_chars(head.data(), head.data() + kChunkHead - 2, frame->size() - kChunkHead, 16);
+    const auto digits = static_cast<size_t>(end - head.data());
+    const size_t begin = kChunkHead - 2 - digits;
+    frame->replace(begin, digits, head.data(), digits);
+    frame->replace(kChunkHead - 2, 2, "\r\n");
+    *frame += "\r\n";
+    return begin;
+  }
+
+  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. Returns how
+  // much it took; what is left (an error too) is Write's.
+  size_t SendAtOnce(std::string_view data) {
+    if constexpr (std::is_same_v<Stream, TlsStream>) return 0;
     const auto start = SteadyClock::now();
     Error error;
-    const size_t sent = stream_.write_some(net::buffer(*data), error);
-    data->erase(0, sent);
-    if (!data->empty()) return false;
-    shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
-    return true;
+    const size_t sent = stream_.write_some(net::buffer(data), error);
+    if (sent == data.size()) {
+      shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
+    }
+    return sent;
   }
 
   std::string Head(const HttpReply& reply) {

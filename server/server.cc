@@ -50,8 +50,9 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
   server->auth_->WatchKeys([raw, limit = config.engine.max_running_per_key](size_t num_keys) {
     raw->service_->engine().SetMaxRunningPerTenant(limit > 0 || num_keys > 1 ? limit : -1);  // a lone key may have all
   });
-  server->service_->engine().Start();
   if (absl::Status status = server->Listen(config); !status.ok()) return status;
+  if (server->http_ != nullptr) server->service_->engine().SetAfterDelivery(server->http_->waker());
+  server->service_->engine().Start();  // requests that came already have waited for it
   server->AddCollectors();
   server->probe_ = std::make_unique<GenerationProbe>(server->service_.get(), config.operations.probe_interval_s);
   return server;

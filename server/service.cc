@@ -98,7 +98,8 @@ StreamDelta RunningRequest::Take() {
     first_seen_ = true;
     metrics.OnFirstToken(stream_->times());
   }
-  metrics.OnGaps(stream_->TakeGaps());
+  metrics.OnGaps(stream_->times().gaps);
+  stream_->ClearGaps();
   if (stream_->finished() && !reported_) {
     Report(delta.finish_reason);
     if (!delta.stop_string.empty()) service_->engine().Cancel(id_);
