@@ -106,6 +106,14 @@ class LinSpecService final : public RawService {
     out->set_max_output_tokens(limits.max_output_tokens);
     for (const std::string& drafter : service_->drafters()) out->add_drafters(drafter);
     out->set_version(kVersion);
+    const SamplingDefaults& defaults = service_->generation().sampling;
+    v1::SamplingParameters* sampling = out->mutable_default_sampling();
+    sampling->set_temperature(defaults.temperature);
+    sampling->set_top_p(defaults.top_p);
+    sampling->set_top_k(defaults.top_k);
+    sampling->set_min_p(defaults.min_p);
+    sampling->set_repetition_penalty(defaults.repetition_penalty);
+    out->set_default_chat_tokens(service_->call_limits().default_chat_tokens);
   }
 
   void FillStats(v1::GetStatsResponse* out) const {

@@ -13,7 +13,6 @@
 #include <boost/beast/core/flat_buffer.hpp>
 #include <boost/beast/http/parser.hpp>
 #include <boost/beast/http/string_body.hpp>
-#include <charconv>
 #include <chrono>
 #include <mutex>
 #include <optional>
@@ -22,6 +21,7 @@
 #include "server/errors.h"
 #include "server/http_news.h"
 #include "server/http_server.h"
+#include "server/http_text.h"
 
 namespace linspec::http_internal {
 
@@ -36,7 +36,6 @@ using SteadyClock = std::chrono::steady_clock;
 
 constexpr size_t kMaxPipelinedBytes = 64 << 10;  // read ahead while an answer is in the making
 constexpr size_t kReadBytes = 8 << 10;
-constexpr size_t kChunkHead = 18;  // 16 digits and CRLF: the longest that a chunk can have
 
 inline std::chrono::nanoseconds Duration(double seconds) {
   return std::chrono::nanoseconds(static_cast<int64_t>(seconds * 1e9));
@@ -189,7 +188,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     auto message = parser_->release();
     http_1_0_ = message.version() < 11;
     keep_alive_ = keep_alive_ && message.keep_alive() && !shared_->stopping;
-    const std::string target(message.target());
+    const std::string target = OriginForm(std::string(message.target()));
     const size_t question = target.find('?');
     request_ = {.method = std::string(message.method_string()),
                 .path = target.substr(0, question),
@@ -206,6 +205,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
         !expect.empty() && !beast::iequals(expect, "100-continue")) {
       return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect.substr(0, 100))));
     }
+    // Of other codings the length is known, what they encode is not.
+    if (const std::string coding = HeaderOf(message, http::field::transfer_encoding);
+        !coding.empty() && !beast::iequals(coding, "chunked")) {
+      return SendError(HttpError(501, fmt::format("Transfer-Encoding: '{}' is not supported", coding.substr(0, 100))));
+    }
     ClearDeadline();
     auto notify = [weak = std::weak_ptr<ConnectionBase>(this->weak_from_this()), news = shared_->news] {
       news->Push(weak);
@@ -214,7 +218,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     request_.body.clear();
     request_.body.shrink_to_fit();
     operation_ = shared_->handler(std::move(request), std::move(notify));
-    Advance();
+    Advance();  // takes what came before anybody was woken for it, too
   }
 
   // Moves the answer on: head first, then whatever body is ready; one write at a time.
@@ -247,18 +251,6 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     if (sent < data.size()) Write(std::string(data.substr(sent)), &Connection::Advance);
   }
 
-  // Writes the head of a chunk that ends where the chunk begins, and closes the chunk. Returns where the head begins.
-  static size_t FrameChunk(std::string* frame) {
-    std::array<char, kChunkHead> head;
-    const auto [end, error] = std::to_chars(head.data(), head.data() + kChunkHead - 2, frame->size() - kChunkHead, 16);
-    const auto digits = static_cast<size_t>(end - head.data());
-    const size_t begin = kChunkHead - 2 - digits;
-    frame->replace(begin, digits, head.data(), digits);
-    frame->replace(kChunkHead - 2, 2, "\r\n");
-    *frame += "\r\n";
-    return begin;
-  }
-
   // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. Returns how
   // much it took; what is left (an error too) is Write's.
   size_t SendAtOnce(std::string_view data) {
@@ -274,7 +266,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
 
   std::string Head(const HttpReply& reply) {
     if (streaming_ && http_1_0_) keep_alive_ = false;
-    std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\n", reply.status, HttpReason(reply.status));
+    std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\nDate: {}\r\n", reply.status,
+                                   HttpReason(reply.status), HttpDateNow());
     if (reply.status != 204) head += fmt::format("Content-Type: {}\r\n", reply.content_type);
     const auto add = [&](const auto& headers) {
       for (const auto& [name, value] : headers) head += fmt::format("{}: {}\r\n", name, value);

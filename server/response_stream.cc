@@ -211,6 +211,8 @@ void ResponseStream::EndAtStop(StreamDelta* delta) {
   if (options_.include_stop) delta->text += matcher_.matched_stop();
   delta->stop_string = matcher_.matched_stop();
   delta->finish_reason = FinishReason::kStop;
+  usage_.accepted_tokens =
+      std::min(usage_.accepted_tokens, usage_.completion_tokens);  // drafts past the stop are of no use
   finished_ = true;
   Cancel();
 }
