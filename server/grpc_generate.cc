@@ -6,15 +6,19 @@
 
 #include "server/candidates.h"
 #include "server/grpc_convert.h"
+#include "server/grpc_metrics.h"
 
 namespace linspec {
 namespace {
+
+constexpr size_t kHeadStart = 16;  // enough that the pump does not catch up with the engine
 
 // Lives until gRPC says OnDone; the engine's notify holds it weakly.
 class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                         public std::enable_shared_from_this<GenerateReactor> {
  public:
-  GenerateReactor(grpc::CallbackServerContext* context, Service* service) : context_(context), service_(service) {}
+  GenerateReactor(grpc::CallbackServerContext* context, Service* service)
+      : context_(context), service_(service), rpc_("Generate", &service->metrics()) {}
 
   void Start(const grpc::ByteBuffer& request, Authenticator* auth, Pump* pump) {
     self_ = shared_from_this();
@@ -25,7 +29,9 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                            {"handler", "Generate"},
                            {"status", absl::StatusCodeToString(status.code())},
                            {"param", ErrorField(status)}});
-    Finish(ToGrpcStatus(status));  // Advance does nothing for a call that never started
+    const grpc::Status end = ToGrpcStatus(status);
+    rpc_.Sends(end);
+    Finish(end);  // Advance does nothing for a call that never started
   }
 
   void OnWriteDone(bool ok) override {
@@ -114,6 +120,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       write_start_ = Clock::now();
       finishing_ = last;
     }
+    if (last) rpc_.Sends(end);
     if (!write) return Finish(end);
     if (last) return StartWriteAndFinish(&response_, grpc::WriteOptions(), end);
     StartWrite(&response_);
@@ -132,6 +139,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   grpc::CallbackServerContext* const context_;
   Service* const service_;
+  RpcMetrics rpc_;
   std::shared_ptr<GenerateReactor> self_;
   std::string request_id_;
   grpc::ByteBuffer response_;  // gRPC's while busy_
@@ -158,7 +166,15 @@ void Pump::Post(std::function<void()> work) {
   {
     std::lock_guard lock(mutex_);
     work_.push_back(std::move(work));
-    if (work_.size() > 1) return;  // the thread knows, and takes all
+    if (work_.size() != kHeadStart) return;
+  }
+  wake_.notify_one();
+}
+
+void Pump::Wake() {
+  {
+    std::lock_guard lock(mutex_);
+    if (work_.empty()) return;
   }
   wake_.notify_one();
 }
