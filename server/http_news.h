@@ -47,7 +47,7 @@ class NewsQueue : public std::enable_shared_from_this<NewsQueue> {
   }
 
  private:
-  static constexpr size_t kBatch = 16;
+  static constexpr size_t kBatch = 16, kGrab = 2;
   static constexpr size_t kHeadStart = 64;  // enough that one thread does not catch up with the engine
 
   // REQUIRES: mutex_ held.
@@ -55,19 +55,22 @@ class NewsQueue : public std::enable_shared_from_this<NewsQueue> {
     boost::asio::post(*context_, [self = shared_from_this()] { self->RunBatch(); });
   }
 
-  // One batch, then back into the line: reads and timers get their turn.
+  // One batch, then back into the line: reads and timers get their turn. Taken a few at a time: those that a thread has taken
+  // wait for it if it loses its processor, while the others are served by the next.
   void RunBatch() {
-    std::array<std::weak_ptr<ConnectionBase>, kBatch> batch;
-    size_t count = 0;
-    {
-      std::lock_guard lock(mutex_);
-      for (; count < kBatch && !waiting_.empty(); ++count) {
-        batch[count] = std::move(waiting_.front());
-        waiting_.pop_front();
+    for (size_t done = 0; done < kBatch; done += kGrab) {
+      std::array<std::weak_ptr<ConnectionBase>, kGrab> batch;
+      {
+        std::lock_guard lock(mutex_);
+        if (waiting_.empty()) break;
+        for (size_t i = 0; i < kGrab && !waiting_.empty(); ++i) {
+          batch[i] = std::move(waiting_.front());
+          waiting_.pop_front();
+        }
       }
-    }
-    for (size_t i = 0; i < count; ++i) {
-      if (const auto connection = batch[i].lock()) connection->OnNews();
+      for (const auto& weak : batch) {
+        if (const auto connection = weak.lock()) connection->OnNews();
+      }
     }
     std::lock_guard lock(mutex_);
     if (waiting_.empty() || closed_)
