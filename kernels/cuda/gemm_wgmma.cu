@@ -34,7 +34,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/gemm_wgmma.h"
-#include "kernels/cuda/gemm_wgmma_block.h"
+#include "kernels/cuda/gemm_wgmma_consumer.h"
 
 namespace linspec::cuda {
 namespace {
