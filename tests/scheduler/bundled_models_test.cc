@@ -18,17 +18,14 @@ namespace linspec {
 namespace {
 
 // Either way a group's end is crossed while tokens are generated. Under ThreadSanitizer, where every load of a weight is
-// checked, most of the group is prompt, which is read in blocks, only all drafters together meet the crowd, and chats are
-// short.
+// checked, most of the group is prompt, which is read in blocks, and only all drafters together meet the crowd.
 #ifdef __SANITIZE_THREAD__
-constexpr int kTokens = 12, kTurns = 2, kExchanges = 1;
-constexpr size_t kCopies = 2;
+constexpr int kTokens = 12, kTurns = 2;
 constexpr size_t kMinPromptTokens = 58;
 constexpr uint64_t kCrowd = 5;
 constexpr bool kCrowdEveryDrafter = false;
 #else
-constexpr int kTokens = 72, kTurns = 3, kExchanges = 3;
-constexpr size_t kCopies = 3;
+constexpr int kTokens = 72, kTurns = 3;
 constexpr size_t kMinPromptTokens = 0;
 constexpr uint64_t kCrowd = 13;
 constexpr bool kCrowdEveryDrafter = true;
@@ -175,18 +172,17 @@ TEST_F(BundledModelsTest, EveryDrafterGivesTheTextOfPlainDecodingWithBf16StatesT
   }
 }
 
-// A chat whose last prompt comes several times at once: what is taken up from the prefix cache has the bits of what is
-// computed.
+// A chat whose last prompt comes three times at once: what is taken up from the prefix cache has the bits of
+// what is computed.
 TEST_F(BundledModelsTest, ThePrefixCacheChangesNoBit) {
-  std::string turn;
-  for (int exchange = 0; exchange < kExchanges; ++exchange) {
-    turn += kPrompts[1] + " Of course. For what time, and where?<|end|><|user|>At seven, in San Jose.<|end|>";
-  }
-  const std::vector<int32_t> words = *tokenizer_->Encode(turn, {.add_special_tokens = false, .parse_special = true});
+  const std::string turn =
+      kPrompts[1] + " Of course. For what time, and where?<|end|><|user|>At seven, in San Jose.<|end|>";
+  const std::vector<int32_t> words =
+      *tokenizer_->Encode(turn + turn + turn, {.add_special_tokens = false, .parse_special = true});
   const auto run = [&](Engine* engine, const std::vector<std::vector<int32_t>>& prompts, int64_t* cached) {
     std::vector<Said> said(prompts.size());
     for (size_t i = 0; i < prompts.size(); ++i) {
-      Request request = MakeRequest(i + 1, "", true, &said[i]);
+      Request request = MakeRequest(i + 1, kPrompts[1], true, &said[i]);
       request.sampling.seed = 5;
       request.sampling.ignore_eos = true;
       request.prompt_tokens = prompts[i];
@@ -204,7 +200,7 @@ TEST_F(BundledModelsTest, ThePrefixCacheChangesNoBit) {
   std::vector<int32_t> prompt = words;
   for (int turn_index = 0; turn_index < kTurns; ++turn_index) {
     const bool first = turn_index == 0, last = turn_index == kTurns - 1;
-    const std::vector<std::vector<int32_t>> prompts(last ? kCopies : 1, prompt);
+    const std::vector<std::vector<int32_t>> prompts(last ? 3 : 1, prompt);
     int64_t cached = 0, none = 0;
     const std::vector<Said> said = run(cached_engine.get(), prompts, &cached);
     EXPECT_TRUE(said == run(plain_engine.get(), prompts, &none)) << turn_index;
