@@ -19,7 +19,7 @@ inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
 inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
 struct Unit {
