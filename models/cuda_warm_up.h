@@ -8,9 +8,9 @@
 
 namespace linspec {
 
-// One step for each graph that serves steps of up to max_requests requests with up to max_nodes rows each, max_rows in all
-// (kernels/cuda/step_buckets.h). The largest comes first, because what it makes room for serves the others; then those
-// of one row a request; then by requests.
+// One step for each graph that serves steps of up to max_requests requests with up to max_nodes rows each, max_rows in
+// all (kernels/cuda/step_buckets.h). The largest comes first, because what it makes room for serves the others; then
+// those of one row a request; then by requests.
 std::vector<VerifySize> VerifyGraphSizes(int max_requests, int max_rows, int max_nodes);
 
 }  // namespace linspec

@@ -95,8 +95,8 @@ class Model {
   virtual int64_t SlotsThatFit() const { return -1; }
   // Rows of the largest step that there is memory for beside the states of such a pool. Larger ones may fail.
   virtual int64_t MaxVerifyRows(const StatePool& /*pool*/) const { return std::numeric_limits<int32_t>::max(); }
-  // Steps of up to max_requests requests with up to max_nodes rows each, max_rows in all, of which each kind is slow the
-  // first time: one of each kind, the largest first. Empty on a CPU.
+  // Steps of up to max_requests requests with up to max_nodes rows each, max_rows in all, of which each kind is slow
+  // the first time: one of each kind, the largest first. Empty on a CPU.
   virtual std::vector<VerifySize> WarmUpSizes(int /*max_requests*/, int /*max_rows*/, int /*max_nodes*/) const {
     return {};
   }

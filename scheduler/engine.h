@@ -61,8 +61,8 @@ struct StepStats {
   int64_t num_prefix_queries = 0;            // prompt tokens that were looked up in the prefix cache
   int64_t num_prefix_hits = 0;               // of them, found there
   int num_drafter_errors = 0;                // proposals that failed or were malformed, and so not used
-  // What the speculation controller expected of this step, beside what came; 0 where it expected nothing. Tokens are those
-  // of all decoding requests together.
+  // What the speculation controller expected of this step, beside what came; 0 where it expected nothing. Tokens are
+  // those of all decoding requests together.
   double expected_draft_s = 0, expected_verify_s = 0, expected_tokens = 0;
 };
 
@@ -88,6 +88,10 @@ class Engine {
                                                         std::function<void(const StepStats&)> observer);
   ~Engine();  // stops the thread; live requests end with kCancelled
 
+  // Called on the engine thread each time that sinks were called, after the last of them: consumers that are woken by it, and
+  // not by their sinks, are woken once a step, and do not take the processor from an engine that is not yet done telling.
+  // Before Start.
+  void SetAfterDelivery(std::function<void()> run);
   void Start();  // launches the engine thread (tests may call Step() themselves instead)
   bool Step();   // one turn; false when there was nothing to do. Engine thread only.
 

@@ -226,7 +226,7 @@ int EngineCore::DraftRows(const StepPlan& plan) const {
   return static_cast<int>(std::clamp<int64_t>(plan.draft_rows, 0, std::max<int64_t>(room, 0)));
 }
 
-// Where only what lies within a group is exact: no node at or past the position where the open group ends, but for a root.
+// Where only what lies within a group is exact: no node at or past the position where the open group ends, but a root.
 std::vector<int> EngineCore::DeepestNodes() const {
   std::vector<int> deepest;
   if (model_->exact_across_groups()) return deepest;
@@ -342,13 +342,16 @@ std::vector<int32_t> EngineCore::ScorePrompt(const PromptChunk& chunk, std::span
 
 void EngineCore::Deliver(StepStats* stats) {
   const Clock::time_point start = Clock::now();
+  bool told = false;
   for (const auto& sequence : sequences_) {
     if (!sequence->has_news()) continue;
+    told = true;
     const bool wanted = sequence->Deliver();
     if (wanted || sequence->finished()) continue;
     KeepState(sequence.get());
     sequence->Abandon(Clock::now());
   }
+  if (told && after_delivery_) after_delivery_();
   stats->deliver_s += Seconds(start, Clock::now());
 }
 

@@ -16,7 +16,7 @@ constexpr int kChecks = 2;
 constexpr double kOtherCount = 1.25;  // how many times more or fewer requests make a new evaluation necessary
 constexpr int kMostStale = 8;  // evaluations that a drafter is left out of which does not pay and proposed nothing
 constexpr double kOutcomeDecay = 0.99, kOutcomeStrength = 50;  // per step of use; steps
-constexpr double kOutcomeFade = 0.95;                           // per evaluation without
+constexpr double kOutcomeFade = 0.95;                          // per evaluation without
 constexpr double kWorstOutcome = 0.7, kBestOutcome = 1.03;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.

@@ -131,7 +131,7 @@ int Speculator::DrafterOfMost() const {
 }
 
 void Speculator::PauseFreeDrafters(double gains, size_t num_asked, size_t num_requests, double seconds) {
-  // Whoever was not asked in the step before has to take in what was written since, which says nothing about asking always.
+  // Whoever was not asked in the step before has to take in what was written since: that says nothing about the usual.
   const bool warm = step_ - std::exchange(free_step_, step_) <= 1 && num_asked <= 2 * free_asked_;
   free_asked_ = num_asked;
   pause_left_ = 0;

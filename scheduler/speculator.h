@@ -33,8 +33,8 @@ class Speculator {
   // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
   absl::Status Calibrate(Model* model, StatePool* pool);
 
-  // One tree per sequence, root = its pending token. deepest: [sequence] of its tree's nodes; empty: any depth will do. Fills
-  // the draft fields of stats.
+  // One tree per sequence, root = its pending token. deepest: [sequence] of its tree's nodes; empty: any depth will do.
+  // Fills the draft fields of stats.
   std::vector<DraftTree> Propose(std::span<Sequence* const> sequences, std::span<const int> deepest, int max_draft_rows,
                                  StepStats* stats);
   // After the walk over the tree that Propose returned for sequences[index].
@@ -84,8 +84,8 @@ class Speculator {
   std::vector<SpeculationChoice> choices_;                   // of the step under way
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
-  // Tokens that free drafts bring a step, less what the time to look for them costs after all. While it is negative, steps go
-  // without, more and more of them between two attempts, and of many requests only some are looked at.
+  // Tokens that free drafts bring a step, less what the time to look for them costs after all. While it is negative,
+  // steps go without, more and more of them between two attempts, and of many requests only some are looked at.
   double free_gain_ = 0;
   int pause_ = 0, pause_left_ = 0;  // steps
   int64_t free_step_ = 0;           // that asked for them last

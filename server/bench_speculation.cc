@@ -1,9 +1,9 @@
 // `linspec bench-speculation`: what each drafter brings, beside plain decoding of the same prompts in the same run.
 //
 // Every mode gets the same prompts in turn, load by load, and each load starts with the next mode, so that a noisy
-// machine slows all of them alike. Since speculation changes no text, all modes write the same, which is checked. As many
-// requests are kept running as the batch says: as one ends, the next begins. Were all to begin together, the time would be
-// that of the request that gains least, and show nothing of what the others make room for.
+// machine slows all of them alike. Since speculation changes no text, all modes write the same, which is checked. As
+// many requests are kept running as the batch says: as one ends, the next begins. Were all to begin together, the time
+// would be that of the request that gains least, and show nothing of what the others make room for.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -50,7 +50,7 @@ class SpeculationBench {
     if (measuring_) current_.Add(step);
   }
 
-  // All modes over all prompts of a set, `batch` running at a time. One tally per mode; the first mode is plain decoding.
+  // All modes over all prompts of a set, `batch` running at a time. One tally per mode, plain decoding's first.
   absl::StatusOr<std::vector<SpeculationTally>> Run(std::span<const BenchPrompt> prompts, int batch, float temperature);
 
  private:

@@ -71,7 +71,7 @@ constexpr char kBenchSpeculationHelp[] = R"(linspec bench-speculation [flags of 
   --temperature LIST whole numbers, default 0,1
   --max-tokens N     per request, default 128
   --repeats N        of everything, each starting with the next drafter and other seeds; default 1
-  --min-seconds S    go on repeating until each drafter was measured this long on each set; default -1: 0 on a CPU, 1 on a GPU
+  --min-seconds S    go on until each drafter was measured this long on each set; default -1: 0 on a CPU, 1 on a GPU
   --warm-up N        loads (four requests a slot) of each set first that are not measured; default 1
   --expectations 1   a second table: what steps took and brought beside what the controller expected
   --json FILE        all figures

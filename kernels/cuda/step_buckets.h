@@ -1,5 +1,5 @@
-// The sizes that steps are padded to, so that few CUDA graphs serve all of them. Plain C++: what prepares graphs before they
-// are needed (models/cuda_warm_up.h) has to know them too.
+// The sizes that steps are padded to, so that few CUDA graphs serve all of them. Plain C++: what prepares graphs before
+// they are needed (models/cuda_warm_up.h) has to know them too.
 #pragma once
 
 #include <algorithm>
