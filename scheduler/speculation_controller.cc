@@ -21,11 +21,11 @@ constexpr double kWorstOutcome = 0.7, kBestOutcome = 1.03;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
 constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
-constexpr double kLeastLoss = 0.1;        // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;       // of the time of a run, where more than one request pays for it
-constexpr double kMaxCredit = 0.1;        // seconds
-constexpr int kTriedShare = 8;            // one in so many requests tries a drafter
-constexpr int64_t kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
+constexpr double kLeastLoss = 0.1;   // of what a trial takes: estimates are not that sure
+constexpr double kCheapTrial = 0.3;  // of the time of a run, where more than one request pays for it
+constexpr double kMaxCredit = 0.1;   // seconds
+constexpr double kReplySmoothing = 0.1;
+constexpr int kTriedShare = 8;  // one in so many requests tries a drafter
 
 }  // namespace
 
@@ -107,6 +107,11 @@ double SpeculationController::Outcome::Factor() const {
   return std::clamp(std::pow(ratio, steps / (steps + kOutcomeStrength)), kWorstOutcome, kBestOutcome);
 }
 
+void SpeculationController::ObserveReply(int64_t tokens) {
+  const double counted = static_cast<double>(std::min<int64_t>(tokens, kCatchUpHorizon));
+  reply_tokens_ += kReplySmoothing * (counted - reply_tokens_);
+}
+
 void SpeculationController::ObserveUse(int drafter, int num_requests, double tokens, double seconds) {
   DrafterState& state = drafters_[drafter];
   const double expected = state.estimate.seconds;
@@ -185,7 +190,7 @@ int SpeculationController::BestFor(const SpeculationRequest& request, int num_re
     const DrafterState& drafter = drafters_[d];
     if (!drafter.pays || (request.drafter != kAnyDrafter && request.drafter != d)) continue;
     const double tokens_per_step = drafter.estimate.tokens / run_requests_;
-    const double steps = static_cast<double>(std::min(request.tokens_left, kCatchUpHorizon)) / tokens_per_step;
+    const double steps = std::min(static_cast<double>(request.tokens_left), reply_tokens_) / tokens_per_step;
     const double gain = drafter.gain * (d == best_ ? kStay : 1) - 1;
     const double value = gain * steps - CatchUpCost(request, d) * num_requests / plain_seconds_;
     if (value <= highest) continue;

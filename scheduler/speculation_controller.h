@@ -92,12 +92,15 @@ class SpeculationController {
   // distributions stay whole: what is verified must not depend on what was drawn.
   // Returns the tokens that the rest is expected to bring.
   double Prune(std::span<const SpeculationProposal> proposals, int num_requests) const;
+  // A reply ended with so many tokens: over more, no drafter that has to catch up with a request can make up for it.
+  void ObserveReply(int64_t tokens);
   // What a step in which all requests used the drafter brought and took, all told.
   void ObserveUse(int drafter, int num_requests, double tokens, double seconds);
   // What a verify step took, and with it how the machine's costs change.
   void ObserveStep(int rows, int requests, double seconds);
 
  private:
+  static constexpr int kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
   static constexpr int kTrialsAtStart = 2;
   // What the use of a drafter came to, beside what it was expected to; decaying sums.
   struct Outcome {
@@ -145,6 +148,7 @@ class SpeculationController {
   double plain_seconds_ = 0;    // of a step with these requests
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
+  double reply_tokens_ = kCatchUpHorizon;  // mean of those that ended lately
   // Trials of plain steps, whatever the credit: what came into use just now may have been misjudged.
   int checks_due_ = 0;
   int most_nodes_ = 1;                              // of a tree, that any request could use so far

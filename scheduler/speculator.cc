@@ -318,7 +318,11 @@ void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::sp
 
 void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk,
                              StepStats* stats) {
-  if (drafters_.empty() || choices_[index].nodes <= 1) return;
+  if (drafters_.empty()) return;
+  if (walk.finish_reason != FinishReason::kNone) {
+    controller_.ObserveReply(std::ssize(sequence.tokens()) - sequence.num_prompt_tokens() + std::ssize(walk.tokens));
+  }
+  if (choices_[index].nodes <= 1) return;
   const SpeculationChoice& choice = choices_[index];
   const int accepted = static_cast<int>(walk.path.size()) - 1;
   if (tree.num_nodes() <= 1) return;

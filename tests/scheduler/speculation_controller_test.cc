@@ -174,6 +174,15 @@ TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
 }
 
+// Whatever a request may still produce: most replies end by themselves.
+TEST(SpeculationControllerTest, ACatchUpMustPayOffBeforeRepliesUsuallyEnd) {
+  SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  const SpeculationRequest request = Request(1, 8, {600});
+  EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+  for (int i = 0; i < 60; ++i) controller.ObserveReply(3);
+  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+}
+
 TEST(SpeculationControllerTest, TrialsAreRunsAndCostTheirShare) {
   const SimulatedMachine machine = Machine(0.1, 0.5);
   SpeculationController controller = Calibrated(machine);
