@@ -89,6 +89,8 @@ class Engine::Impl {
     return absl::OkStatus();
   }
 
+  void SetAfterDelivery(std::function<void()> run) { core_.SetAfterDelivery(std::move(run)); }
+
   void Start() {
     thread_ = std::thread([this] {
       while (queue_.WaitForWork()) {
@@ -235,6 +237,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(std::unique_ptr<Model> mo
   return std::unique_ptr<Engine>(new Engine(std::move(impl)));
 }
 
+void Engine::SetAfterDelivery(std::function<void()> run) { impl_->SetAfterDelivery(std::move(run)); }
 void Engine::Start() { impl_->Start(); }
 bool Engine::Step() { return impl_->Step(); }
 absl::Status Engine::Submit(Request request) { return impl_->Submit(std::move(request)); }

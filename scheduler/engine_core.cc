@@ -332,13 +332,16 @@ std::vector<int32_t> EngineCore::ScorePrompt(const PromptChunk& chunk, std::span
 
 void EngineCore::Deliver(StepStats* stats) {
   const Clock::time_point start = Clock::now();
+  bool told = false;
   for (const auto& sequence : sequences_) {
     if (!sequence->has_news()) continue;
+    told = true;
     const bool wanted = sequence->Deliver();
     if (wanted || sequence->finished()) continue;
     KeepState(sequence.get());
     sequence->Abandon(Clock::now());
   }
+  if (told && after_delivery_) after_delivery_();
   stats->deliver_s += Seconds(start, Clock::now());
 }
 

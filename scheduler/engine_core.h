@@ -26,6 +26,8 @@ class EngineCore {
   // Everything must outlive the core.
   EngineCore(Model* model, StatePool* pool, Speculator* speculator, const EngineOptions& options);
 
+  void SetAfterDelivery(std::function<void()> run) { after_delivery_ = std::move(run); }  // as Engine's
+
   // One turn. stats->num_waiting and queue_s are the caller's. Ids of the requests that ended are appended to `ended`.
   // False when there was nothing to do.
   bool Step(RequestQueue::News news, StepStats* stats, std::vector<uint64_t>* ended);
@@ -62,6 +64,7 @@ class EngineCore {
   StatePool* pool_;
   Speculator* speculator_;
   const EngineOptions options_;
+  std::function<void()> after_delivery_;  // may be null
   Scheduler scheduler_;
   PrefixCache prefix_cache_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // in order of admission

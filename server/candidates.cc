@@ -85,6 +85,10 @@ GenerateSpec Candidates::SpecOf(uint64_t seed) const {
   spec.sampling.seed = seed;
   spec.sampling.max_tokens = std::max(call_.sampling.max_tokens, 1);
   spec.sampling.banned_sequences = banned_sequences_;
+  if (!spec.sampling.ignore_eos) {
+    const std::vector<int32_t>& ends = service_->generation().eos_token_ids;
+    spec.sampling.stop_token_ids.insert(spec.sampling.stop_token_ids.end(), ends.begin(), ends.end());
+  }
   if (ranked()) spec.sampling.logprobs = std::max(spec.sampling.logprobs, 0);
   return spec;
 }

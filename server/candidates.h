@@ -39,7 +39,8 @@ class Candidates {
   // after all candidates have ended. An error ends the call: ABORTED, UNAVAILABLE (shutting down), DEADLINE_EXCEEDED,
   // RESOURCE_EXHAUSTED (the consumer was too slow), INTERNAL.
   absl::StatusOr<bool> Next(Choice* choice);
-  bool finished() const;    // every choice was returned to its end
+  size_t size() const { return candidates_.size(); }  // prompts x best_of
+  bool finished() const;                              // every choice was returned to its end
   bool overflowed() const;  // the consumer fell behind by a whole buffer: its stream cannot be completed
   StreamUsage usage() const;
   const GenerateCall& call() const { return call_; }

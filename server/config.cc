@@ -34,6 +34,13 @@ void VisitModelFlags(Options& o, Visit&& visit) {
         o.draft_path);
   visit(FlagInfo{g, "served-model-name", "name that clients send as `model`; default: the folder's name"},
         o.served_name);
+  visit(FlagInfo{g,
+                 "generation-config",
+                 "what requests get that do not say; auto: the model's generation_config.json, none: OpenAI's defaults",
+                 0,
+                 0,
+                 {"auto", "none"}},
+        o.generation_config);
   visit(FlagInfo{g, "threads", "threads of the engine's arithmetic; 0: one per core", 0, 1024}, o.threads);
   visit(FlagInfo{g, "device", "where the models run; auto: a GPU if there is one", 0, 0, {"auto", "cpu", "cuda"}},
         o.device);
@@ -91,7 +98,12 @@ void VisitLimitsFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, o.max_prompt_tokens);
   visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, o.max_output_tokens);
   visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, o.max_n);
-  visit(FlagInfo{g, "default-chat-tokens", "max_tokens of a chat that gives none", 1, 1 << 30}, o.default_chat_tokens);
+  visit(
+      FlagInfo{
+          g, "default-chat-tokens",
+          "max_tokens of a chat that gives none; 0: max_new_tokens of the model's generation_config.json, else 1024", 0,
+          1 << 30},
+      o.default_chat_tokens);
   visit(FlagInfo{g, "max-stop-strings", "stop strings of a request, and as many stop token ids and bad words", 0, 4096},
         o.max_stop_strings);
   visit(FlagInfo{g, "max-stop-bytes", "longest stop string or bad word", 1, 65536}, o.max_stop_bytes);

@@ -19,6 +19,7 @@ struct ServerConfig {
     std::string path;         // empty: the bundled model
     std::string draft_path;   // empty: the bundled draft model beside a bundled target; "none": no draft
     std::string served_name;  // empty: the folder's name
+    std::string generation_config = "auto";
     std::string weight_dtype = "auto";
     std::string state_dtype = "f32";
     std::string device = "auto";
@@ -50,7 +51,7 @@ struct ServerConfig {
     int max_prompt_tokens = 131072;
     int max_output_tokens = 131072;
     int max_n = 16;
-    int default_chat_tokens = 1024;
+    int default_chat_tokens = 0;  // 0: the model's, or 1024
     int max_stop_strings = 16;
     int max_stop_bytes = 1024;
     int max_logit_bias = 1024;

@@ -72,6 +72,12 @@ absl::Status FieldError(const std::string& field, const std::string& message) {
   return status;
 }
 
+absl::Status ModelNotFound(const std::string& message) {
+  absl::Status status = absl::NotFoundError("model: " + message);
+  SetPayload(kField, "model", &status);
+  return status;
+}
+
 absl::Status WithRetryAfter(absl::Status status, int seconds) {
   SetPayload(kRetryAfter, std::to_string(seconds), &status);
   return status;
@@ -142,7 +148,7 @@ const char* HttpReason(int http_status) {
 std::string OpenAiErrorCode(const absl::Status& status) {
   switch (HttpStatusOf(status)) {
     case 404:
-      return "not_found";
+      return ErrorField(status) == "model" ? "model_not_found" : "not_found";
     case 405:
       return "method_not_allowed";
     case 413:

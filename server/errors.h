@@ -10,11 +10,13 @@ namespace linspec {
 
 // INVALID_ARGUMENT about one request field.
 absl::Status FieldError(const std::string& field, const std::string& message);
+// NOT_FOUND about the field `model`.
+absl::Status ModelNotFound(const std::string& message);
 // Overload: RESOURCE_EXHAUSTED or UNAVAILABLE that says after how many seconds to try again.
 absl::Status WithRetryAfter(absl::Status status, int seconds);
 // A limit of one API key rather than of the server: 429 instead of 503.
 absl::Status TenantLimit(const std::string& message);
-// An HTTP status code that absl has no word for: 404, 405, 413, 415, 417, 431.
+// An HTTP status code that absl has no word for: 404, 405, 413, 415, 417, 431; or 501, where it is about HTTP itself.
 absl::Status HttpError(int http_status, const std::string& message);
 
 std::string ErrorField(const absl::Status& status);  // "" if none

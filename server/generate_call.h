@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "models/generation_config.h"
 #include "models/sampling_params.h"
 #include "scheduler/request.h"
 
@@ -21,7 +22,7 @@ struct ChatMessage {
 };
 using PromptInput = std::variant<std::string, std::vector<int32_t>, std::vector<ChatMessage>>;
 
-// Each is a flag of the same name.
+// Each is a flag of the same name, but for the last.
 struct CallLimits {
   int max_n = 16;
   int max_prompt_tokens = 131072;
@@ -31,6 +32,7 @@ struct CallLimits {
   int max_stop_bytes = 1024;       // of a bad word, too
   int max_logit_bias = 1024;
   int max_messages = 4096;
+  SamplingDefaults defaults = {};  // of calls that do not say
 };
 
 struct PromptOptions {

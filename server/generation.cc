@@ -35,7 +35,7 @@ class Generation : public HttpOperation {
   }
 
   bool Poll(HttpReply* reply) override;
-  Progress Next(std::string* body) override;
+  bool Next(std::string* body) override;
   bool Abandoned() const override {
     return call_.generate.stream && candidates_ != nullptr && candidates_->overflowed();
   }
@@ -86,21 +86,25 @@ bool Generation::Poll(HttpReply* reply) {
   return true;
 }
 
-HttpOperation::Progress Generation::Next(std::string* body) {
-  if (candidates_ == nullptr) return Progress::kDone;
+bool Generation::Next(std::string* body) {
+  if (candidates_ == nullptr) return true;
   if (!std::exchange(begun_, true)) writer_->Begin(body);
   Choice piece;
-  auto more = candidates_->Next(&piece);
-  for (; more.ok() && *more; more = candidates_->Next(&piece)) writer_->Piece(piece, candidates_->usage(), body);
+  absl::StatusOr<bool> more = true;
+  // One call for each candidate asks all of them; what comes after that comes with a notify of its own.
+  for (size_t i = 0; i < candidates_->size() && more.ok() && *more; ++i) {
+    more = candidates_->Next(&piece);
+    if (more.ok() && *more) writer_->Piece(piece, candidates_->usage(), body);
+  }
   if (!more.ok()) {
     writer_->Error(more.status(), body);
   } else if (!candidates_->finished()) {
-    return body->empty() ? Progress::kWait : Progress::kData;
+    return false;
   } else {
     writer_->End(candidates_->usage(), body);
   }
   candidates_.reset();
-  return Progress::kDone;
+  return true;
 }
 
 }  // namespace

@@ -125,6 +125,7 @@ absl::Status ReadPrompts(const v1::GenerateRequest& request, const CallLimits& l
 
 void ReadSampling(const v1::GenerateRequest& request, const CallLimits& limits, GenerateCall* call) {
   SamplingParams& s = call->sampling;
+  limits.defaults.Apply(&s);
   const auto& p = request.sampling();
   if (p.has_temperature()) s.temperature = p.temperature();
   if (p.has_top_p()) s.top_p = p.top_p();

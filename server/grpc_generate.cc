@@ -6,15 +6,19 @@
 
 #include "server/candidates.h"
 #include "server/grpc_convert.h"
+#include "server/grpc_metrics.h"
 
 namespace linspec {
 namespace {
+
+constexpr size_t kHeadStart = 16;  // enough that the pump does not catch up with the engine
 
 // Lives until gRPC says OnDone; the engine's notify holds it weakly.
 class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                         public std::enable_shared_from_this<GenerateReactor> {
  public:
-  GenerateReactor(grpc::CallbackServerContext* context, Service* service) : context_(context), service_(service) {}
+  GenerateReactor(grpc::CallbackServerContext* context, Service* service)
+      : context_(context), service_(service), rpc_("Generate", &service->metrics()) {}
 
   void Start(const grpc::ByteBuffer& request, Authenticator* auth, Pump* pump) {
     self_ = shared_from_this();
@@ -25,7 +29,9 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                            {"handler", "Generate"},
                            {"status", absl::StatusCodeToString(status.code())},
                            {"param", ErrorField(status)}});
-    Finish(ToGrpcStatus(status));  // Advance does nothing for a call that never started
+    const grpc::Status end = ToGrpcStatus(status);
+    rpc_.Sends(end);
+    Finish(end);  // Advance does nothing for a call that never started
   }
 
   void OnWriteDone(bool ok) override {
@@ -35,6 +41,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       busy_ = false;
       service_->metrics().OnWrite(std::chrono::duration<double>(Clock::now() - write_start_).count());
       if (!ok) candidates_.reset();
+      if (!missed_ && candidates_ != nullptr) return;  // nothing came meanwhile, and what comes tells
     }
     Advance();
   }
@@ -91,7 +98,9 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
     {
       std::lock_guard lock(mutex_);
       if (!started_ || finishing_) return;
-      if (busy_) {  // a reader that fell behind by a whole buffer gets no more
+      if (busy_) {
+        missed_ = true;
+        // A reader that fell behind by a whole buffer gets no more.
         if (candidates_ != nullptr && candidates_->overflowed()) context_->TryCancel();
         return;
       }
@@ -100,6 +109,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
         end = grpc::Status(grpc::StatusCode::CANCELLED, "cancelled");
       } else {
         Choice choice;
+        missed_ = candidates_->size() > 1;  // of several choices, others may have news too
         const absl::StatusOr<bool> more = candidates_->Next(&choice);
         if (more.ok() && !*more) return;
         write = more.ok();
@@ -110,6 +120,7 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
       write_start_ = Clock::now();
       finishing_ = last;
     }
+    if (last) rpc_.Sends(end);
     if (!write) return Finish(end);
     if (last) return StartWriteAndFinish(&response_, grpc::WriteOptions(), end);
     StartWrite(&response_);
@@ -117,23 +128,26 @@ class GenerateReactor : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
 
   // REQUIRES: mutex_ held, candidates_ there, and not busy_.
   void FillMessage(const Choice& choice, bool last) {
-    v1::GenerateResponse response;
-    response.set_request_id(request_id_);
-    FillResponse(choice, candidates_->call(), service_->tokenizer(), &response);
-    if (last) FillUsage(candidates_->usage(), response.mutable_usage());
+    message_.Clear();
+    message_.set_request_id(request_id_);
+    FillResponse(choice, candidates_->call(), service_->tokenizer(), &message_);
+    if (last) FillUsage(candidates_->usage(), message_.mutable_usage());
     response_.Clear();  // Serialize fills an empty buffer only
     bool own = false;
-    grpc::SerializationTraits<v1::GenerateResponse>::Serialize(response, &response_, &own);
+    grpc::SerializationTraits<v1::GenerateResponse>::Serialize(message_, &response_, &own);
   }
 
   grpc::CallbackServerContext* const context_;
   Service* const service_;
+  RpcMetrics rpc_;
   std::shared_ptr<GenerateReactor> self_;
   std::string request_id_;
   grpc::ByteBuffer response_;  // gRPC's while busy_
   std::mutex mutex_;           // guards the rest
   std::unique_ptr<Candidates> candidates_;
+  v1::GenerateResponse message_;  // its memory serves one message after the other
   bool started_ = false, cancelled_ = false, busy_ = false, finishing_ = false;
+  bool missed_ = false;  // news came while busy_, or more may be waiting
   Clock::time_point write_start_;
 };
 
@@ -152,7 +166,15 @@ void Pump::Post(std::function<void()> work) {
   {
     std::lock_guard lock(mutex_);
     work_.push_back(std::move(work));
-    if (work_.size() > 1) return;  // the thread knows, and takes all
+    if (work_.size() != kHeadStart) return;
+  }
+  wake_.notify_one();
+}
+
+void Pump::Wake() {
+  {
+    std::lock_guard lock(mutex_);
+    if (work_.empty()) return;
   }
   wake_.notify_one();
 }

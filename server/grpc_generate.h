@@ -20,12 +20,14 @@
 
 namespace linspec {
 
-// A thread between engine and gRPC: starting a write may touch the socket, which the engine must never wait for.
+// A thread between engine and gRPC: starting a write may touch the socket, which the engine must never wait for. The engine
+// posts all of a step, and wakes it once.
 class Pump {
  public:
   Pump() : thread_([this] { Run(); }) {}
   ~Pump();
-  void Post(std::function<void()> work);  // any thread
+  void Post(std::function<void()> work);  // any thread; begun at the next Wake, or when enough waits
+  void Wake();                            // any thread
 
  private:
   void Run();

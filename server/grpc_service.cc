@@ -31,25 +31,26 @@ class LinSpecService final : public RawService {
   using Context = grpc::CallbackServerContext;
 
   LinSpecService(linspec::Service* service, Authenticator* auth) : service_(service), auth_(auth) {}
+  const std::shared_ptr<Pump>& pump() const { return pump_; }
 
   grpc::ServerWriteReactor<Bytes>* Generate(Context* context, const Bytes* request) override {
-    return StartGenerate(context, *request, service_, auth_, &pump_);
+    return StartGenerate(context, *request, service_, auth_, pump_.get());
   }
 
   grpc::ServerUnaryReactor* Tokenize(Context* context, const Bytes* request, Bytes* response) override {
     return Unary<v1::TokenizeRequest, v1::TokenizeResponse>(
-        context, *request, response,
+        "Tokenize", context, *request, response,
         [this](const std::string&, const auto& in, auto* out) { return DoTokenize(in, out); });
   }
 
   grpc::ServerUnaryReactor* Detokenize(Context* context, const Bytes* request, Bytes* response) override {
     return Unary<v1::DetokenizeRequest, v1::DetokenizeResponse>(
-        context, *request, response,
+        "Detokenize", context, *request, response,
         [this](const std::string&, const auto& in, auto* out) { return DoDetokenize(in, out); });
   }
 
   grpc::ServerUnaryReactor* GetModel(Context* context, const Bytes* request, Bytes* response) override {
-    return Unary<v1::GetModelRequest, v1::GetModelResponse>(context, *request, response,
+    return Unary<v1::GetModelRequest, v1::GetModelResponse>("GetModel", context, *request, response,
                                                             [this](const std::string&, const auto&, auto* out) {
                                                               FillModel(out);
                                                               return absl::OkStatus();
@@ -58,12 +59,12 @@ class LinSpecService final : public RawService {
 
   grpc::ServerUnaryReactor* Abort(Context* context, const Bytes* request, Bytes* response) override {
     return Unary<v1::AbortRequest, v1::AbortResponse>(
-        context, *request, response,
+        "Abort", context, *request, response,
         [this](const std::string& tenant, const auto& in, auto*) { return service_->Abort(in.request_id(), tenant); });
   }
 
   grpc::ServerUnaryReactor* GetStats(Context* context, const Bytes* request, Bytes* response) override {
-    return Unary<v1::GetStatsRequest, v1::GetStatsResponse>(context, *request, response,
+    return Unary<v1::GetStatsRequest, v1::GetStatsResponse>("GetStats", context, *request, response,
                                                             [this](const std::string&, const auto&, auto* out) {
                                                               FillStats(out);
                                                               return absl::OkStatus();
@@ -72,7 +73,9 @@ class LinSpecService final : public RawService {
 
  private:
   template <class Request, class Response, class Work>
-  grpc::ServerUnaryReactor* Unary(Context* context, const Bytes& bytes, Bytes* response, Work work) {
+  grpc::ServerUnaryReactor* Unary(const char* method, Context* context, const Bytes& bytes, Bytes* response,
+                                  Work work) {
+    RpcMetrics rpc(method, &service_->metrics());
     const auto answer = [&]() -> absl::Status {
       auto tenant = CheckGrpcKey(*context, auth_);
       if (!tenant.ok()) return tenant.status();
@@ -85,7 +88,9 @@ class LinSpecService final : public RawService {
       return absl::OkStatus();
     };
     grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
-    reactor->Finish(ToGrpcStatus(answer()));
+    const grpc::Status end = ToGrpcStatus(answer());
+    rpc.Sends(end);
+    reactor->Finish(end);
     return reactor;
   }
 
@@ -106,6 +111,14 @@ class LinSpecService final : public RawService {
     out->set_max_output_tokens(limits.max_output_tokens);
     for (const std::string& drafter : service_->drafters()) out->add_drafters(drafter);
     out->set_version(kVersion);
+    const SamplingDefaults& defaults = service_->generation().sampling;
+    v1::SamplingParameters* sampling = out->mutable_default_sampling();
+    sampling->set_temperature(defaults.temperature);
+    sampling->set_top_p(defaults.top_p);
+    sampling->set_top_k(defaults.top_k);
+    sampling->set_min_p(defaults.min_p);
+    sampling->set_repetition_penalty(defaults.repetition_penalty);
+    out->set_default_chat_tokens(service_->call_limits().default_chat_tokens);
   }
 
   void FillStats(v1::GetStatsResponse* out) const {
@@ -157,7 +170,7 @@ class LinSpecService final : public RawService {
 
   linspec::Service* const service_;  // not the generated base class
   Authenticator* const auth_;
-  Pump pump_;
+  const std::shared_ptr<Pump> pump_ = std::make_shared<Pump>();
 };
 
 absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> Credentials(const ServerConfig::SecurityOptions& security) {
@@ -213,7 +226,6 @@ absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> GrpcFrontEnd::Start(Service* servi
   const std::string address = fmt::format("{}:{}", config.network.host, config.network.grpc_port);
   grpc::ServerBuilder builder;
   SetLimits(config, &builder);
-  builder.experimental().SetInterceptorCreators(RpcMetricsInterceptors(&service->metrics()));
   builder.AddListeningPort(address, *credentials, &impl->port);
   builder.RegisterService(&impl->calls);
   impl->server = builder.BuildAndStart();
@@ -229,6 +241,10 @@ absl::StatusOr<std::unique_ptr<GrpcFrontEnd>> GrpcFrontEnd::Start(Service* servi
 }
 
 int GrpcFrontEnd::port() const { return impl_->port; }
+
+std::function<void()> GrpcFrontEnd::waker() const {
+  return [pump = impl_->calls.pump()] { pump->Wake(); };
+}
 
 void GrpcFrontEnd::SetServing(bool serving) {
   auto* health = impl_->server->GetHealthCheckService();

@@ -5,6 +5,7 @@
 // hand-over and never blocks the engine on the network.
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "absl/status/statusor.h"
@@ -20,6 +21,8 @@ class GrpcFrontEnd {
   ~GrpcFrontEnd();  // Stop(0)
 
   int port() const;
+  // Has news from the engine written that came since the last time. From any thread; outlives the front end.
+  std::function<void()> waker() const;
   void SetServing(bool serving);  // health.v1, of the server and of linspec.v1.LinSpec
   // Refuses new calls, lets running ones end for at most grace_s, then cancels them.
   void Stop(double grace_s);

@@ -6,6 +6,7 @@
 
 #include "server/errors.h"
 #include "server/generation.h"
+#include "server/http_text.h"
 #include "server/json_text.h"
 #include "server/openai_json.h"
 
@@ -106,7 +107,7 @@ std::unique_ptr<HttpOperation> HttpApi::Handle(HttpRequest request, HttpNotify n
 std::unique_ptr<HttpOperation> HttpApi::Preflight(const RouteInfo& route) {
   HttpReply reply{.status = 204,
                   .headers = {{"Access-Control-Allow-Methods", fmt::format("{}, OPTIONS", route.method)},
-                              {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
+                              {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id, *"},
                               {"Access-Control-Max-Age", "600"}}};
   return std::make_unique<ReadyOperation>(std::move(reply));
 }
@@ -203,7 +204,8 @@ absl::StatusOr<HttpReply> HttpApi::Models(const HttpRequest&) const {
 }
 
 absl::StatusOr<HttpReply> HttpApi::Model(const HttpRequest& request) const {
-  const std::string name = request.path.substr(kModelPrefix.size());
+  const std::string name =
+      PercentDecoded(request.path.substr(kModelPrefix.size()));  // clients escape the / of "org/model"
   if (absl::Status status = service_->CheckModelName(name); !status.ok()) return status;
   return HttpReply{.body = ModelJson()};
 }
@@ -228,7 +230,8 @@ absl::StatusOr<HttpReply> HttpApi::Version(const HttpRequest&) const {
 // What clients of llama.cpp look up: how long a prompt may be, how many slots there are, the template. n_ctx: there is no
 // context window, so it is the longest prompt. A path on this machine is nobody's business: the model goes by its name.
 absl::StatusOr<HttpReply> HttpApi::Props(const HttpRequest&) const {
-  const SamplingParams defaults;
+  SamplingParams defaults;
+  service_->generation().sampling.Apply(&defaults);
   std::string name;
   AppendJsonString(service_->model_name(), &name);
   std::string body = fmt::format(

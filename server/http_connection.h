@@ -21,6 +21,7 @@
 #include "server/errors.h"
 #include "server/http_news.h"
 #include "server/http_server.h"
+#include "server/http_text.h"
 
 namespace linspec::http_internal {
 
@@ -187,7 +188,7 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     auto message = parser_->release();
     http_1_0_ = message.version() < 11;
     keep_alive_ = keep_alive_ && message.keep_alive() && !shared_->stopping;
-    const std::string target(message.target());
+    const std::string target = OriginForm(std::string(message.target()));
     const size_t question = target.find('?');
     request_ = {.method = std::string(message.method_string()),
                 .path = target.substr(0, question),
@@ -204,6 +205,11 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
         !expect.empty() && !beast::iequals(expect, "100-continue")) {
       return SendError(HttpError(417, fmt::format("Expect: '{}' is not supported", expect.substr(0, 100))));
     }
+    // Of other codings the length is known, what they encode is not.
+    if (const std::string coding = HeaderOf(message, http::field::transfer_encoding);
+        !coding.empty() && !beast::iequals(coding, "chunked")) {
+      return SendError(HttpError(501, fmt::format("Transfer-Encoding: '{}' is not supported", coding.substr(0, 100))));
+    }
     ClearDeadline();
     auto notify = [weak = std::weak_ptr<ConnectionBase>(this->weak_from_this()), news = shared_->news] {
       news->Push(weak);
@@ -212,14 +218,16 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     request_.body.clear();
     request_.body.shrink_to_fit();
     operation_ = shared_->handler(std::move(request), std::move(notify));
-    Advance();
+    Advance();  // takes what came before anybody was woken for it, too
   }
 
   // Moves the answer on: head first, then whatever body is ready; one write at a time.
   void Advance() {
     if (operation_ == nullptr || closed_) return;
-    if (operation_->Abandoned()) return Close();
-    if (writing_) return;
+    if (writing_) {
+      if (operation_->Abandoned()) Close();
+      return;
+    }
     if (!head_sent_) {
       HttpReply reply;
       if (!operation_->Poll(&reply)) return Read();  // notices a peer that leaves
@@ -230,38 +238,36 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
       Read();
       return Write(Head(reply), &Connection::Advance);
     }
-    std::string body;
-    const auto progress = operation_->Next(&body);
-    const bool done = progress == HttpOperation::Progress::kDone;
-    if (body.empty() && !done) return;
-    std::string frame;
-    if (http_1_0_) {
-      frame = std::move(body);
-    } else {
-      if (!body.empty()) frame = fmt::format("{:x}\r\n", body.size()) + body + "\r\n";
-      if (done) frame += "0\r\n\r\n";
-    }
-    if (done) return Write(std::move(frame), &Connection::Finish);
-    if (SendAtOnce(&frame)) return;  // what comes next is told by the next notify
-    Write(std::move(frame), &Connection::Advance);
+    thread_local std::string frame;  // the thread's: its memory is warm, whichever stream comes next
+    frame.assign(kChunkHead, ' ');   // the operation appends to it, so that a piece need not be moved to be framed
+    const bool done = operation_->Next(&frame);
+    const bool empty = frame.size() == kChunkHead;
+    if (empty && !done) return;
+    const size_t begin = http_1_0_ || empty ? kChunkHead : FrameChunk(&frame);
+    if (done && !http_1_0_) frame += "0\r\n\r\n";
+    const std::string_view data = std::string_view(frame).substr(begin);
+    if (done) return Write(std::string(data), &Connection::Finish);
+    const size_t sent = SendAtOnce(data);
+    if (sent < data.size()) Write(std::string(data.substr(sent)), &Connection::Advance);
   }
 
-  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. What is left
-  // (an error too) is Write's.
-  bool SendAtOnce(std::string* data) {
-    if constexpr (std::is_same_v<Stream, TlsStream>) return false;
+  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. Returns how
+  // much it took; what is left (an error too) is Write's.
+  size_t SendAtOnce(std::string_view data) {
+    if constexpr (std::is_same_v<Stream, TlsStream>) return 0;
     const auto start = SteadyClock::now();
     Error error;
-    const size_t sent = stream_.write_some(net::buffer(*data), error);
-    data->erase(0, sent);
-    if (!data->empty()) return false;
-    shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
-    return true;
+    const size_t sent = stream_.write_some(net::buffer(data), error);
+    if (sent == data.size()) {
+      shared_->options.write_observer(std::chrono::duration<double>(SteadyClock::now() - start).count());
+    }
+    return sent;
   }
 
   std::string Head(const HttpReply& reply) {
     if (streaming_ && http_1_0_) keep_alive_ = false;
-    std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\n", reply.status, HttpReason(reply.status));
+    std::string head = fmt::format("HTTP/1.1 {} {}\r\nServer: linspec\r\nDate: {}\r\n", reply.status,
+                                   HttpReason(reply.status), HttpDateNow());
     if (reply.status != 204) head += fmt::format("Content-Type: {}\r\n", reply.content_type);
     const auto add = [&](const auto& headers) {
       for (const auto& [name, value] : headers) head += fmt::format("{}: {}\r\n", name, value);

@@ -118,6 +118,10 @@ int HttpServer::port() const {
 
 int HttpServer::open_connections() const { return impl_->shared.open; }
 
+std::function<void()> HttpServer::waker() const {
+  return [news = impl_->shared.news] { news->Wake(); };
+}
+
 void HttpServer::Stop(double grace_s) {
   if (impl_->threads.empty()) return;
   impl_->shared.stopping = true;

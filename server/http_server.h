@@ -2,7 +2,7 @@
 // request becomes an HttpOperation made by the handler.
 //
 // Threads: `io_threads` of its own; a connection and its operation live on one strand. The engine reaches a connection
-// only through the notify function of its operation (http_news.h).
+// only through the notify function of its operation, and after a step's notifications through waker() (http_news.h).
 #pragma once
 
 #include <functional>
@@ -34,17 +34,17 @@ struct HttpReply {
 // One request's answer in the making. Destroying it cancels what runs for it.
 class HttpOperation {
  public:
-  enum class Progress { kWait, kData, kDone };
   virtual ~HttpOperation() = default;
   // True once the head (and, when not streaming, the body) is in *reply. Asked again after each notify.
   virtual bool Poll(HttpReply* reply) = 0;
-  // Appends all body bytes that are ready. Asked after each notify, and after a write that took its time.
-  virtual Progress Next(std::string* /*body*/) { return Progress::kDone; }
+  // Appends all body bytes that are ready; true once they are the last. Asked after each notify, and after a write that
+  // took its time.
+  virtual bool Next(std::string* /*body*/) { return true; }
   // The client fell too far behind for its answer to be completed: the connection is closed, a write under way or not.
   virtual bool Abandoned() const { return false; }
 };
 
-using HttpNotify = std::function<void()>;  // from any thread
+using HttpNotify = std::function<void()>;  // from any thread; heard at the next waker()
 using HttpHandler = std::function<std::unique_ptr<HttpOperation>(HttpRequest, HttpNotify)>;
 
 struct HttpServerOptions {
@@ -73,6 +73,8 @@ class HttpServer {
 
   int port() const;
   int open_connections() const;
+  // Has the I/O threads look at what was notified since the last time. From any thread; outlives the server.
+  std::function<void()> waker() const;
   // Stops accepting, closes idle connections, lets answers in progress finish for at most `grace_s`, then closes all.
   void Stop(double grace_s);
 

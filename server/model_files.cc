@@ -72,6 +72,20 @@ absl::Status LoadChatTemplate(ModelFiles* files) {
   return absl::OkStatus();
 }
 
+absl::Status LoadGenerationConfig(ModelFiles* files) {
+  const std::string path = (fs::path(files->path) / "generation_config.json").string();
+  if (!fs::exists(path)) return absl::OkStatus();
+  auto text = ReadFile(path);
+  if (!text.ok()) return text.status();
+  auto parsed = ParseGenerationConfig(*text, files->model->config().vocab_size);
+  if (!parsed.ok()) return InFile(path, parsed.status());
+  files->generation = *std::move(parsed);
+  const std::vector<int32_t>& known = files->model->config().eos_token_ids;
+  std::erase_if(files->generation.eos_token_ids,
+                [&](int32_t id) { return std::ranges::find(known, id) != known.end(); });
+  return absl::OkStatus();
+}
+
 // Target and draft run on one engine thread, so they share one pool of worker threads.
 absl::StatusOr<std::shared_ptr<CpuOps>> MakeOps(const ServerConfig::ModelOptions& options) {
   CpuOps::Options ops;
@@ -305,6 +319,9 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
   auto model = LoadModel(OptionsFor(files.path, options, files.machine));
   if (!model.ok()) return InFile("--model " + files.path, model.status());
   files.model = *std::move(model);
+  if (options.generation_config == "auto") {
+    if (absl::Status status = LoadGenerationConfig(&files); !status.ok()) return status;
+  }
   return files;
 }
 
@@ -346,6 +363,7 @@ absl::StatusOr<Service::Parts> LoadParts(const ServerConfig& config, std::functi
   parts.tokenizer = std::move(files->tokenizer);
   parts.chat_template = std::move(files->chat_template);
   parts.chat_template_source = std::move(files->chat_template_source);
+  parts.generation = std::move(files->generation);
   parts.model_name = config.model.served_name.empty() ? ModelName(config, files->path) : config.model.served_name;
   return parts;
 }

@@ -11,6 +11,7 @@
 #include "kernels/cuda_device.h"
 #include "kernels/ops.h"
 #include "models/chat_template.h"
+#include "models/generation_config.h"
 #include "models/model.h"
 #include "models/tokenizer.h"
 #include "scheduler/engine.h"
@@ -41,6 +42,7 @@ struct ModelFiles {
   std::unique_ptr<Tokenizer> tokenizer;
   std::unique_ptr<ChatTemplate> chat_template;  // null: the folder has none
   std::string chat_template_source;
+  GenerationConfig generation;  // empty: the folder has none, or it is not to be read
 };
 // Errors name the file.
 absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& options);

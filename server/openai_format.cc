@@ -6,6 +6,7 @@
 #include <iterator>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "server/answer_writer.h"
 #include "server/errors.h"
 #include "server/json_text.h"
@@ -213,7 +214,7 @@ class CompletionWriter : public AnswerWriter {
   }
 
   void AppendChoice(const Choice& choice, std::string* out) const {
-    fmt::format_to(std::back_inserter(*out), "{{\"index\":{},", choice.index);
+    absl::StrAppend(out, "{\"index\":", choice.index, ",");
     AppendText(choice, out);
     *out += ",\"logprobs\":";
     const int logprobs = call_.generate.sampling.logprobs;

@@ -80,6 +80,7 @@ void ReadAcceptance(FieldReader* fields, AcceptanceMode* mode) {
 
 void ReadSampling(FieldReader* fields, const CallLimits& limits, GenerateCall* call) {
   SamplingParams& s = call->sampling;
+  limits.defaults.Apply(&s);
   fields->Float("temperature", 0, 2, &s.temperature);
   fields->Float("top_p", 0, 1, &s.top_p, true);
   fields->Int32("top_k", -1, kMaxInt32, &s.top_k);

@@ -56,9 +56,10 @@ constexpr char kPaths[] = R"json(
 // Shared by both generating routes.
 constexpr char kCommonFields[] = R"json(
  "model": {"type": "string"}, "n": {"type": "integer", "minimum": 1, "default": 1},
- "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1},
- "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
- "top_k": {"type": "integer", "minimum": -1, "default": 0}, "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+ "temperature": {"type": "number", "minimum": 0, "maximum": 2, "description":
+   "default: the model's (--generation-config), as top_p's, top_k's, min_p's and repetition_penalty's; /props tells"},
+ "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+ "top_k": {"type": "integer", "minimum": -1}, "min_p": {"type": "number", "minimum": 0, "maximum": 1},
  "typical_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
  "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
  "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
@@ -111,8 +112,8 @@ constexpr char kResponsesRequest[] = R"json(
    ["role", "content"], "properties": {"type": {"const": "message"}, "role": {"enum": ["system", "developer", "user",
    "assistant"]}, "content": {}, "id": {}, "status": {}, "phase": {}}}}]},
  "model": {"type": "string"}, "instructions": {"type": "string"}, "max_output_tokens": {"type": "integer", "minimum": 1},
- "temperature": {"type": "number", "minimum": 0, "maximum": 2, "default": 1},
- "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "default": 1},
+ "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+ "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
  "stream": {"type": "boolean", "default": false}, "stream_options": {"const": {"include_obfuscation": false}},
  "metadata": {"type": "object"}, "store": {"type": "boolean", "enum": [false]}, "background": {"const": false},
  "tools": {"type": "array", "maxItems": 0}, "include": {"type": "array", "maxItems": 0}, "tool_choice": {"const": "none"},

@@ -5,6 +5,8 @@
 
 namespace linspec {
 
+constexpr size_t kKeptItems = 16;  // more than a reader that keeps up lets wait
+
 StopMatcher::StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {
   std::erase_if(stops_, [](const std::string& stop) { return stop.empty(); });
 }
@@ -104,18 +106,21 @@ void ResponseStream::Cancel() {
 }
 
 StreamDelta ResponseStream::Take() {
-  std::vector<Item> items;
   {
     std::lock_guard lock(mutex_);
-    items.swap(queue_);
+    taken_.swap(queue_);
     queued_bytes_ = 0;
     notified_ = false;
   }
   StreamDelta delta;
-  for (Item& item : items) {
+  for (Item& item : taken_) {
     if (finished_) break;
     Consume(std::move(item), &delta);
   }
+  if (taken_.capacity() <= kKeptItems)
+    taken_.clear();
+  else
+    taken_ = {};
   return delta;
 }
 
@@ -206,6 +211,8 @@ void ResponseStream::EndAtStop(StreamDelta* delta) {
   if (options_.include_stop) delta->text += matcher_.matched_stop();
   delta->stop_string = matcher_.matched_stop();
   delta->finish_reason = FinishReason::kStop;
+  usage_.accepted_tokens =
+      std::min(usage_.accepted_tokens, usage_.completion_tokens);  // drafts past the stop are of no use
   finished_ = true;
   Cancel();
 }

@@ -66,7 +66,7 @@ struct StreamUsage {
 struct StreamTimes {
   RequestTimes engine;
   Clock::time_point last_output;
-  std::vector<float> gaps;  // seconds between outputs, since the last TakeGaps
+  std::vector<float> gaps;  // seconds between outputs, since the last ClearGaps
 };
 
 struct ResponseStreamOptions {
@@ -95,7 +95,7 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
   bool overflowed() const { return overflowed_; }
   const StreamUsage& usage() const { return usage_; }
   const StreamTimes& times() const { return times_; }
-  std::vector<float> TakeGaps() { return std::move(times_.gaps); }
+  void ClearGaps() { times_.gaps.clear(); }
 
  private:
   struct Item {
@@ -120,7 +120,8 @@ class ResponseStream : public std::enable_shared_from_this<ResponseStream> {
 
   std::atomic<bool> cancelled_ = false, overflowed_ = false;
 
-  IncrementalDecoder decoder_;  // from here on: the consumer's
+  std::vector<Item> taken_;  // from here on: the consumer's. Keeps the memory of the last Take for the queue
+  IncrementalDecoder decoder_;
   StopMatcher matcher_;
   std::deque<OutputToken> pending_;
   size_t decoded_bytes_ = 0;  // text that came out of the decoder, after the echoed prompt

@@ -101,6 +101,7 @@ absl::StatusOr<OpenAiCall> ParseResponses(const std::string& body, const CallLim
   ReadInput(&fields, &messages);
   call.prompts.emplace_back(std::move(messages));
   fields.String("model", kMaxName, &call.model);
+  limits.defaults.Apply(&call.sampling);
   call.sampling.max_tokens = limits.default_chat_tokens;
   fields.Int32("max_output_tokens", 1, limits.max_output_tokens, &call.sampling.max_tokens);
   fields.Float("temperature", 0, 2, &call.sampling.temperature);

@@ -70,6 +70,14 @@ class SignalWatcher {
   int first_ = 0;
 };
 
+// What requests get that do not say.
+std::string Defaults(const Service& service) {
+  const SamplingDefaults& d = service.generation().sampling;
+  return fmt::format("temperature {}, top_p {}, top_k {}, min_p {}, repetition_penalty {}, {} tokens of a chat",
+                     d.temperature, d.top_p, d.top_k, d.min_p, d.repetition_penalty,
+                     service.call_limits().default_chat_tokens);
+}
+
 void PrintReady(const ServerConfig& config, Service* service, int http_port, int grpc_port) {
   const EngineStats stats = service->engine().stats();
   fmt::print("model     {} ({})\n{}\n", service->model_name(),
@@ -79,6 +87,7 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
       "kept\n",
       stats.slots_total, static_cast<double>(stats.bytes_per_slot) / (1 << 20), DTypeName(stats.state_dtype),
       stats.prefix_cache_capacity);
+  fmt::print("defaults  {}\n", Defaults(*service));
   fmt::print("flags     (* differs from the default)\n{}\n", DescribeConfig(config));
   const bool tls = !config.security.tls_cert.empty();
   const std::string base = fmt::format("{}://{}:{}", tls ? "https" : "http", config.network.host, http_port);
@@ -108,6 +117,7 @@ void LogReady(const ServerConfig& config, Service* service, int http_port, int g
               {"host", config.network.host},
               {"http_port", int64_t{http_port}},
               {"grpc_port", int64_t{grpc_port}},
+              {"defaults", Defaults(*service)},
               {"flags", ChangedFlags(config)}});
 }
 

@@ -1,6 +1,9 @@
 #include "server/server.h"
 
 #include <chrono>
+#include <functional>
+#include <utility>
+#include <vector>
 
 namespace linspec {
 namespace {
@@ -50,8 +53,14 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
   server->auth_->WatchKeys([raw, limit = config.engine.max_running_per_key](size_t num_keys) {
     raw->service_->engine().SetMaxRunningPerTenant(limit > 0 || num_keys > 1 ? limit : -1);  // a lone key may have all
   });
-  server->service_->engine().Start();
   if (absl::Status status = server->Listen(config); !status.ok()) return status;
+  std::vector<std::function<void()>> wakers;
+  if (server->http_ != nullptr) wakers.push_back(server->http_->waker());
+  if (server->grpc_ != nullptr) wakers.push_back(server->grpc_->waker());
+  server->service_->engine().SetAfterDelivery([wakers] {
+    for (const auto& wake : wakers) wake();
+  });
+  server->service_->engine().Start();  // requests that came already have waited for it
   server->AddCollectors();
   server->probe_ = std::make_unique<GenerationProbe>(server->service_.get(), config.operations.probe_interval_s);
   return server;

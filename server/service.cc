@@ -98,7 +98,8 @@ StreamDelta RunningRequest::Take() {
     first_seen_ = true;
     metrics.OnFirstToken(stream_->times());
   }
-  metrics.OnGaps(stream_->TakeGaps());
+  metrics.OnGaps(stream_->times().gaps);
+  stream_->ClearGaps();
   if (stream_->finished() && !reported_) {
     Report(delta.finish_reason);
     if (!delta.stop_string.empty()) service_->engine().Cancel(id_);
@@ -179,15 +180,19 @@ absl::Status Service::KeyLimit(int open) {
 }
 
 CallLimits Service::call_limits() const {
+  constexpr int kChatTokens = 1024;
   const auto& limits = config_.engine;
+  int chat_tokens = limits.default_chat_tokens;
+  if (chat_tokens == 0) chat_tokens = generation().max_new_tokens > 0 ? generation().max_new_tokens : kChatTokens;
   return {.max_n = limits.max_n,
           .max_prompt_tokens = limits.max_prompt_tokens,
           .max_output_tokens = limits.max_output_tokens,
-          .default_chat_tokens = std::min(limits.default_chat_tokens, limits.max_output_tokens),
+          .default_chat_tokens = std::min(chat_tokens, limits.max_output_tokens),
           .max_stop_strings = limits.max_stop_strings,
           .max_stop_bytes = limits.max_stop_bytes,
           .max_logit_bias = limits.max_logit_bias,
-          .max_messages = limits.max_messages};
+          .max_messages = limits.max_messages,
+          .defaults = generation().sampling};
 }
 
 absl::Status Service::CheckBytes(size_t bytes, const char* field) const {
@@ -380,8 +385,8 @@ absl::Status Service::Abort(const std::string& name, const std::string& tenant) 
 
 absl::Status Service::CheckModelName(const std::string& name) const {
   if (name.empty() || name == parts_.model_name) return absl::OkStatus();
-  return absl::NotFoundError(
-      fmt::format("model: '{}' is not served here; this server has '{}'", name.substr(0, 200), parts_.model_name));
+  return ModelNotFound(
+      fmt::format("'{}' is not served here; this server has '{}'", name.substr(0, 200), parts_.model_name));
 }
 
 void Service::StopAdmitting() {

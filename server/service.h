@@ -15,6 +15,7 @@
 
 #include "absl/status/statusor.h"
 #include "models/chat_template.h"
+#include "models/generation_config.h"
 #include "models/tokenizer.h"
 #include "scheduler/engine.h"
 #include "server/config.h"
@@ -97,6 +98,7 @@ class Service {
     std::unique_ptr<Tokenizer> tokenizer;
     std::unique_ptr<ChatTemplate> chat_template;  // null: the model has none
     std::string chat_template_source;
+    GenerationConfig generation;
     std::vector<std::string> drafters;
     std::string model_name;
   };
@@ -134,7 +136,8 @@ class Service {
   std::string BosToken() const { return Spelling(parts_.engine->model_config().bos_token_id); }  // "": none
   std::string EosToken() const;
   const std::vector<std::string>& drafters() const { return parts_.drafters; }
-  int64_t started_at() const { return started_at_; }  // seconds since 1970
+  const GenerationConfig& generation() const { return parts_.generation; }  // what requests get that do not say
+  int64_t started_at() const { return started_at_; }                        // seconds since 1970
 
  private:
   friend class RunningRequest;

@@ -1,4 +1,5 @@
 """HTTP/1.1 over raw sockets, bad input over REST, connection limits."""
+import email.utils
 import json
 import socket
 import threading
@@ -59,6 +60,25 @@ def test_body_that_comes_after_its_head_was_read_ahead(server):
         sock.sendall(body.encode())
         second = sock.recv(65536)
     assert first.startswith(b"HTTP/1.1 200 OK") and second.startswith(b"HTTP/1.1 200 OK")
+
+
+def test_targets_dates_and_codings(server):
+    """What RFC 9110 and 9112 ask of a server and few clients use."""
+    answer = talk(server, request("GET", f"http://127.0.0.1:{server.http_port}/version?x"))
+    assert status_of(answer) == 200 and '"version"' in answer
+    [date] = [line[6:] for line in answer.splitlines() if line.startswith("Date: ")]
+    assert abs(email.utils.parsedate_to_datetime(date).timestamp() - time.time()) < 60
+    answer = talk(server, request("POST", "/tokenize", headers=JSON + "Transfer-Encoding: gzip, chunked\r\n") + "0\r\n\r\n")
+    assert status_of(answer) == 501 and "Transfer-Encoding" in answer
+
+
+def test_model_names_may_be_escaped(make_server):
+    server = make_server("--served-model-name", "org/model 1", "--speculation", "off")
+    assert httpx.get(server.url + "/v1/models/org%2Fmodel%201").json()["id"] == "org/model 1"
+    missing = httpx.get(server.url + "/v1/models/org%2Fmodel")
+    assert missing.status_code == 404 and missing.json()["error"]["code"] == "model_not_found"
+    assert missing.json()["error"]["param"] == "model"
+    server.stop()
 
 
 def test_head_expect_and_1_0(server):

@@ -93,6 +93,7 @@ def test_cors_is_opt_in(make_server, server):
     open_server = make_server("--cors-origin", "https://example.org", "--metrics-alias", "vllm")
     answer = httpx.options(open_server.url + "/v1/completions")
     assert answer.status_code == 204 and answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    assert {"Authorization", "*"} <= set(answer.headers["Access-Control-Allow-Headers"].split(", "))  # SDKs send their own
     assert httpx.get(open_server.url + "/v1/models").headers["Access-Control-Allow-Origin"] == "https://example.org"
     assert "vllm:num_requests_running{" in httpx.get(open_server.url + "/metrics").text
 

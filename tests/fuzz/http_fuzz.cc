@@ -29,9 +29,9 @@ class Echo : public HttpOperation {
     *reply = {.body = request_.body, .streaming = request_.path == "/stream"};
     return true;
   }
-  Progress Next(std::string* body) override {
+  bool Next(std::string* body) override {
     *body += request_.body;
-    return Progress::kDone;
+    return true;
   }
 
  private:

@@ -193,6 +193,31 @@ TEST(EngineTest, SinkThatRefusesIsNotCalledAgain) {
   EXPECT_EQ(engine->stats().requests_finished, 2);
 }
 
+TEST(EngineTest, AfterDeliveryRunsOnceAStepAfterTheLastSink) {
+  EngineOptions options = TestEngine::StaticOptions();
+  options.max_step_tokens = 2;  // prompts take steps of their own, of which nobody is told anything
+  TestEngine engine(options);
+  const auto num_outputs = [&] {
+    int sum = 0;
+    for (auto& [id, result] : engine.results) sum += result.num_outputs;
+    return sum;
+  };
+  int calls = 0, told = 0;
+  engine->SetAfterDelivery([&] {
+    ++calls;
+    told = num_outputs();
+  });
+  for (const uint64_t id : {1, 2, 3}) ASSERT_TRUE(engine.Submit(Simple(id)).ok());
+  int expected_calls = 0, silent_steps = 0;
+  for (int before = 0; engine->Step(); before = num_outputs()) {
+    (num_outputs() > before ? expected_calls : silent_steps) += 1;
+    EXPECT_EQ(calls, expected_calls);
+    EXPECT_EQ(told, num_outputs());
+  }
+  EXPECT_GT(silent_steps, 0);
+  EXPECT_GT(calls, 0);
+}
+
 TEST(EngineTest, ModelErrorsEndTheAffectedRequestsOnly) {
   TestEngine engine;
   ASSERT_TRUE(engine.Submit(TestEngine::MakeRequest(1, {9}, 5)).ok());

@@ -27,6 +27,7 @@ TEST(NewsQueue, EveryConnectionHearsOfEachPush) {
   constexpr int kSteps = 100;
   for (int step = 0; step < kSteps; ++step) {
     for (const auto& connection : connections) queue->Push(connection);
+    queue->Wake();
   }
   work.reset();
   for (std::thread& thread : threads) thread.join();  // run() returns when nothing is left to do
@@ -40,8 +41,22 @@ TEST(NewsQueue, ConnectionsThatAreGoneAreSkipped) {
   queue->Push(goes);
   queue->Push(stays);
   goes.reset();
+  queue->Wake();
   context.run();
   EXPECT_EQ(stays->news, 1);
+}
+
+TEST(NewsQueue, NobodyHearsBeforeTheWakeUp) {
+  boost::asio::io_context context;
+  auto queue = std::make_shared<NewsQueue>(&context, 1);
+  auto connection = std::make_shared<FakeConnection>();
+  for (int i = 0; i < 100; ++i) queue->Push(connection);
+  context.run();
+  EXPECT_EQ(connection->news, 0);
+  queue->Wake();
+  context.restart();
+  context.run();
+  EXPECT_EQ(connection->news, 100);
 }
 
 TEST(NewsQueue, NothingReachesTheContextAfterClose) {
@@ -51,10 +66,12 @@ TEST(NewsQueue, NothingReachesTheContextAfterClose) {
     boost::asio::io_context context;
     queue = std::make_shared<NewsQueue>(&context, 1);
     queue->Push(connection);
+    queue->Wake();
     queue->Close();
     context.run();
   }
   queue->Push(connection);  // the context is gone
+  queue->Wake();
   EXPECT_EQ(connection->news, 0);
 }
 

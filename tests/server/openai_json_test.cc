@@ -109,6 +109,34 @@ INSTANTIATE_TEST_SUITE_P(
                     BadCase{"{" USER R"(,"modalities":["audio"]})", "modalities"},
                     BadCase{"{" USER R"(,"prompt":"x"})", "prompt"}));
 
+TEST(OpenAiJson, DefaultsHoldWhereTheRequestDoesNotSay) {
+  CallLimits limits;
+  limits.defaults = {.temperature = 0.6f, .top_p = 0.9f, .min_p = 0.1f, .repetition_penalty = 1.2f, .top_k = 20};
+  limits.default_chat_tokens = 77;
+  const auto calls = {ParseCompletion(R"({"prompt":"x"})", limits), ParseChat("{" USER "}", limits),
+                      ParseResponses(R"({"input":"x"})", limits)};
+  for (const auto& call : calls) {
+    ASSERT_TRUE(call.ok()) << call.status();
+    const SamplingParams& s = call->generate.sampling;
+    EXPECT_EQ(s.temperature, 0.6f);
+    EXPECT_EQ(s.top_p, 0.9f);
+    EXPECT_EQ(s.min_p, 0.1f);
+    EXPECT_EQ(s.repetition_penalty, 1.2f);
+    EXPECT_EQ(s.top_k, 20);
+    EXPECT_EQ(s.max_tokens, call->generate.chat() ? 77 : 16);
+  }
+  const auto said = ParseChat(
+      "{" USER R"(,"temperature":0,"top_p":1,"min_p":0,"repetition_penalty":1,"top_k":-1,"max_tokens":5})", limits);
+  ASSERT_TRUE(said.ok()) << said.status();
+  const SamplingParams& s = said->generate.sampling;
+  EXPECT_EQ(s.temperature, 0.0f);
+  EXPECT_EQ(s.top_p, 1.0f);
+  EXPECT_EQ(s.min_p, 0.0f);
+  EXPECT_EQ(s.repetition_penalty, 1.0f);
+  EXPECT_EQ(s.top_k, 0);
+  EXPECT_EQ(s.max_tokens, 5);
+}
+
 TEST(OpenAiJson, DepthIsLimited) {
   const std::string deep = "{\"prompt\":" + std::string(1000000, '[') + std::string(1000000, ']') + "}";
   EXPECT_FALSE(ParseCompletion(deep, {}).ok());
@@ -237,7 +265,8 @@ TEST(OpenAiJson, ResponsesEvents) {
   EXPECT_EQ(events[0]["response"]["status"], "in_progress");
   EXPECT_EQ(events[0]["response"]["output"], json::array());
   EXPECT_EQ(events[4]["delta"], "\"\n");
-  const json error = {{"type", "error"}, {"sequence_number", 5}, {"code", "invalid_value"}, {"message", "f: why"}, {"param", "f"}};
+  const json error = {
+      {"type", "error"}, {"sequence_number", 5}, {"code", "invalid_value"}, {"message", "f: why"}, {"param", "f"}};
   EXPECT_EQ(events[5], error);
 }
 

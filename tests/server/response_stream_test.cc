@@ -117,6 +117,19 @@ TEST(ResponseStream, StopAcrossTokensDropsTheTokensAfterIt) {
   EXPECT_EQ(result.last.stop_string, "orld");
 }
 
+TEST(ResponseStream, DraftsPastAStopAreNotCountedAsAccepted) {
+  const PieceTokenizer tokenizer({"a", "STOP", "b"});
+  auto stream = ResponseStream::Create(&tokenizer, {.stop = {"STOP"}});
+  RequestOutput output = Output({0, 1, 2, 2, 2});
+  output.num_draft_tokens = 5;
+  output.num_accepted_tokens = 4;
+  stream->MakeSink()(std::move(output));
+  EXPECT_EQ(stream->Take().text, "a");
+  EXPECT_EQ(stream->usage().completion_tokens, 2);
+  EXPECT_EQ(stream->usage().accepted_tokens, 2);
+  EXPECT_EQ(stream->usage().draft_tokens, 5);
+}
+
 TEST(ResponseStream, StopMayBeKept) {
   EXPECT_EQ(Play({"a", "STO", "P", "b"}, {.stop = {"STOP"}, .include_stop = true}).text, "aSTOP");
 }
