@@ -84,7 +84,8 @@ struct Consumer {
       for (uint32_t& word : words) word = Widen(word);
     }
   }
-  // The compiler knows nothing of an instruction's reads after its issue: up to here their registers are in use.
+  // Instructions read their words after they were issued. What nvcc 13.0 makes of two boxes in turn, each waited for
+  // before its words are written again, keeps to that; of one box an iteration it did not, and products came out wrong.
   __device__ static __forceinline__ void WordsInUse(Words& a) {
 #pragma unroll
     for (auto& words : a) asm volatile("" ::"r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
