@@ -37,7 +37,7 @@ int64_t CudaSlotsThatFit(CudaDevice* device, LinspecCudaModel* model, int64_t st
     const LinspecCudaStepSize size = StepSizeOf(slots);
     int64_t scratch = 0;
     if (!device->Check(device->api().scratch_bytes(model, &size, &scratch), "scratch memory").ok()) return false;
-    return (slots + 1) * state_bytes + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
+    return slots * state_bytes + scratch + kSystemBytes <= info->free_bytes;
   };
   int64_t fit = 0, too_many = std::min(info->free_bytes / state_bytes, kMostSlots) + 1;
   while (too_many - fit > 1) {
