@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/step_buckets.h"
+#include "models/draft_tree.h"
+
 namespace linspec {
 namespace {
 
@@ -21,8 +24,10 @@ int64_t PrefillPassSize::Take(int64_t length, int64_t left, int64_t group_size) 
 }
 
 LinspecCudaStepSize StepSizeOf(int64_t num_slots) {
-  return {
-      .verify_rows = static_cast<int32_t>(num_slots), .prefill_rows = kPrefillRows, .prefill_groups = kPrefillGroups};
+  const int64_t trees = std::min<int64_t>(num_slots * kMaxTreeNodes, cuda::kMaxGraphRows);
+  return {.verify_rows = static_cast<int32_t>(std::max(num_slots, trees)),
+          .prefill_rows = kPrefillRows,
+          .prefill_groups = kPrefillGroups};
 }
 
 int64_t CudaSlotsThatFit(CudaDevice* device, LinspecCudaModel* model, int64_t state_bytes) {
@@ -32,7 +37,7 @@ int64_t CudaSlotsThatFit(CudaDevice* device, LinspecCudaModel* model, int64_t st
     const LinspecCudaStepSize size = StepSizeOf(slots);
     int64_t scratch = 0;
     if (!device->Check(device->api().scratch_bytes(model, &size, &scratch), "scratch memory").ok()) return false;
-    return (slots + 1) * state_bytes + scratch + kSystemBytes <= info->free_bytes;  // one is for padding
+    return slots * state_bytes + scratch + kSystemBytes <= info->free_bytes;
   };
   int64_t fit = 0, too_many = std::min(info->free_bytes / state_bytes, kMostSlots) + 1;
   while (too_many - fit > 1) {

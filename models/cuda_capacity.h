@@ -22,7 +22,8 @@ class PrefillPassSize {
   int64_t rows_ = 0, groups_ = 0;
 };
 
-// Steps of a server of so many requests: all decode at once, or prompts are taken in. Trees may make larger ones.
+// Steps of a server of so many requests: all decode at once, or fewer verify trees of no more than 1,024 rows together,
+// or prompts are taken in.
 LinspecCudaStepSize StepSizeOf(int64_t num_slots);
 
 // The most slots whose states and steps fit beside what the device holds now; 0 when it has failed.

@@ -9,6 +9,7 @@
 #include "models/cuda_capacity.h"
 #include "models/cuda_memory.h"
 #include "models/cuda_step.h"
+#include "models/cuda_warm_up.h"
 #include "models/cuda_weights.h"
 #include "models/verify_batch.h"
 
@@ -45,6 +46,11 @@ class CudaModel final : public Model {
   std::vector<DeviceStats> device_stats() const override;
   absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const override;
   int64_t SlotsThatFit() const override;
+  int64_t MaxVerifyRows(const StatePool& pool) const override { return StepSizeOf(pool.capacity()).verify_rows; }
+  std::vector<VerifySize> WarmUpSizes(int max_requests, int max_rows, int max_nodes) const override {
+    return VerifyGraphSizes(max_requests, max_rows, max_nodes);
+  }
+  int64_t free_device_bytes() const override;
 
   absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) override;
   absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
@@ -182,6 +188,11 @@ absl::StatusOr<std::unique_ptr<StatePool>> CudaModel::CreatePool(int num_slots) 
 
 int64_t CudaModel::SlotsThatFit() const {
   return CudaSlotsThatFit(device_.get(), model_, config_.StateBytes(state_dtype_));
+}
+
+int64_t CudaModel::free_device_bytes() const {
+  const auto info = device_->Info();
+  return info.ok() ? info->free_bytes : 0;
 }
 
 absl::Status CudaModel::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 
 namespace linspec {
 
@@ -13,8 +14,13 @@ std::vector<int> DraftTree::Depths() const {
 }
 
 int DraftTree::Depth() const {
-  const std::vector<int> depths = Depths();
-  return *std::max_element(depths.begin(), depths.end());
+  std::array<int, kMaxTreeNodes> depths{};
+  int deepest = 0;
+  for (int node = 1; node < std::min(num_nodes(), kMaxTreeNodes); ++node) {
+    depths[node] = depths[parents[node]] + 1;
+    deepest = std::max(deepest, depths[node]);
+  }
+  return deepest;
 }
 
 DraftTree DraftTree::Keep(const std::vector<bool>& keep) const {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -67,6 +68,12 @@ struct VerifyResult {
                                      // no token to choose. Then logits are those after the edits
 };
 
+// A verify step by its size.
+struct VerifySize {
+  int requests = 1, rows = 1;  // rows: of all trees together
+  int largest_tree = 1;        // rows of it
+};
+
 // The object behind a model that computes on a GPU, for what computes there beside it.
 struct CudaHandle {
   std::shared_ptr<CudaDevice> device;
@@ -86,6 +93,14 @@ class Model {
   virtual absl::StatusOr<std::unique_ptr<StatePool>> CreatePool(int num_slots) const;
   // How many slots fit beside the model now, with room for its scratch; -1: the machine's memory is not ours to fill.
   virtual int64_t SlotsThatFit() const { return -1; }
+  // Rows of the largest step that there is memory for beside the states of such a pool. Larger ones may fail.
+  virtual int64_t MaxVerifyRows(const StatePool& /*pool*/) const { return std::numeric_limits<int32_t>::max(); }
+  // Steps of up to max_requests requests with up to max_nodes rows each, max_rows in all, of which each kind is slow
+  // the first time: one of each kind, the largest first. Empty on a CPU.
+  virtual std::vector<VerifySize> WarmUpSizes(int /*max_requests*/, int /*max_rows*/, int /*max_nodes*/) const {
+    return {};
+  }
+  virtual int64_t free_device_bytes() const { return -1; }  // -1: not a device's
   // Not OK once the device has failed: no call will succeed any more. Any thread.
   virtual absl::Status health() const { return absl::OkStatus(); }
   // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.

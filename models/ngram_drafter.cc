@@ -7,12 +7,17 @@
 namespace linspec {
 namespace {
 
-uint64_t Hash(std::span<const int32_t> ngram) {
+constexpr int kPlaceShift = 40;  // the bits above choose the entry, those below are its tag
+
+uint64_t Mix(uint64_t hash, int32_t token) {
+  hash = (hash ^ static_cast<uint32_t>(token)) * 0x9E3779B97F4A7C15;
+  return hash ^ hash >> 29;
+}
+
+// Of the n tokens before `end`, the last one first, so that a longer n-gram's hash goes on from a shorter one's.
+uint64_t Hash(std::span<const int32_t> tokens, int64_t end, int n) {
   uint64_t hash = 0xCBF29CE484222325;
-  for (const int32_t token : ngram) {
-    hash = (hash ^ static_cast<uint32_t>(token)) * 0x9E3779B97F4A7C15;
-    hash ^= hash >> 29;
-  }
+  for (int i = 1; i <= n; ++i) hash = Mix(hash, tokens[end - i]);
   return hash;
 }
 
@@ -49,18 +54,22 @@ void AddContinuation(const DraftContext& context, int64_t begin, int match_lengt
 
 // An n-gram enters the index with the token that follows it, so the final tokens never match themselves.
 void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
-  const auto wanted = static_cast<int64_t>(std::bit_ceil(2 * tokens.size()));
-  if (const int64_t size = std::clamp(wanted, kSmallestTable, kTableSize); size > index->size) {
-    *index = {.num_indexed = 0, .size = size, .tables = {}};
-    for (std::vector<Entry>& table : index->tables) table.resize(size);
+  if (2 * std::ssize(tokens) > index->size &&
+      index->size < kTableSize) {  // room to grow: all that is there goes in anew
+    const auto wanted = static_cast<int64_t>(std::bit_ceil(4 * tokens.size()));
+    *index = {.num_indexed = 0, .size = std::clamp(wanted, kSmallestTable, kTableSize), .tables = {}};
+    for (std::vector<Entry>& table : index->tables) table.resize(index->size);
   }
   index->num_indexed = std::max(index->num_indexed, std::ssize(tokens) - kMaxBacklog);
+  const uint64_t places = index->size - 1;
   for (; index->num_indexed < std::ssize(tokens); ++index->num_indexed) {
     const int64_t next = index->num_indexed;
+    if (next < kShortest) continue;
+    uint64_t hash = Hash(tokens, next, kShortest);
     for (int n = kShortest; n <= kLongest && n <= next; ++n) {
-      const uint64_t hash = Hash(tokens.subspan(next - n, n));
-      Entry& entry = index->tables[n - kShortest][hash % index->size];
-      const uint32_t tag = static_cast<uint32_t>(hash >> 32);
+      if (n > kShortest) hash = Mix(hash, tokens[next - n]);
+      Entry& entry = index->tables[n - kShortest][hash >> kPlaceShift & places];
+      const auto tag = static_cast<uint32_t>(hash);
       entry = {.tag = tag, .latest = static_cast<int32_t>(next), .previous = entry.tag == tag ? entry.latest : -1};
     }
   }
@@ -69,9 +78,9 @@ void NgramDrafter::Extend(std::span<const int32_t> tokens, Index* index) {
 NgramDrafter::Match NgramDrafter::Find(std::span<const int32_t> tokens, const Index& index) {
   for (int n = kLongest; n >= kShortest; --n) {
     if (std::ssize(tokens) < n) continue;
-    const uint64_t hash = Hash(tokens.last(n));
-    const Entry& entry = index.tables[n - kShortest][hash % index.size];
-    if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash >> 32)) return {entry, n};
+    const uint64_t hash = Hash(tokens, std::ssize(tokens), n);
+    const Entry& entry = index.tables[n - kShortest][hash >> kPlaceShift & (index.size - 1)];
+    if (entry.latest >= 0 && entry.tag == static_cast<uint32_t>(hash)) return {entry, n};
   }
   return {};
 }

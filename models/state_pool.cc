@@ -35,13 +35,13 @@ class HostMemory final : public StateMemory {
 }  // namespace
 
 StateSlot::StateSlot(StateSlot&& other) noexcept
-    : pool_(std::exchange(other.pool_, nullptr)), id_(std::exchange(other.id_, 0)) {}
+    : pool_(std::exchange(other.pool_, nullptr)), id_(std::exchange(other.id_, -1)) {}
 
 StateSlot& StateSlot::operator=(StateSlot&& other) noexcept {
   if (this != &other) {
     Release();
     pool_ = std::exchange(other.pool_, nullptr);
-    id_ = std::exchange(other.id_, 0);
+    id_ = std::exchange(other.id_, -1);
   }
   return *this;
 }
@@ -49,7 +49,7 @@ StateSlot& StateSlot::operator=(StateSlot&& other) noexcept {
 StateSlot::~StateSlot() { Release(); }
 
 void StateSlot::Release() {
-  if (pool_ != nullptr) std::exchange(pool_, nullptr)->Free(std::exchange(id_, 0));
+  if (pool_ != nullptr) std::exchange(pool_, nullptr)->Free(std::exchange(id_, -1));
 }
 
 // Overcommitting systems grant any size and kill the process later: compare with what the machine has.
@@ -77,11 +77,11 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
   pool->dtype_ = dtype;
   pool->bytes_per_layer_ = (bytes_of_layer + kLine - 1) / kLine * kLine;
   pool->bytes_per_slot_ = pool->bytes_per_layer_ * config.num_layers;
-  pool->num_slots_ = num_slots + 1;
+  pool->num_slots_ = num_slots;
 
   const std::string what = fmt::format("state pool of {} slots of {} bytes", num_slots, pool->bytes_per_slot());
   int64_t bytes = 0;
-  if (__builtin_mul_overflow(pool->bytes_per_slot(), int64_t{num_slots} + 1, &bytes)) {
+  if (__builtin_mul_overflow(pool->bytes_per_slot(), int64_t{num_slots}, &bytes)) {
     return absl::ResourceExhaustedError(what + ": more than any memory");
   }
   absl::StatusOr<std::unique_ptr<StateMemory>> memory = allocate(bytes);
@@ -90,9 +90,8 @@ absl::StatusOr<std::unique_ptr<StatePool>> StatePool::Create(const ModelConfig& 
   }
   pool->memory_ = *std::move(memory);
   pool->data_ = pool->memory_->data();
-  pool->memory_->Zero(0, pool->bytes_per_slot_);  // the padding slot; the others are zeroed when acquired
   pool->lengths_.assign(pool->num_slots_, 0);
-  for (int id = num_slots; id >= 1; --id) pool->free_.push_back(id);
+  for (int id = num_slots; id-- > 0;) pool->free_.push_back(id);
   return pool;
 }
 
@@ -106,12 +105,12 @@ StateSlot StatePool::Acquire() {
 }
 
 void StatePool::Free(int32_t id) {
-  LINSPEC_CHECK(id >= 1 && id < num_slots_);
+  LINSPEC_CHECK(id >= 0 && id < num_slots_);
   LINSPEC_CHECK(std::find(free_.begin(), free_.end(), id) == free_.end());
   free_.push_back(id);
 }
 
-int StatePool::capacity() const { return num_slots_ - 1; }
+int StatePool::capacity() const { return num_slots_; }
 int StatePool::num_free() const { return static_cast<int>(free_.size()); }
 int64_t StatePool::total_bytes() const { return bytes_per_slot_ * num_slots_; }
 
@@ -138,7 +137,7 @@ LayerState StatePool::layer(int32_t slot, int layer) const {
 }
 
 void StatePool::CopySlot(int32_t from, int32_t to) {
-  LINSPEC_CHECK(from >= 0 && from < num_slots_ && to >= 1 && to < num_slots_);
+  LINSPEC_CHECK(from >= 0 && from < num_slots_ && to >= 0 && to < num_slots_);
   if (from == to) return;
   memory_->Copy(from * bytes_per_slot_, to * bytes_per_slot_, bytes_per_slot_);
   lengths_[to] = lengths_[from];

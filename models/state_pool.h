@@ -1,5 +1,4 @@
-// Recurrent states of all requests: fixed-size slots in one allocation. Slot 0 is reserved for padding and never handed
-// out.
+// Recurrent states of all requests: fixed-size slots in one allocation.
 //
 // A slot is acquired zeroed with length 0, and given back by the handle's destructor. free + held == capacity, always.
 // Threads: engine thread only. The pool must outlive its slots.
@@ -43,12 +42,12 @@ class StateSlot {  // move-only
   friend class StatePool;
   StateSlot(StatePool* pool, int32_t id) : pool_(pool), id_(id) {}
   StatePool* pool_ = nullptr;
-  int32_t id_ = 0;
+  int32_t id_ = -1;
 };
 
 class StatePool {
  public:
-  // num_slots requests fit (slot 0 comes on top), in memory from allocate. dtype: kF32 or kBF16, of everything in a slot.
+  // num_slots requests fit, in memory from allocate. dtype: kF32 or kBF16, of everything in a slot.
   // RESOURCE_EXHAUSTED if the memory cannot be had.
   static absl::StatusOr<std::unique_ptr<StatePool>> Create(const ModelConfig& config, int num_slots,
                                                            DType dtype = DType::kF32,
@@ -81,7 +80,7 @@ class StatePool {
   ModelConfig config_;
   DType dtype_ = DType::kF32;
   int64_t bytes_per_layer_ = 0, bytes_per_slot_ = 0;
-  int num_slots_ = 0;  // slot 0 included
+  int num_slots_ = 0;
   std::vector<int64_t> lengths_;
   std::vector<int32_t> free_;
 };

@@ -9,6 +9,7 @@
 #include "scheduler/engine_core.h"
 #include "scheduler/request_queue.h"
 #include "scheduler/speculator.h"
+#include "scheduler/warm_up.h"
 
 namespace linspec {
 namespace {
@@ -83,6 +84,11 @@ class Engine::Impl {
         return absl::Status(status.code(), std::string(status.message()) + "; --device cpu serves without this GPU");
       }
     }
+    EngineOptions expected = options_;
+    if (speculator_.empty()) expected.max_draft_nodes = 1;
+    auto warm = WarmUp(model_.get(), pool_.get(), speculator_.drafters(), expected);
+    if (!warm.ok()) return warm.status();
+    warm_up_ = *warm;
     if (options_.calibrate && !speculator_.empty() && options_.max_draft_nodes > 1) {
       return speculator_.Calibrate(model_.get(), pool_.get());
     }
@@ -157,6 +163,7 @@ class Engine::Impl {
   }
 
   const Model& model() const { return *model_; }
+  const WarmUpReport& warm_up() const { return warm_up_; }
   const EngineOptions& options() const { return options_; }
 
   std::string Describe() const {
@@ -215,6 +222,7 @@ class Engine::Impl {
   RequestQueue queue_;  // locks itself
   EngineCore core_;     // engine thread
   std::thread thread_;
+  WarmUpReport warm_up_;  // constant once Create is through
 
   mutable std::mutex stats_mutex_;  // guards what follows
   EngineStats snapshot_;
@@ -251,6 +259,7 @@ absl::Status Engine::health() const { return impl_->model().health(); }
 std::vector<DeviceStats> Engine::device_stats() const { return impl_->model().device_stats(); }
 const ModelConfig& Engine::model_config() const { return impl_->model().config(); }
 const EngineOptions& Engine::options() const { return impl_->options(); }
+const WarmUpReport& Engine::warm_up() const { return impl_->warm_up(); }
 std::string Engine::Describe() const { return impl_->Describe(); }
 
 }  // namespace linspec

@@ -38,6 +38,15 @@ struct EngineOptions {
   int spec_max_batch = 0;  // 0: decided from measured step costs; n: no drafting above n decoding requests
   bool calibrate = true;   // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
                            // it costs, kAuto with the first drafter (deterministic, for tests and figures)
+  double warm_up_s = 10;   // most seconds that Create spends on capturing CUDA graphs; 0: captured when they are needed
+};
+
+// What was made ready before the first request; all 0 on a CPU, where nothing has to be.
+struct WarmUpReport {
+  int sizes = 0;     // of steps and drafts that are ready
+  int left_out = 0;  // for want of time or memory: the first requests that need them wait
+  double seconds = 0;
+  int64_t bytes = 0;  // of the device's memory
 };
 
 // One step, for the metrics. Plain values; called on the engine thread after delivery.
@@ -52,6 +61,9 @@ struct StepStats {
   int64_t num_prefix_queries = 0;            // prompt tokens that were looked up in the prefix cache
   int64_t num_prefix_hits = 0;               // of them, found there
   int num_drafter_errors = 0;                // proposals that failed or were malformed, and so not used
+  // What the speculation controller expected of this step, beside what came; 0 where it expected nothing. Tokens are
+  // those of all decoding requests together.
+  double expected_draft_s = 0, expected_verify_s = 0, expected_tokens = 0;
 };
 
 struct EngineStats {  // a consistent snapshot
@@ -101,6 +113,7 @@ class Engine {
   std::vector<DeviceStats> device_stats() const;  // the model's; empty on a CPU
   const ModelConfig& model_config() const;
   const EngineOptions& options() const;
+  const WarmUpReport& warm_up() const;
   std::string Describe() const;  // model, pool and capacity, for the start-up print
 
  private:

@@ -191,8 +191,7 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   for (const int index : plan.decode) decoding_.push_back(sequences_[index].get());
 
   const Clock::time_point start = Clock::now();
-  std::vector<DraftTree> trees = speculator_->Propose(decoding_, plan.draft_rows, stats);
-  if (!model_->exact_across_groups()) CutAtGroups(&trees);
+  std::vector<DraftTree> trees = speculator_->Propose(decoding_, DeepestNodes(), DraftRows(plan), stats);
   const VerifyBatch batch = Pack(plan, trees, stats);
   const Clock::time_point drafted = Clock::now();
 
@@ -214,17 +213,28 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   stats->verify_s = Seconds(drafted, verified);
   stats->accept_s = Seconds(verified, accepted);
   stats->commit_s = Seconds(accepted, committed);
-  if (status.ok()) speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), Seconds(drafted, committed));
+  if (status.ok()) {
+    speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), stats->num_output_tokens,
+                               Seconds(drafted, committed));
+  }
 }
 
-// No node at or past the position where the open group ends, but for a root.
-void EngineCore::CutAtGroups(std::vector<DraftTree>* trees) const {
+// What the plan leaves, and the memory.
+int EngineCore::DraftRows(const StepPlan& plan) const {
+  int64_t room = model_->MaxVerifyRows(*pool_) - std::ssize(plan.decode);
+  for (const PromptChunk& chunk : plan.score) room -= chunk.num_tokens;
+  return static_cast<int>(std::clamp<int64_t>(plan.draft_rows, 0, std::max<int64_t>(room, 0)));
+}
+
+// Where only what lies within a group is exact: no node at or past the position where the open group ends, but a root.
+std::vector<int> EngineCore::DeepestNodes() const {
+  std::vector<int> deepest;
+  if (model_->exact_across_groups()) return deepest;
   const int64_t group = model_->config().linear_attention.group_size;
-  for (size_t i = 0; i < trees->size(); ++i) {
-    if ((*trees)[i].num_nodes() == 1) continue;
-    const int deepest = static_cast<int>(group - 1 - decoding_[i]->num_committed() % group);
-    if ((*trees)[i].Depth() > deepest) (*trees)[i] = (*trees)[i].CutBelow(deepest);
+  for (const Sequence* sequence : decoding_) {
+    deepest.push_back(static_cast<int>(group - 1 - sequence->num_committed() % group));
   }
+  return deepest;
 }
 
 VerifyBatch EngineCore::Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats) {

@@ -44,7 +44,8 @@ class EngineCore {
   void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
   void Prefill(const StepPlan& plan, StepStats* stats);
   void Decode(const StepPlan& plan, StepStats* stats);
-  void CutAtGroups(std::vector<DraftTree>* trees) const;
+  int DraftRows(const StepPlan& plan) const;
+  std::vector<int> DeepestNodes() const;  // of each decoding request; empty: no limit
   VerifyBatch Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats);
   void AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch);
   // Verify; the news of the step before are delivered while a device works.

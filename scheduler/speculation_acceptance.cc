@@ -1,6 +1,7 @@
 #include "scheduler/speculation_acceptance.h"
 
 #include <algorithm>
+#include <array>
 
 namespace linspec {
 namespace {
@@ -9,6 +10,8 @@ constexpr double kCalibrationDecay = 0.995;
 constexpr double kCalibrationStrength = 6;  // observations that a stated probability is worth
 constexpr double kHabitDecay = 0.97, kHabitStrength = 8, kMostHabit = 1.2;
 constexpr double kTrustDecay = 0.995, kTrustStrength = 20;
+constexpr double kMostTrusted =
+    150;  // promised tokens that are remembered: many requests may be wrong in the same way at once
 constexpr double kUnstated = 0.6;  // what a drafter that states no probabilities is taken to hold of each child
 
 double Stated(const DraftTree& tree, int node) {
@@ -35,6 +38,12 @@ void AcceptanceModel::Record::Add(double decay, double promised, double came) {
   hits = hits * decay + came;
 }
 
+void AcceptanceModel::Record::Limit(double most) {
+  if (expected <= most) return;
+  hits *= most / expected;
+  expected = most;
+}
+
 double AcceptanceModel::Child(const DrafterState& drafter, const DraftTree& tree, int node, int depth) const {
   return drafter.calibrations[std::min(depth, kDepths) - 1].Correct(Stated(tree, node));
 }
@@ -45,12 +54,13 @@ std::vector<double> AcceptanceModel::Paths(uint64_t sequence_id, int drafter, co
   const double habit =
       known == sequences_.end() ? 1 : std::min(known->second[drafter].Ratio(kHabitStrength), kMostHabit);
   const double trust = state.trees.Ratio(kTrustStrength);
-  const std::vector<int> depths = tree.Depths();
+  std::array<int8_t, kMaxTreeNodes> depths{};
   std::vector<double> paths(tree.num_nodes(), 1.0);
   for (int node = 1; node < tree.num_nodes(); ++node) {
+    const int above = tree.parents[node];
+    depths[node] = static_cast<int8_t>(depths[above] + 1);
     const double child = std::min(Child(state, tree, node, depths[node]) * habit, 1.0);
-    const double parent = paths[tree.parents[node]];
-    paths[node] = std::min(parent * child * (tree.parents[node] == 0 ? trust : 1), 1.0);
+    paths[node] = std::min(paths[above] * child * (above == 0 ? trust : 1), 1.0);
   }
   return paths;
 }
@@ -58,12 +68,13 @@ std::vector<double> AcceptanceModel::Paths(uint64_t sequence_id, int drafter, co
 void AcceptanceModel::Observe(const Outcome& outcome) {
   const DraftTree& tree = *outcome.tree;
   DrafterState& state = drafters_[outcome.drafter];
-  if (outcome.rejected) {
+  if (outcome.rejected || outcome.ended) {
     const double trust = state.trees.Ratio(kTrustStrength);
     double promised = 0;
     const std::vector<double> paths = Paths(outcome.sequence_id, outcome.drafter, tree);
     for (size_t node = 1; node < paths.size(); ++node) promised += paths[node];
     state.trees.Add(kTrustDecay, promised / trust, static_cast<double>(outcome.path.size()) - 1);
+    state.trees.Limit(kMostTrusted);
   }
   std::vector<Record>& records = sequences_[outcome.sequence_id];
   records.resize(drafters_.size());

@@ -48,6 +48,7 @@ class AcceptanceModel {
     const DraftTree* tree;
     std::span<const int32_t> path;
     bool rejected;
+    bool ended = false;  // the text came to its own end inside the tree, which brought less for it
   };
   void Observe(const Outcome& outcome);
   void Forget(uint64_t sequence_id) { sequences_.erase(sequence_id); }
@@ -58,6 +59,7 @@ class AcceptanceModel {
   struct Record {
     double expected = 0, hits = 0;
     void Add(double decay, double promised, double came);
+    void Limit(double most);  // what is remembered, in promised tokens
     double Ratio(double strength) const { return (hits + strength) / (expected + strength); }
   };
   struct DrafterState {

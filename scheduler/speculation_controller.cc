@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <numeric>
 #include <utility>
 
 namespace linspec {
@@ -12,24 +13,29 @@ constexpr int kRunSteps = 8;
 constexpr double kMinGain = 1.01, kDoubt = 0.5;  // to come into use: a gain above this, and so many doubts above 1
 constexpr double kStay = 1.01;                   // how much better another drafter must be than the one in use
 constexpr int kChecks = 2;
+constexpr double kOtherCount = 1.25;  // how many times more or fewer requests make a new evaluation necessary
+constexpr int kMostStale = 8;  // evaluations that a drafter is left out of which does not pay and proposed nothing
+constexpr double kOutcomeDecay = 0.99, kOutcomeStrength = 50;  // per step of use; steps
+constexpr double kOutcomeFade = 0.95;                          // per evaluation without
+constexpr double kWorstOutcome = 0.7, kBestOutcome = 1.03;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
 // Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
 constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
-constexpr double kLeastLoss = 0.1;        // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;       // of the time of a run, where more than one request pays for it
-constexpr double kMaxCredit = 0.1;        // seconds
-constexpr int kTriedShare = 8;            // one in so many requests tries a drafter
-constexpr int64_t kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
+constexpr double kLeastLoss = 0.1;   // of what a trial takes: estimates are not that sure
+constexpr double kCheapTrial = 0.3;  // of the time of a run, where more than one request pays for it
+constexpr double kMaxCredit = 0.1;   // seconds
+constexpr double kReplySmoothing = 0.1;
+constexpr int kTriedShare = 8;  // one in so many requests tries a drafter
 
 }  // namespace
 
-double SpeculationController::Gain(const SpeculationProposal& proposal, int num_requests) const {
+double SpeculationController::Gain(const SpeculationProposal& proposal) const {
   std::vector<double> paths = acceptance_.Paths(proposal.sequence_id, proposal.drafter, *proposal.tree);
   std::sort(paths.begin() + 1, paths.end(), std::greater<>());
   double tokens = 0, best = 0;
   for (size_t n = 1; n < std::min(paths.size(), verify_.size()); ++n) {
     tokens += paths[n];
-    best = std::max(best, tokens - price_ * (verify_[n] - verify_[0]) / num_requests);
+    best = std::max(best, tokens - price_ * (verify_[n] - verify_[0]) / run_requests_);
   }
   return best;
 }
@@ -39,7 +45,7 @@ void SpeculationController::Learn(const SpeculationProposal& proposal) {
       *proposal.tree, acceptance_.Paths(proposal.sequence_id, proposal.drafter, *proposal.tree), proposal.cut_short);
 }
 
-void SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests) const {
+double SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests) const {
   struct Node {
     size_t proposal;
     int node;
@@ -47,7 +53,7 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
   };
   std::vector<Node> nodes;
   std::vector<std::vector<bool>> keep(proposals.size());
-  double rows = num_requests;
+  double rows = num_requests, kept = 0;  // kept: tokens that what stays whatever it costs promises
   for (size_t i = 0; i < proposals.size(); ++i) {
     const SpeculationProposal& proposal = proposals[i];
     const DraftTree& tree = *proposal.tree;
@@ -57,6 +63,7 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
     keep[i][0] = true;
     if (whole) {
       rows += tree.num_nodes() - 1;
+      kept += std::accumulate(paths.begin() + 1, paths.end(), 0.0);
       continue;
     }
     const auto likeliest = std::max_element(paths.begin() + 1, paths.end()) - paths.begin();
@@ -64,13 +71,14 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
       if (proposal.trial && node == likeliest) {
         keep[i][node] = true;
         rows += 1;
+        kept += paths[node];
       } else {
         nodes.push_back({i, node, paths[node]});
       }
     }
   }
   std::stable_sort(nodes.begin(), nodes.end(), [](const Node& a, const Node& b) { return a.path > b.path; });
-  double tokens = 0, highest = -price_ * step_costs_.Estimate(rows, num_requests);
+  double tokens = 0, best_tokens = 0, highest = -price_ * step_costs_.Estimate(rows, num_requests);
   size_t best = 0;
   for (size_t n = 0; n < nodes.size(); ++n) {
     tokens += nodes[n].path;
@@ -78,6 +86,7 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
     const double value = tokens - price_ * step_costs_.Estimate(rows, num_requests);
     if (value <= highest) continue;
     highest = value;
+    best_tokens = tokens;
     best = n + 1;
   }
   for (size_t n = 0; n < best; ++n) keep[nodes[n].proposal][nodes[n].node] = true;
@@ -85,6 +94,35 @@ void SpeculationController::Prune(std::span<const SpeculationProposal> proposals
     const bool cut = std::find(keep[i].begin(), keep[i].end(), false) != keep[i].end();
     if (cut) *proposals[i].tree = proposals[i].tree->Keep(keep[i]);
   }
+  return kept + best_tokens;
+}
+
+void SpeculationController::Outcome::Fade(double share) {
+  for (double* sum : {&steps, &tokens, &seconds, &expected_tokens, &expected_seconds}) *sum *= share;
+}
+
+double SpeculationController::Outcome::Factor() const {
+  if (steps < 1) return 1;
+  const double ratio = tokens / seconds / (expected_tokens / expected_seconds);
+  return std::clamp(std::pow(ratio, steps / (steps + kOutcomeStrength)), kWorstOutcome, kBestOutcome);
+}
+
+void SpeculationController::ObserveReply(int64_t tokens) {
+  const double counted = static_cast<double>(std::min<int64_t>(tokens, kCatchUpHorizon));
+  reply_tokens_ += kReplySmoothing * (counted - reply_tokens_);
+}
+
+void SpeculationController::ObserveUse(int drafter, int num_requests, double tokens, double seconds) {
+  DrafterState& state = drafters_[drafter];
+  const double expected = state.estimate.seconds;
+  if (!(expected > 0) || run_requests_ == 0) return;
+  Outcome& outcome = state.outcome;
+  outcome.Fade(kOutcomeDecay);
+  outcome.steps += 1;
+  outcome.tokens += tokens;
+  outcome.seconds += std::min(seconds, 2 * expected);  // an interruption would have met a plain step as well
+  outcome.expected_tokens += state.estimate.tokens * num_requests / run_requests_;
+  outcome.expected_seconds += expected;
 }
 
 // A drafter displaces the target's weights from caches. So the first step without one is slower than those that follow, and
@@ -109,10 +147,13 @@ void SpeculationController::EvaluateDrafter(DrafterState* drafter, int num_reque
     drafter->estimate = estimate;
     drafter->max_levels = n;
   }
-  drafter->gain = drafter->estimate.rate() / plain;
+  drafter->gain = drafter->estimate.rate() / plain * drafter->outcome.Factor();
+  drafter->evaluated = drafter->history.num_added();
+  drafter->stale = 0;
 }
 
-void SpeculationController::Evaluate(int num_requests) {
+// anew: for another number of requests than before.
+void SpeculationController::Evaluate(int num_requests, bool anew) {
   verify_.clear();
   for (int n = 0; n < most_nodes_; ++n) verify_.push_back(step_costs_.Estimate(num_requests * (1.0 + n), num_requests));
   const int before = std::exchange(best_, kPlain);
@@ -120,7 +161,9 @@ void SpeculationController::Evaluate(int num_requests) {
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     DrafterState& drafter = drafters_[d];
     if (costs_nothing_[d]) continue;
-    EvaluateDrafter(&drafter, num_requests);
+    if (!drafter.pays) drafter.outcome.Fade(kOutcomeFade);
+    const bool known = !anew && !drafter.pays && drafter.evaluated == drafter.history.num_added();
+    if (!known || ++drafter.stale > kMostStale) EvaluateDrafter(&drafter, num_requests);
     const double needed = drafter.pays ? 1 : std::max(kMinGain, 1 + kDoubt * drafter.estimate.doubt);
     drafter.pays = drafter.gain > needed;
     const double rating = drafter.gain * (d == before ? kStay : 1);
@@ -146,8 +189,8 @@ int SpeculationController::BestFor(const SpeculationRequest& request, int num_re
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     const DrafterState& drafter = drafters_[d];
     if (!drafter.pays || (request.drafter != kAnyDrafter && request.drafter != d)) continue;
-    const double tokens_per_step = drafter.estimate.tokens / num_requests;
-    const double steps = static_cast<double>(std::min(request.tokens_left, kCatchUpHorizon)) / tokens_per_step;
+    const double tokens_per_step = drafter.estimate.tokens / run_requests_;
+    const double steps = std::min(static_cast<double>(request.tokens_left), reply_tokens_) / tokens_per_step;
     const double gain = drafter.gain * (d == best_ ? kStay : 1) - 1;
     const double value = gain * steps - CatchUpCost(request, d) * num_requests / plain_seconds_;
     if (value <= highest) continue;
@@ -162,13 +205,13 @@ SpeculationChoice SpeculationController::Use(int drafter, const SpeculationReque
                                              int rows) const {
   const DrafterState& state = drafters_[drafter];
   const double price = std::max(price_, state.gain * num_requests / plain_seconds_);
-  const SpeculationStep step{num_requests, price, verify_};
+  const SpeculationStep step{run_requests_, price, verify_};
   const auto stated = [&](double worth) {
     return static_cast<float>(std::clamp(worth * state.history.overstated(), 0.0, 1.0));
   };
   return {.drafter = drafter,
           .nodes = 1 + std::min(rows, request.max_nodes - 1),
-          .max_levels = state.max_levels,
+          .max_levels = std::min(state.max_levels, request.max_levels),
           .min_probability = stated(kPathSlack * price * step.RowSeconds()),
           .min_level_probability = stated(step.LevelWorth(state.costs)),
           .trial = false,
@@ -192,9 +235,11 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
   drafting_ = false;
   if (max_nodes == 1) return choices;
 
-  const bool evaluate = --run_left_ < 0 || num_requests != run_requests_;
+  const bool other = num_requests > run_requests_ * kOtherCount || run_requests_ > num_requests * kOtherCount ||
+                     std::ssize(verify_) != most_nodes_;
+  const bool evaluate = --run_left_ < 0 || other;
   if (evaluate) {
-    Evaluate(num_requests);
+    Evaluate(num_requests, other);
     run_left_ = kRunSteps - 1;
     run_requests_ = num_requests;
   }
@@ -232,7 +277,7 @@ double SpeculationController::TrialLoss(int drafter, int num_tried, int num_requ
                        step_costs_.Estimate(num_requests + tried * std::max(state.estimate.nodes, 1.0), num_requests) -
                        plain_seconds_;
   const double loss =
-      extra - tried * (state.estimate.tokens / num_requests - 1) / price_ + forgone * tried / num_requests;
+      extra - tried * (state.estimate.tokens / run_requests_ - 1) / price_ + forgone * tried / num_requests;
   return std::max(loss, kLeastLoss * extra);
 }
 

@@ -12,7 +12,9 @@
 //
 // **Estimates** come from three things that are measured: step and draft costs (speculation_costs.h), how likely paths are
 // (speculation_acceptance.h), and the latest proposals of each drafter (speculation_history.h). When these suddenly promise
-// more or less than the older ones, because the text changed, the older ones are forgotten.
+// more or less than the older ones, because the text changed, the older ones are forgotten. And since all this may be
+// wrong in the same direction, what the use of a drafter comes to is set beside what it was expected to, and its gain
+// corrected by that.
 //
 // **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
 // exceeds 1 by more than the doubt about it, and goes when it falls below 1. What is not in use may be wrong by now, so
@@ -43,6 +45,7 @@ struct SpeculationRequest {
   int drafter = kAnyDrafter;             // or the only one it may use
   std::vector<int64_t> catch_up_tokens;  // [num_drafters] tokens of the sequence the drafter has not seen
   int64_t tokens_left = 0;               // output tokens it may still produce
+  int max_levels = kMaxTreeNodes;        // deeper nodes will not be verified
 };
 
 struct SpeculationChoice {
@@ -81,22 +84,37 @@ class SpeculationController {
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
   // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the step
   // do as much.
-  double Gain(const SpeculationProposal& proposal, int num_requests) const;
+  double Gain(const SpeculationProposal& proposal) const;
   double price() const { return price_; }  // lambda of the step
   // Remembers what was proposed, verified or not.
   void Learn(const SpeculationProposal& proposal);
   // Cuts the trees down to the nodes that pay. Of a trial one node stays, so that something is learned. Trees with
   // distributions stay whole: what is verified must not depend on what was drawn.
-  void Prune(std::span<const SpeculationProposal> proposals, int num_requests) const;
+  // Returns the tokens that the rest is expected to bring.
+  double Prune(std::span<const SpeculationProposal> proposals, int num_requests) const;
+  // A reply ended with so many tokens: over more, no drafter that has to catch up with a request can make up for it.
+  void ObserveReply(int64_t tokens);
+  // What a step in which all requests used the drafter brought and took, all told.
+  void ObserveUse(int drafter, int num_requests, double tokens, double seconds);
   // What a verify step took, and with it how the machine's costs change.
   void ObserveStep(int rows, int requests, double seconds);
 
  private:
+  static constexpr int kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
   static constexpr int kTrialsAtStart = 2;
+  // What the use of a drafter came to, beside what it was expected to; decaying sums.
+  struct Outcome {
+    double steps = 0, tokens = 0, seconds = 0, expected_tokens = 0, expected_seconds = 0;
+    void Fade(double share);
+    double Factor() const;  // of the expected rate, as far as it is sure
+  };
   struct DrafterState {
     DraftCosts costs;
     ProposalHistory history;
-    int max_levels = 2;  // what pays best
+    Outcome outcome;
+    int64_t evaluated = -1;  // proposals of the history that the estimate knows
+    int stale = 0;           // evaluations that kept it
+    int max_levels = 2;      // what pays best
     ProposalHistory::Estimate estimate;
     double gain = 1;  // rate over that of plain steps
     bool pays = false;
@@ -110,7 +128,7 @@ class SpeculationController {
     std::vector<uint64_t> sequences;
   };
 
-  void Evaluate(int num_requests);
+  void Evaluate(int num_requests, bool anew);
   void EvaluateDrafter(DrafterState* drafter, int num_requests) const;
   SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
   int BestFor(const SpeculationRequest& request, int num_requests) const;
@@ -130,6 +148,7 @@ class SpeculationController {
   double plain_seconds_ = 0;    // of a step with these requests
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
+  double reply_tokens_ = kCatchUpHorizon;  // mean of those that ended lately
   // Trials of plain steps, whatever the credit: what came into use just now may have been misjudged.
   int checks_due_ = 0;
   int most_nodes_ = 1;                              // of a tree, that any request could use so far

@@ -30,6 +30,7 @@ double SpeculationStep::LevelWorth(const DraftCosts& costs) const {
 }
 
 void ProposalHistory::Add(const DraftTree& tree, std::span<const double> paths, bool cut_short) {
+  ++num_added_;
   const std::vector<int> depths = tree.Depths();
   Proposal proposal{.cut_short = cut_short};
   double stated = 0;
@@ -85,8 +86,21 @@ int ProposalHistory::Levels(const Proposal& proposal, double level_worth, int ma
 }
 
 struct ProposalHistory::Sums {
-  double count = 0, tokens = 0, seconds = 0, levels = 0, nodes = 0, value = 0, squares = 0;
+  double count = 0, tokens = 0, verify_seconds = 0, levels = 0, nodes = 0, value = 0, squares = 0;
+  std::array<double, kMostLevels + 1> counts{};  // [levels]
 };
+
+// The levels of a step are computed for all of its requests together, so it has as many as the deepest.
+double ProposalHistory::DraftSeconds(const Sums& sums, int num_requests, const DraftCosts& costs) {
+  double seconds = 0, at_most = 0, before = 0;  // shares: of requests, and of steps
+  for (int levels = 1; levels <= kMostLevels; ++levels) {
+    at_most += sums.counts[levels] / sums.count;
+    const double steps = std::pow(std::min(at_most, 1.0), num_requests);
+    seconds += (steps - before) * costs.Seconds(num_requests, levels);
+    before = steps;
+  }
+  return seconds;
+}
 
 void ProposalHistory::AddTo(Sums* sums, const Proposal& proposal, int levels, const SpeculationStep& step,
                             const DraftCosts& costs, double weight) const {
@@ -115,7 +129,8 @@ void ProposalHistory::AddTo(Sums* sums, const Proposal& proposal, int levels, co
   const double value = best_value - step.price * draft / step.num_requests;
   sums->count += weight;
   sums->tokens += weight * step.num_requests * (1 + best_tokens);
-  sums->seconds += weight * (step.verify[best] + draft);
+  sums->verify_seconds += weight * step.verify[best];
+  sums->counts[levels] += weight;
   sums->levels += weight * levels;
   sums->nodes += weight * static_cast<double>(best);
   sums->value += weight * value;
@@ -136,7 +151,7 @@ ProposalHistory::Estimate ProposalHistory::Evaluate(const SpeculationStep& step,
   }
   const double mean = sums.value / sums.count;
   return {.tokens = sums.tokens / sums.count,
-          .seconds = sums.seconds / sums.count,
+          .seconds = sums.verify_seconds / sums.count + DraftSeconds(sums, step.num_requests, costs),
           .levels = sums.levels / sums.count,
           .nodes = sums.nodes / sums.count,
           .doubt = std::sqrt(std::max(sums.squares / sums.count - mean * mean, 0.0) / sums.count)};

@@ -50,6 +50,7 @@ class ProposalHistory {
   Estimate Evaluate(const SpeculationStep& step, const DraftCosts& costs, int max_levels) const;
   // Paths as the drafter states them, beside as corrected.
   double overstated() const { return overstated_; }
+  int64_t num_added() const { return num_added_; }
 
  private:
   static constexpr float kUnknown = 0.6f;
@@ -69,9 +70,12 @@ class ProposalHistory {
   void AddTo(Sums* sums, const Proposal& proposal, int levels, const SpeculationStep& step, const DraftCosts& costs,
              double weight) const;
 
+  static double DraftSeconds(const Sums& sums, int num_requests, const DraftCosts& costs);
+
   std::deque<Proposal> proposals_;
   std::array<float, kMostLevels> onward_;  // [level - 1] the likeliest path of the next level, beside this level's
   double overstated_ = 1;
+  int64_t num_added_ = 0;
 };
 
 }  // namespace linspec

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "scheduler/speculator.h"
+#include "scheduler/warm_up.h"
 
 namespace linspec {
 namespace {
@@ -11,7 +12,6 @@ constexpr int kWarmUps = 2, kRepetitions = 3;  // a GPU prepares for a new size 
 constexpr double kBudgetSeconds = 0.5;         // of the whole calibration; what is left out is extrapolated
 constexpr int kProbeRequests[] = {4, 16, 64};  // to tell the cost of a request from that of a row
 constexpr int kMostRows = 256;
-constexpr uint64_t kScratchId = uint64_t{1} << 63;  // sequence ids count up from 1 and never get there
 constexpr int kContext = 80;
 constexpr int kScratchNodes[] = {5, 2};  // for drafts of four levels, and of one
 constexpr int kMostContexts = 256;
@@ -114,7 +114,7 @@ void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidde
     std::vector<DraftContext> contexts;
     const std::span<const int32_t> tokens = std::span(text).first(kContext + 2 * round);
     for (int i = 0; i < count; ++i) {
-      contexts.push_back({.sequence_id = kScratchId + i,
+      contexts.push_back({.sequence_id = kScratchSequence + i,
                           .tokens = tokens,
                           .num_prompt_tokens = kContext,
                           .sampling = &greedy,
@@ -135,7 +135,7 @@ void Speculator::TimeDrafts(int drafter, int count, std::span<const float> hidde
     controller_.draft_costs(drafter).Observe(count, levels, drafters_[drafter]->catches_up() ? unread * count : 0,
                                              seconds);
   }
-  for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchId + i);
+  for (int i = 0; i < count; ++i) drafters_[drafter]->Forget(kScratchSequence + i);
 }
 
 }  // namespace linspec

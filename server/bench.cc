@@ -8,6 +8,7 @@
 #include <random>
 
 #include "kernels/cpu/peak.h"
+#include "scheduler/warm_up.h"
 #include "server/commands.h"
 #include "server/config.h"
 #include "server/flags.h"
@@ -267,6 +268,18 @@ absl::Status PrintPrefill(const ModelConfig& model, const std::vector<int>& prom
   return absl::OkStatus();
 }
 
+// What a server of so many requests makes ready before the first one.
+absl::Status PrintWarmUp(Model* model, const EngineOptions& options) {
+  auto pool = model->CreatePool(options.max_requests);
+  if (!pool.ok()) return pool.status();
+  const auto warm = WarmUp(model, pool->get(), {}, options);
+  if (!warm.ok()) return warm.status();
+  fmt::print(
+      ",\n\"warm_up\": {{\"requests\": {}, \"sizes\": {}, \"left_out\": {}, \"seconds\": {:.2f}, \"bytes\": {}}}",
+      options.max_requests, warm->sizes, warm->left_out, warm->seconds, warm->bytes);
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status Bench(std::span<const std::string> args) {
@@ -278,6 +291,7 @@ absl::Status Bench(std::span<const std::string> args) {
   const auto draft_nodes = flags.Ints("draft-nodes", "1", 1, kMaxTreeNodes);
   const std::vector<double> acceptance = flags.Doubles("acceptance", "0.7", 0, 1);
   const double seconds = flags.Double("seconds", 2, 0.01, 3600);
+  const int warm_up_requests = flags.Int("warm-up-requests", 0, 0, 1 << 20);
   if (!flags.status().ok()) return flags.status();
   auto config = ParseServerConfig(flags.rest());
   if (!config.ok()) return config.status();
@@ -325,7 +339,14 @@ absl::Status Bench(std::span<const std::string> args) {
   }
   fmt::print("],\n\"prefill\": [");
   if (absl::Status status = PrintPrefill((*model)->config(), prompts, &bencher); !status.ok()) return status;
-  fmt::print("]\n}}\n");
+  fmt::print("]");
+  if (warm_up_requests > 0) {
+    const EngineOptions options{.max_requests = warm_up_requests,
+                                .max_step_tokens = MaxStepTokens(*config, *machine),
+                                .max_draft_nodes = *std::max_element(draft_nodes.begin(), draft_nodes.end())};
+    if (absl::Status status = PrintWarmUp(model->get(), options); !status.ok()) return status;
+  }
+  fmt::print("\n}}\n");
   return absl::OkStatus();
 }
 

@@ -1,11 +1,12 @@
 // `linspec bench-speculation`: what each drafter brings, beside plain decoding of the same prompts in the same run.
 //
-// Every mode gets the same prompts in turn, group by group, and each repeat starts with the next mode, so that a noisy
-// machine slows all of them alike. Since speculation changes no text, all modes do the same work, which is checked.
+// Every mode gets the same prompts in turn, load by load, and each load starts with the next mode, so that a noisy
+// machine slows all of them alike. Since speculation changes no text, all modes write the same, which is checked. As
+// many requests are kept running as the batch says: as one ends, the next begins. Were all to begin together, the time
+// would be that of the request that gains least, and show nothing of what the others make room for.
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <chrono>
 #include <cstdio>
 #include <ctime>
@@ -19,161 +20,144 @@
 #include "server/flags.h"
 #include "server/metrics.h"
 #include "server/model_files.h"
+#include "server/speculation_tally.h"
 
 namespace linspec {
 namespace {
 
 using nlohmann::json;
 
-constexpr size_t kDepths = 8;  // shown
+constexpr double kSuitsDevice = -1, kSecondsOnGpu = 1;
+constexpr int kRequestsPerSlot = 4;  // of a load
 
 struct BenchPrompt {
   std::string set;
   std::vector<int32_t> tokens;
 };
 
-// What one mode did with some groups of prompts.
-struct Tally {
-  int64_t tokens = 0, request_steps = 0, drafted = 0;
-  double seconds = 0, cpu_seconds = 0, draft_s = 0, verify_s = 0, accept_s = 0;
-  std::array<int64_t, kDepths> drafted_per_depth{}, accepted_per_depth{};
-  std::vector<double> group_seconds;
-
-  // One group's.
-  void Add(const Tally& group) {
-    tokens += group.tokens;
-    request_steps += group.request_steps;
-    drafted += group.drafted;
-    seconds += group.seconds;
-    cpu_seconds += group.cpu_seconds;
-    draft_s += group.draft_s;
-    verify_s += group.verify_s;
-    accept_s += group.accept_s;
-    for (size_t d = 0; d < kDepths; ++d) {
-      drafted_per_depth[d] += group.drafted_per_depth[d];
-      accepted_per_depth[d] += group.accepted_per_depth[d];
-    }
-    group_seconds.push_back(group.seconds);
-  }
-  void Add(const StepStats& step) {
-    request_steps += step.num_decode_requests;
-    tokens += step.num_output_tokens;
-    drafted += step.num_draft_tokens;
-    draft_s += step.draft_s;
-    verify_s += step.verify_s + step.commit_s;
-    accept_s += step.accept_s;
-    for (size_t d = 0; d < kDepths; ++d) {
-      drafted_per_depth[d] += step.drafted_per_depth[d];
-      accepted_per_depth[d] += step.accepted_per_depth[d];
-    }
-  }
-  double TokensPerStep() const {
-    return static_cast<double>(tokens) / static_cast<double>(std::max<int64_t>(request_steps, 1));
-  }
-  double TokensPerSecond() const { return static_cast<double>(tokens) / seconds; }
+// How much is measured of each cell.
+struct BenchSize {
+  int max_tokens, repeats, warm_up_loads;
+  double min_seconds;  // of each mode
 };
-
-// The middle one of how much longer plain decoding took, group by group: an interruption spoils one group only.
-double MedianSpeedUp(const Tally& tally, const Tally& plain) {
-  std::vector<double> ratios;
-  for (size_t i = 0; i < tally.group_seconds.size(); ++i) {
-    ratios.push_back(plain.group_seconds[i] / tally.group_seconds[i]);
-  }
-  std::nth_element(ratios.begin(), ratios.begin() + static_cast<int64_t>(ratios.size() / 2), ratios.end());
-  return ratios[ratios.size() / 2];
-}
-
-json ToJson(const Tally& tally, const Tally& plain) {
-  json acceptance = json::array();
-  for (size_t d = 0; d < kDepths && tally.drafted_per_depth[d] > 0; ++d) {
-    acceptance.push_back(static_cast<double>(tally.accepted_per_depth[d]) /
-                         static_cast<double>(tally.drafted_per_depth[d]));
-  }
-  return {{"tokens", tally.tokens},
-          {"tokens_per_step", tally.TokensPerStep()},
-          {"tokens_per_s", tally.TokensPerSecond()},
-          {"speed_up", tally.TokensPerSecond() / plain.TokensPerSecond()},
-          {"median_speed_up", MedianSpeedUp(tally, plain)},
-          {"cpu_speed_up", plain.cpu_seconds / tally.cpu_seconds},
-          {"drafted_per_step",
-           static_cast<double>(tally.drafted) / static_cast<double>(std::max<int64_t>(tally.request_steps, 1))},
-          {"draft_share", tally.draft_s / tally.seconds},
-          {"verify_share", tally.verify_s / tally.seconds},
-          {"accept_share", tally.accept_s / tally.seconds},
-          {"accepted_per_depth", acceptance}};
-}
 
 class SpeculationBench {
  public:
-  SpeculationBench(Service* service, std::vector<std::string> modes, int max_tokens, int repeats)
-      : service_(service), modes_(std::move(modes)), max_tokens_(max_tokens), repeats_(repeats) {}
+  SpeculationBench(Service* service, std::vector<std::string> modes, BenchSize size)
+      : service_(service), modes_(std::move(modes)), size_(size) {}
 
-  void OnStep(const StepStats& step) { current_.Add(step); }
+  void OnStep(const StepStats& step) {
+    if (measuring_) current_.Add(step);
+  }
 
-  // All modes over all prompts of a set, `batch` at a time. One Tally per mode; the first mode is plain decoding.
-  absl::StatusOr<std::vector<Tally>> Run(std::span<const BenchPrompt> prompts, int batch, float temperature);
+  // All modes over all prompts of a set, `batch` running at a time. One tally per mode, plain decoding's first.
+  absl::StatusOr<std::vector<SpeculationTally>> Run(std::span<const BenchPrompt> prompts, int batch, float temperature);
 
  private:
-  absl::Status RunGroup(std::span<const BenchPrompt* const> group, const std::string& mode, float temperature,
-                        std::vector<std::vector<int32_t>>* texts);
+  // Prompts that are worked off with `batch` requests running.
+  struct Load {
+    std::vector<const BenchPrompt*> prompts;
+    int batch;
+  };
+  Request MakeRequest(const Load& load, size_t i, SpeculationMode mode, float temperature);
+  // Leaves in current_ what it did while `batch` requests were running: what is left when no more come says nothing.
+  absl::Status RunLoad(const Load& load, const std::string& mode, float temperature,
+                       std::vector<std::vector<int32_t>>* texts);
+  // Every mode in turn, beginning with number `first`; what they did into tallies, unless null.
+  absl::Status RunModes(const Load& load, size_t first, float temperature, std::vector<SpeculationTally>* tallies);
 
   Service* const service_;
   const std::vector<std::string> modes_;
-  const int max_tokens_, repeats_;
-  Tally current_;
+  const BenchSize size_;
+  SpeculationTally current_;
+  bool measuring_ = false;
   uint64_t next_id_ = 1;
+  int pass_ = 0;  // over the prompts of a cell: sampling draws anew in each
 };
 
-absl::Status SpeculationBench::RunGroup(std::span<const BenchPrompt* const> group, const std::string& mode,
-                                        float temperature, std::vector<std::vector<int32_t>>* texts) {
+Request SpeculationBench::MakeRequest(const Load& load, size_t i, SpeculationMode mode, float temperature) {
+  Request request;
+  request.id = next_id_++;
+  request.prompt_tokens = load.prompts[i]->tokens;
+  request.sampling.temperature = temperature;
+  request.sampling.seed = 1 + i + pass_ * load.prompts.size();
+  // The first ones end one after the other, as on a server that has run for a while.
+  const auto batch = static_cast<size_t>(load.batch);
+  request.sampling.max_tokens = i < batch ? std::max<int>(size_.max_tokens * (i + 1) / batch, 1) : size_.max_tokens;
+  request.speculation = mode;
+  return request;
+}
+
+absl::Status SpeculationBench::RunLoad(const Load& load, const std::string& mode, float temperature,
+                                       std::vector<std::vector<int32_t>>* texts) {
   const absl::StatusOr<SpeculationMode> speculation = ParseSpeculation(mode);
   if (!speculation.ok()) return speculation.status();
-  texts->assign(group.size(), {});
+  texts->assign(load.prompts.size(), {});
   absl::Status failed;
-  for (size_t i = 0; i < group.size(); ++i) {
-    Request request;
-    request.id = next_id_++;
-    request.prompt_tokens = group[i]->tokens;
-    request.sampling.temperature = temperature;
-    request.sampling.seed = 1 + i;
-    request.sampling.max_tokens = max_tokens_;
-    request.speculation = *speculation;
-    std::vector<int32_t>* text = &(*texts)[i];
-    request.sink = [text, &failed](RequestOutput&& output) {
-      for (const SampledToken& token : output.tokens) text->push_back(token.token);
-      if (output.finish_reason == FinishReason::kError) failed = output.status;
-      return true;
-    };
-    if (absl::Status status = service_->engine().Submit(std::move(request)); !status.ok()) return status;
-  }
+  size_t next = 0, ended = 0;
   current_ = {};
+  measuring_ = true;
   const auto start = Clock::now();
   const std::clock_t cpu = std::clock();
-  while (service_->engine().Step()) {
-  }
-  current_.cpu_seconds = static_cast<double>(std::clock() - cpu) / CLOCKS_PER_SEC;
-  current_.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  do {
+    for (; next < load.prompts.size() && next - ended < static_cast<size_t>(load.batch); ++next) {
+      Request request = MakeRequest(load, next, *speculation, temperature);
+      request.sink = [text = &(*texts)[next], &failed, &ended](RequestOutput&& output) {
+        for (const SampledToken& token : output.tokens) text->push_back(token.token);
+        if (output.finish_reason == FinishReason::kError) failed = output.status;
+        ended += output.finish_reason != FinishReason::kNone;
+        return true;
+      };
+      if (absl::Status status = service_->engine().Submit(std::move(request)); !status.ok()) return status;
+    }
+    if (measuring_ && next - ended < static_cast<size_t>(load.batch)) {
+      current_.cpu_seconds = static_cast<double>(std::clock() - cpu) / CLOCKS_PER_SEC;
+      current_.seconds = std::chrono::duration<double>(Clock::now() - start).count();
+      measuring_ = false;
+    }
+  } while (service_->engine().Step());
   return failed;
 }
 
-absl::StatusOr<std::vector<Tally>> SpeculationBench::Run(std::span<const BenchPrompt> prompts, int batch,
-                                                         float temperature) {
-  std::vector<Tally> tallies(modes_.size());
+absl::Status SpeculationBench::RunModes(const Load& load, size_t first, float temperature,
+                                        std::vector<SpeculationTally>* tallies) {
   std::vector<std::vector<int32_t>> plain, texts;
+  for (size_t i = 0; i < modes_.size(); ++i) {
+    const size_t m = (first + i) % modes_.size();
+    if (absl::Status status = RunLoad(load, modes_[m], temperature, &texts); !status.ok()) return status;
+    if (plain.empty()) plain = texts;
+    if (texts != plain) return absl::InternalError(fmt::format("{} changed the text", modes_[m]));
+    if (tallies != nullptr) (*tallies)[m].Add(current_);
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<SpeculationTally>> SpeculationBench::Run(std::span<const BenchPrompt> prompts, int batch,
+                                                                    float temperature) {
+  // Several requests at once: enough of them that a slot is taken again and again.
+  const size_t per_load = batch == 1 ? 1 : static_cast<size_t>(batch) * kRequestsPerSlot;
+  std::vector<Load> loads;
+  for (size_t begin = 0; begin < prompts.size(); begin += per_load) {
+    Load& load = loads.emplace_back(Load{{}, batch});
+    for (size_t i = 0; i < per_load; ++i) load.prompts.push_back(&prompts[(begin + i) % prompts.size()]);
+  }
+  std::vector<SpeculationTally> tallies(modes_.size());
   size_t first = 0;  // mode
-  for (int repeat = 0; repeat < repeats_; ++repeat) {
-    for (size_t begin = 0; begin < prompts.size(); begin += batch) {
-      std::vector<const BenchPrompt*> group;
-      for (int i = 0; i < batch; ++i) group.push_back(&prompts[(begin + i) % prompts.size()]);
-      plain.clear();
-      for (size_t i = 0; i < modes_.size(); ++i) {
-        const size_t m = (first + i) % modes_.size();
-        if (absl::Status status = RunGroup(group, modes_[m], temperature, &texts); !status.ok()) return status;
-        if (plain.empty()) plain = texts;
-        if (texts != plain) return absl::InternalError(fmt::format("{} changed the text", modes_[m]));
-        tallies[m].Add(current_);
-      }
-      ++first;
+  pass_ = 0;
+  for (int i = 0; i < size_.warm_up_loads; ++i) {
+    if (absl::Status status = RunModes(loads[i % loads.size()], first++, temperature, nullptr); !status.ok()) {
+      return status;
+    }
+  }
+  const auto measured = [&] {  // by the mode that was quickest
+    double least = tallies[0].seconds;
+    for (const SpeculationTally& tally : tallies) least = std::min(least, tally.seconds);
+    return least;
+  };
+  while (pass_ < size_.repeats || measured() < size_.min_seconds) {
+    ++pass_;
+    for (const Load& load : loads) {
+      if (absl::Status status = RunModes(load, first++, temperature, &tallies); !status.ok()) return status;
     }
   }
   return tallies;
@@ -216,16 +200,6 @@ absl::StatusOr<std::map<std::string, std::vector<BenchPrompt>>> ReadPrompts(cons
   return sets;
 }
 
-void PrintRow(const std::string& set, int batch, double temperature, const std::string& mode, const json& cell) {
-  std::string acceptance;
-  for (const json& rate : cell["accepted_per_depth"]) acceptance += fmt::format(" {:.2f}", rate.get<double>());
-  fmt::print("| {} | {} | {} | {} | {:.2f} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {:.0f} % |{} |\n", set, batch,
-             temperature, mode, cell["tokens_per_step"].get<double>(), cell["tokens_per_s"].get<double>(),
-             cell["speed_up"].get<double>(), cell["median_speed_up"].get<double>(), cell["cpu_speed_up"].get<double>(),
-             100 * cell["draft_share"].get<double>(), acceptance);
-  std::fflush(stdout);
-}
-
 std::vector<std::string> SplitList(const std::string& text) {
   std::vector<std::string> items;
   std::istringstream stream(text);
@@ -241,9 +215,12 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
   std::vector<std::string> modes = SplitList(flags.String("drafters", "draft,medusa,recurrent,ngram,auto"));
   const auto batches = flags.Ints("batch", "1,2,4,8,16", 1, 4096);
   const auto temperatures = flags.Ints("temperature", "0,1", 0, 2);
-  const int max_tokens = flags.Int("max-tokens", 128, 1, 1 << 20);
-  const int repeats = flags.Int("repeats", 1, 1, 1000);
+  BenchSize size{.max_tokens = flags.Int("max-tokens", 128, 1, 1 << 20),
+                 .repeats = flags.Int("repeats", 1, 1, 1000),
+                 .warm_up_loads = flags.Int("warm-up", 1, 0, 1000),
+                 .min_seconds = flags.Double("min-seconds", kSuitsDevice, kSuitsDevice, 3600)};
   const int per_set = flags.Int("prompts-per-set", 1 << 20, 1, 1 << 20);
+  const bool expectation = flags.Int("expectations", 0, 0, 1) == 1;
   const std::string out = flags.String("json", "");
   if (!flags.status().ok()) return flags.status();
   auto config = ParseServerConfig(flags.rest());
@@ -262,29 +239,32 @@ absl::Status BenchSpeculation(std::span<const std::string> args) {
   Service service(*config, *std::move(parts), &metrics, &log);
   const auto sets = ReadPrompts(path, per_set, service);
   if (!sets.ok()) return sets.status();
-  SpeculationBench bench(&service, modes, max_tokens, repeats);
+  // A GPU is through with a set of prompts in a few hundredths of a second.
+  if (size.min_seconds < 0) size.min_seconds = service.engine().device_stats().empty() ? 0 : kSecondsOnGpu;
+  SpeculationBench bench(&service, modes, size);
   observer = &bench;
 
   json cells = json::array();
-  fmt::print(
-      "| prompts | batch | temperature | drafter | tokens/step | tokens/s | speed-up | median | by CPU time | drafting "
-      "| accepted "
-      "per depth |\n"
-      "|---|---|---|---|---|---|---|---|---|---|---|\n");
+  std::string expectations = ExpectationHeader();
+  fmt::print("{}", TallyHeader());
   for (const int temperature : temperatures) {
     for (const int batch : batches) {
       for (const auto& [set, prompts] : *sets) {
         const auto tallies = bench.Run(prompts, batch, static_cast<float>(temperature));
         if (!tallies.ok()) return tallies.status();
         for (size_t m = 0; m < modes.size(); ++m) {
-          json cell = ToJson((*tallies)[m], tallies->front());
-          PrintRow(set, batch, temperature, modes[m], cell);
-          cell.update({{"prompts", set}, {"batch", batch}, {"temperature", temperature}, {"drafter", modes[m]}});
-          cells.push_back(std::move(cell));
+          json figures = ToJson((*tallies)[m], tallies->front());
+          const std::string cell = fmt::format("| {} | {} | {} | {} |", set, batch, temperature, modes[m]);
+          fmt::print("{}", TallyRow(cell, figures));
+          std::fflush(stdout);
+          expectations += ExpectationRows(cell, figures);
+          figures.update({{"prompts", set}, {"batch", batch}, {"temperature", temperature}, {"drafter", modes[m]}});
+          cells.push_back(std::move(figures));
         }
       }
     }
   }
+  if (expectation) fmt::print("{}", expectations);
   if (out.empty()) return absl::OkStatus();
   std::ofstream file(out);
   file << json{{"model", service.engine().Describe()}, {"config", DescribeConfig(*config)}, {"cells", cells}}.dump(1)

@@ -58,6 +58,7 @@ constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|
   --draft-nodes LIST rows that each request brings to a step, default 1; more: a chain of drafts, of which
   --acceptance LIST  are accepted at depth 1, 2, ..., each given those before it (default 0.7, the last one goes on)
   --seconds S        per measurement, default 2
+  --warm-up-requests N  at last, what a server of so many requests captures before the first one (GPU)
   --threads N, --isa NAME
 )";
 
@@ -66,10 +67,13 @@ constexpr char kBenchSpeculationHelp[] = R"(linspec bench-speculation [flags of 
   --prompts-per-set N  only the first N of each set
   --drafters LIST    default draft,medusa,recurrent,ngram,auto; plain decoding comes first in any case. "off" among
                      them measures plain decoding again: what it gains or loses is the noise of this machine
-  --batch LIST       requests at once, default 1,2,4,8,16
+  --batch LIST       requests kept running, default 1,2,4,8,16
   --temperature LIST whole numbers, default 0,1
   --max-tokens N     per request, default 128
-  --repeats N        of everything, each starting with the next drafter; default 1
+  --repeats N        of everything, each starting with the next drafter and other seeds; default 1
+  --min-seconds S    go on until each drafter was measured this long on each set; default -1: 0 on a CPU, 1 on a GPU
+  --warm-up N        loads (four requests a slot) of each set first that are not measured; default 1
+  --expectations 1   a second table: what steps took and brought beside what the controller expected
   --json FILE        all figures
 )";
 

@@ -95,15 +95,15 @@ void VisitLimitsFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "max-queue-tokens", "prompt tokens that wait; beyond: 503", 1, 1e12}, o.max_queue_tokens);
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},
         o.max_step_tokens);
+  visit(FlagInfo{g, "warm-up-seconds", "most to capture CUDA graphs at start; 0: when they come", 0, 3600},
+        o.warm_up_s);
   visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, o.max_prompt_tokens);
   visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, o.max_output_tokens);
   visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, o.max_n);
-  visit(
-      FlagInfo{
-          g, "default-chat-tokens",
-          "max_tokens of a chat that gives none; 0: max_new_tokens of the model's generation_config.json, else 1024", 0,
-          1 << 30},
-      o.default_chat_tokens);
+  visit(FlagInfo{g, "default-chat-tokens",
+                 "max_tokens of a chat that gives none; 0: max_new_tokens of generation_config.json, else 1024", 0,
+                 1 << 30},
+        o.default_chat_tokens);
   visit(FlagInfo{g, "max-stop-strings", "stop strings of a request, and as many stop token ids and bad words", 0, 4096},
         o.max_stop_strings);
   visit(FlagInfo{g, "max-stop-bytes", "longest stop string or bad word", 1, 65536}, o.max_stop_bytes);

@@ -87,6 +87,11 @@ void PrintReady(const ServerConfig& config, Service* service, int http_port, int
       "kept\n",
       stats.slots_total, static_cast<double>(stats.bytes_per_slot) / (1 << 20), DTypeName(stats.state_dtype),
       stats.prefix_cache_capacity);
+  if (const WarmUpReport& warm = service->engine().warm_up(); warm.sizes > 0) {
+    fmt::print("warm-up   {} kinds of steps and drafts in {:.1f} s and {:.0f} MiB{}\n", warm.sizes, warm.seconds,
+               static_cast<double>(warm.bytes) / (1 << 20),
+               warm.left_out > 0 ? fmt::format("; {} left for when they come", warm.left_out) : "");
+  }
   fmt::print("defaults  {}\n", Defaults(*service));
   fmt::print("flags     (* differs from the default)\n{}\n", DescribeConfig(config));
   const bool tls = !config.security.tls_cert.empty();
@@ -114,6 +119,10 @@ void LogReady(const ServerConfig& config, Service* service, int http_port, int g
               {"prefix_cache_entries", stats.prefix_cache_capacity},
               {"state_bytes_per_request", stats.bytes_per_slot},
               {"state_dtype", DTypeName(stats.state_dtype)},
+              {"warm_up_sizes", int64_t{service->engine().warm_up().sizes}},
+              {"warm_up_left_out", int64_t{service->engine().warm_up().left_out}},
+              {"warm_up_seconds", service->engine().warm_up().seconds},
+              {"warm_up_bytes", service->engine().warm_up().bytes},
               {"host", config.network.host},
               {"http_port", int64_t{http_port}},
               {"grpc_port", int64_t{grpc_port}},

@@ -7,17 +7,6 @@
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxGraphRows = 1024;  // larger steps are launched kernel by kernel: the gaps no longer matter
-
-int PowerOfTwo(int at_least) {
-  int power = 1;
-  while (power < at_least) power *= 2;
-  return power;
-}
-
-// Rows of the largest tree of a step, of which a block takes eight: more sizes would only make more graphs.
-int TreeBucket(int rows) { return rows <= 1 ? 1 : std::max(PowerOfTwo(rows), 8); }
-
 constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace

@@ -8,14 +8,17 @@
 //
 // Rows of a slot, and tokens, are padded so that 8 lanes reading 16 bytes each (two rows, four slices) meet 32 banks.
 //
-// Measured on an H200 (2026-11-27, read bandwidth 4.65 TB/s in the same run), bf16, graphs of products:
-//   rows             1       4       8
-//   12288 x  4096   88 %    85 %    84 %   of the read bandwidth
-//    4096 x  4096   83 %    75 %    74 %
-//   22016 x  4096   85 %    88 %    88 %
-//   32000 x  4096   81 %    85 %    88 %
-//    4096 x 11008   88 %    (x does not fit beside two slots: split form, 79 %)
-//   all of 7B       82 %    80 %    73 %   fp8: 70, 61, 55 %
+// RMSNorms can ride along on both sides (launch.h): the warp that adds the ranges of a tile leaves its sums of squares.
+// With 8-bit weights that is faster (a step of one request on an H200 in fp8 2.53 ms for 2.61), in bf16 it was slower
+// (3.82 for 3.73): every warp reads all parts of the squares.
+//
+// All products of a 7B step, share of the read bandwidth measured in the same run (2026-11-27; more: docs/cuda.md):
+//   rows             1       2
+//   bf16, H200      90 %    86 %
+//   bf16, H100      97      96
+//   fp8,  H200      70      70
+//   fp8,  H100      83      82
+//   int8, H100      83      82
 // Rejected: 256-byte pieces of a row (75 %); 128-byte TMA boxes (78 %) and 512-byte ones (91 % at best, 77 % at
 // 4096 x 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share scoreboards);
 // ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into the L2 ahead:
@@ -40,6 +43,18 @@ constexpr int kReservedBytes = 1024;  // of shared memory, by the system for eac
 struct WarpBarriers {
   uint64_t full[kMaxSlots], tokens;
 };
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// By a warp.
+[[maybe_unused]] __device__ __forceinline__ void MakeBarriers(WarpBarriers& barriers) {
+  if (threadIdx.x % kWarpSize == 0) {
+    for (uint64_t& full : barriers.full) BarrierInit(&full, 1);
+    BarrierInit(&barriers.tokens, 1);
+    BarrierMade();
+  }
+  __syncwarp();
+}
+#endif
 
 // Weights are read once: first to leave the L2.
 [[maybe_unused]] __device__ __forceinline__ void CopyWeights(void* to, const void* from, int bytes, uint64_t* barrier,
@@ -129,7 +144,68 @@ __device__ __forceinline__ void MultiplyStep(const uint8_t* slot, const uint8_t*
   }
 }
 
-template <int kType>
+// 1 / rms of x, where the norm in front was left to this product; the lanes sum in a fixed order. For each warp.
+[[maybe_unused]] __device__ __forceinline__ void ReadScales(const GemmParams& p, int rows,
+                                                            float (&scales)[kRingNormRows]) {
+  if (p.norm_before.squares == nullptr) return;
+  const int parts = static_cast<int>(NormParts(p.w.cols, kRingNormPart)), lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int token = 0; token < kRingNormRows; ++token) {
+    if (token >= rows) break;
+    float sum = 0.0f;
+#pragma unroll 8
+    for (int i = lane; i < parts; i += kWarpSize) sum += __ldcg(p.norm_before.squares + token * parts + i);
+    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
+    scales[token] = 1.0f / sqrtf(sum / static_cast<float>(p.w.cols) + p.norm_before.eps);
+  }
+}
+
+// y = old + sums of a tile is the residual stream: what the norm behind needs of it.
+[[maybe_unused]] __device__ __forceinline__ void LeaveNorm(const GemmParams& p, int rows, int tile,
+                                                           const float (&sums)[4], const float (&old)[4]) {
+  static_assert(kTileRows == kRingNormPart);
+  const int lane = threadIdx.x % kWarpSize, first = lane % 4 * 2;
+  float squares[2] = {};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int64_t row = int64_t{tile} * kTileRows + lane / 4 + i / 2 * 8, token = first + i % 2;
+    if (row >= p.w.rows || token >= rows) continue;
+    const float y = old[i] + sums[i];
+    squares[i % 2] = fmaf(y, y, squares[i % 2]);
+    p.norm_after.out[token * p.w.rows + row] = Bf16Bits(y * p.norm_after.weight[row]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    for (int lanes = 4; lanes < kWarpSize; lanes *= 2) squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], lanes);
+    if (lane >= 4 || first + i >= rows) continue;
+    p.norm_after.squares[(first + i) * NormParts(p.w.rows, kRingNormPart) + tile] = squares[i];
+  }
+}
+
+// The ranges of a finished tile, added in order; by one warp.
+template <bool kNorms>
+__device__ __forceinline__ void WriteTile(const GemmParams& p, int rows, int tile,
+                                          const float4 (&parts)[kSplit][kWarpSize],
+                                          const float (&scales)[kRingNormRows]) {
+  const int lane = threadIdx.x % kWarpSize, token = lane % 4 * 2;
+  const int64_t row = int64_t{tile} * kTileRows + lane / 4;
+  const OutputTile output{p, rows};
+  float old[4], total[4] = {};
+  output.ReadOld(row, token, old);
+#pragma unroll
+  for (const auto& part : parts) {
+    total[0] += part[lane].x, total[1] += part[lane].y, total[2] += part[lane].z, total[3] += part[lane].w;
+  }
+  if constexpr (kNorms) {  // of kRingNormRows tokens: what other lanes bring is not used
+#pragma unroll
+    for (int i = 0; i < 4; ++i) total[i] *= scales[i % 2];
+  }
+  output.Write(row, token, total, old);
+  if (kNorms && p.norm_after.weight != nullptr) LeaveNorm(p, rows, tile, total, old);
+}
+
+// kNorms: with a norm on either side.
+template <int kType, bool kNorms>
 __global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, const int rows, const int num_slots) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kParts = WeightTraits<kType>::kParts;
@@ -141,12 +217,7 @@ __global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, c
   WarpRing<kType> ring(p.w, warp, barriers, shared + warp * num_slots * kSlotBytes, num_slots);
   const int token_pitch = TokenPitch((NumSteps(p.w) + kSplit - 1) / kSplit, kParts);
   uint8_t* tokens = shared + kWarps * num_slots * kSlotBytes + warp * rows * token_pitch;
-  if (lane == 0) {
-    for (uint64_t& full : barriers.full) BarrierInit(&full, 1);
-    BarrierInit(&barriers.tokens, 1);
-    BarrierMade();
-  }
-  __syncwarp();
+  MakeBarriers(barriers);
   for (int slot = 0; slot < num_slots; ++slot) ring.Order(slot);
   GridLaunchDependents();
   GridWait();
@@ -155,14 +226,16 @@ __global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, c
     if (lane == 0) BarrierExpect(&barriers.tokens, ring.bytes * kParts * rows);
     __syncwarp();
     const uint16_t* from = p.x + int64_t{ring.begin} * 32 * kParts;
-    if (lane < rows)
+    if (lane < rows) {
       CopyTokens(tokens + lane * token_pitch, from + lane * p.w.cols, ring.bytes * kParts, &barriers.tokens);
-    BarrierWait(&barriers.tokens, 0);
+    }
   }
+  float scales[kRingNormRows] = {1.0f, 1.0f};
+  if constexpr (kNorms) ReadScales(p, rows, scales);
+  if (ring.bytes > 0) BarrierWait(&barriers.tokens, 0);
   const uint8_t* token = tokens + min(g, rows - 1) * token_pitch + s * 16 * kParts;
   const int whole = ring.bytes / kStepBytes;  // steps that are inside the row for every lane
   const int valid = (ring.bytes - s * 16 + kStepBytes - 1) / kStepBytes;
-  const OutputTile output{p, rows};
   int slot = 0, turn = 0;
   uint32_t parity = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < ring.tiles; tile += gridDim.x, ++turn) {
@@ -187,49 +260,67 @@ __global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, c
     float4(&parts)[kSplit][kWarpSize] = partial[turn % 2];
     parts[warp][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
     __syncthreads();
-    if (warp != turn % kWarps) continue;
-    const int64_t row = int64_t{tile} * kTileRows + g;
-    float old[4], total[4] = {};
-    output.ReadOld(row, 2 * s, old);
-#pragma unroll
-    for (const auto& part : parts) {
-      total[0] += part[lane].x, total[1] += part[lane].y, total[2] += part[lane].z, total[3] += part[lane].w;
-    }
-    output.Write(row, 2 * s, total, old);
+    if (warp == turn % kWarps) WriteTile<kNorms>(p, rows, tile, parts, scales);
   }
 #endif
 }
 
+struct RingShape {
+  int num_slots, shared, blocks;  // of a warp; bytes of a block
+  bool runs;
+};
+
 template <int kType>
-bool Launch(const GemmParams& p, int rows, cudaStream_t stream) {
+RingShape ShapeOf(const LinspecCudaMatrix& w, int rows) {
   const Device& device = CurrentDevice();
-  const auto kernel = &RingGemmKernel<kType>;
-  const int steps = (NumSteps(p.w) + kSplit - 1) / kSplit;
+  const int steps = (NumSteps(w) + kSplit - 1) / kSplit;
   const int tokens = kWarps * rows * TokenPitch(steps, WeightTraits<kType>::kParts), ring = kWarps * kSlotBytes;
   constexpr int kStatic = sizeof(WarpBarriers) * kWarps + 2 * sizeof(float4) * kSplit * kWarpSize;
   const int overhead = kStatic + kReservedBytes;
   // Two blocks with a slot each do better than one with two.
   const bool two_blocks = 2 * (ring + tokens + overhead) <= device.shared_per_processor && steps <= 2 * kChunk;
   const int num_slots = two_blocks ? 1 : 2, shared = num_slots * ring + tokens;
-  if (device.major < 9 || shared + overhead > device.shared_per_block) return false;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) return true;
-  const int tiles = static_cast<int>((p.w.rows + kTileRows - 1) / kTileRows);
-  const int blocks = std::min(tiles, device.processors * (two_blocks ? 2 : 1));
-  LaunchOverlapped(kernel, blocks, kThreads, shared, stream, 1, p, rows, num_slots);
-  return true;
+  const int tiles = static_cast<int>((w.rows + kTileRows - 1) / kTileRows);
+  return {.num_slots = num_slots,
+          .shared = shared,
+          .blocks = std::min(tiles, device.processors * (two_blocks ? 2 : 1)),
+          .runs = device.major >= 9 && rows <= kTileTokens && shared + overhead <= device.shared_per_block};
+}
+
+RingShape ShapeOf(const LinspecCudaMatrix& w, int rows) {
+  return w.type == kLinspecCudaBf16 ? ShapeOf<kLinspecCudaBf16>(w, rows) : ShapeOf<kLinspecCudaFp8>(w, rows);
+}
+
+template <int kType>
+void Launch(const GemmParams& p, int rows, const RingShape& shape, cudaStream_t stream) {
+  auto kernel = &RingGemmKernel<kType, false>;
+  if constexpr (kType != kLinspecCudaBf16) {
+    if (p.norm_before.squares != nullptr || p.norm_after.weight != nullptr) kernel = &RingGemmKernel<kType, true>;
+  }
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared) != cudaSuccess) return;
+  LaunchOverlapped(kernel, shape.blocks, kThreads, shape.shared, stream, 1, p, rows, shape.num_slots);
 }
 
 }  // namespace
 
+bool RingGemmTakesNorms(const LinspecCudaMatrix& w, int rows) {
+  return w.type != kLinspecCudaBf16 && rows <= kRingNormRows && ShapeOf(w, rows).runs;
+}
+
 bool LaunchRingGemm(const GemmParams& params, int rows, cudaStream_t stream) {
+  const RingShape shape = ShapeOf(params.w, rows);
+  if (!shape.runs) return false;
   switch (params.w.type) {
     case kLinspecCudaI8:
-      return Launch<kLinspecCudaI8>(params, rows, stream);
+      Launch<kLinspecCudaI8>(params, rows, shape, stream);
+      break;
     case kLinspecCudaFp8:
-      return Launch<kLinspecCudaFp8>(params, rows, stream);
+      Launch<kLinspecCudaFp8>(params, rows, shape, stream);
+      break;
     default:
-      return Launch<kLinspecCudaBf16>(params, rows, stream);
+      Launch<kLinspecCudaBf16>(params, rows, shape, stream);
   }
+  return true;
 }
 
 }  // namespace linspec::cuda

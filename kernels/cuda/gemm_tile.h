@@ -53,15 +53,22 @@ struct ByteWeights {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
     return out;
   }
+  // Two bytes of a word as 16-bit numbers with a sign.
+  static constexpr uint32_t kBytes01 = 0x9180, kBytes23 = 0xB3A2, kEvenBytes = 0xA280, kOddBytes = 0xB391;
+  __device__ static __forceinline__ uint32_t Extend(uint32_t word, uint32_t bytes) {
+    uint32_t out;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(out) : "r"(word), "r"(bytes));
+    return out;
+  }
 };
 
+// WidenPair: of two bytes that were extended.
 template <>
 struct WeightTraits<kLinspecCudaI8> : ByteWeights {
   // 128 + low seven bits, minus 128 or 256 by the sign bit: both are bf16 numbers with a unit in the last place of 1 or
-  // 2, and so is the difference.
+  // 2, and so is the difference. What lies above the two bytes does not matter.
   __device__ static __forceinline__ uint32_t WidenPair(uint32_t v) {
-    const uint32_t low = (v & 0x007F007Fu) | 0x43004300u, bias = (v & 0x00800080u) | 0x43004300u;
-    return Fma(bias, 0xBF80BF80u, low);
+    return Fma(On128(v, 0x00800080u), 0xBF80BF80u, On128(v, 0x007F007Fu));
   }
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -71,26 +78,31 @@ struct WeightTraits<kLinspecCudaI8> : ByteWeights {
       out[2 * i + 1] = WidenPair(words[i] >> 8);
     }
   }
+
+ private:
+  // 128 + the masked bits: one instruction, of which the compiler made two.
+  __device__ static __forceinline__ uint32_t On128(uint32_t v, uint32_t mask) {
+    uint32_t out;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(out) : "r"(v), "r"(mask), "r"(0x43004300u));
+    return out;
+  }
 };
 
 template <>
 struct WeightTraits<kLinspecCudaFp8> : ByteWeights {
   // The e4m3 fields moved to a bf16's places are the value times 2^-120 (subnormals too); the NaN pattern becomes 480.
   static constexpr uint32_t kTwoTo120 = 0x7B807B80u, kMinusZero = 0x80008000u;
+  static constexpr uint32_t kSignAndFields = 0x87F087F0u;
 
-  // Bytes 0 and 2 of v; the others are zero. Sign and field are 4 bits too far right, the sign another 4.
   __device__ static __forceinline__ uint32_t WidenPair(uint32_t v) {
-    return Fma(v * 16 + (v & 0x00800080u) * 240, kTwoTo120, kMinusZero);
+    return Fma(v << 4 & kSignAndFields, kTwoTo120, kMinusZero);
   }
   __device__ static __forceinline__ void Widen(const uint4& raw, uint32_t (&out)[8]) {
-    constexpr uint32_t kSigns = 0x80008000u;
     const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const uint32_t even = ((words[i] << 8) & kSigns) | ((words[i] & 0x007F007Fu) << 4);
-      const uint32_t odd = (words[i] & kSigns) | ((words[i] & 0x7F007F00u) >> 4);
-      out[2 * i] = Fma(even, kTwoTo120, kMinusZero);
-      out[2 * i + 1] = Fma(odd, kTwoTo120, kMinusZero);
+      out[2 * i] = WidenPair(Extend(words[i], kEvenBytes));
+      out[2 * i + 1] = WidenPair(Extend(words[i], kOddBytes));
     }
   }
 };

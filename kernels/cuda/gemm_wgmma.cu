@@ -1,6 +1,6 @@
 // Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of
 // shared memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
-// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers on the way (gemm_wgmma_block.h).
+// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers on the way (gemm_wgmma_consumer.h).
 //
 // The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block gets the same number of
 // consecutive units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in
@@ -14,15 +14,20 @@
 // first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
 // Shares of the read bandwidth measured in the same run, graphs of products (2026-11-27; more: docs/cuda.md):
-//   rows                    1      16      32      64     128
-//   bf16, H200, all of 7B  86 %    85 %    82 %    76 %    63 %
-//   bf16, H100             90      89      88      84      73
-//   fp8,  H100             74      73      70      64      47
-//   int8, H100             66      70      69      60      44
+//   rows                    8      16      32      64     128
+//   bf16, H200, all of 7B  85 %    84 %    81 %    75 %    63 %
+//   bf16, H100             89      89      88      83      73
+//   fp8,  H200             62      58      54      49
+//   fp8,  H100             76      74      71      65      45
+//   int8, H100             73      72      71      63      43
 // What is missing is mostly a fixed 4 to 7 us a product: the last sums, a launch and its first tokens.
 //
-// Rejected: a chain of products with their norms in one launch (the barriers between them cost more than launches: 3.89
-// ms for 3.43); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
+// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product ends
+// and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64 for
+// 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
+// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit
+// weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower);
+// clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
 // of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
 // share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
 // has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
@@ -34,7 +39,7 @@
 #include <algorithm>
 
 #include "kernels/cuda/gemm_wgmma.h"
-#include "kernels/cuda/gemm_wgmma_block.h"
+#include "kernels/cuda/gemm_wgmma_consumer.h"
 
 namespace linspec::cuda {
 namespace {
@@ -120,7 +125,9 @@ template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
   constexpr int kBytes = (kTokens > 64 ? kRingBytes128 : kRingBytes) - 1024;  // the ring begins at a multiple of 1,024
-  constexpr int kFit = kBytes / Unit::kBytes, kStages = kFit < kMaxStages ? kFit : kMaxStages;
+  // 8-bit units are twice the k: of fewer in flight (2 % faster than 8) the tokens of the last come as soon.
+  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
+  constexpr int kFit = kBytes / Unit::kBytes, kStages = kFit < kMost ? kFit : kMost;
   constexpr int kShared = kStages * Unit::kBytes + 1024;
   const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
   const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;

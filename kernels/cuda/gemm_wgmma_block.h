@@ -1,10 +1,8 @@
-// What a block of the warpgroup product (gemm_wgmma.cu) does: one warp orders weights and tokens, the others multiply.
-// sm_90a only.
+// The parts of a block of the warpgroup product (gemm_wgmma.cu): its share of the work, its ring in shared memory, and
+// the warp that orders what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
 //
 // A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of four
-// warps multiplies 64 of the rows. bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to
-// bf16 in registers: a lane brings two bytes at a time in the order of k, so it reads the words that hold them, half of
-// whose bytes are its neighbour's.
+// warps multiplies 64 of the rows.
 #pragma once
 
 #include <cuda.h>
@@ -21,7 +19,7 @@ inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
 inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
-inline constexpr int kMaxStages = 8;
+inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
 struct Unit {
@@ -61,19 +59,6 @@ __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) 
 
 struct Ring {
   uint64_t full[kMaxStages], empty[kMaxStages];
-};
-
-// A barrier of the warps that multiply.
-__device__ __forceinline__ void ConsumerBarrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
-}
-static_assert(kUnitRows == kNormPart);
-
-// Of the norms on both sides of the product (launch.h).
-template <int kTokens>
-struct Norms {
-  float scales[kTokens];               // 1 / rms of each token's x
-  float squares[kConsumers][kTokens];  // of a warp's 16 rows of a tile of y
 };
 
 // Position in the ring.
@@ -158,234 +143,6 @@ struct Producer {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
       BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy: racecheck takes it to be ordered by the arrival
-    }
-  }
-};
-
-// What the multiplying warps do. sums[j]: 8 tokens, as OutputTile takes them. kNorms: with a norm on either side, which
-// takes registers.
-template <int kType, int kTokens, bool kNorms>
-struct Consumer {
-  using Unit = cuda::Unit<kType, kTokens>;
-  static constexpr int kColumns = kTokens / 8;
-  static constexpr bool kWidens = kType != kLinspecCudaBf16;
-
-  const GemmParams& p;
-  int rows, share, stages;
-  const Shares& shares;
-  const Workspace& workspace;
-  Ring& ring;
-  Norms<kTokens>& norms;
-  uint32_t buffers;
-  Turn turn = {};
-
-  __device__ static int Warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
-  __device__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-  __device__ static int Group() { return static_cast<int>(threadIdx.x) / kGroupThreads; }
-
-  __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
-  __device__ __forceinline__ void Release(int stage) const {
-    if (Lane() == 0) BarrierArrive(&ring.empty[stage], kWarpSize);
-  }
-
-  __device__ static __forceinline__ uint32_t ReadWord(uint32_t at) {
-    uint32_t word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
-    return word;
-  }
-  // Two bytes of a word, the lane's by k, as bf16.
-  __device__ static __forceinline__ uint32_t Widen(uint32_t word) {
-    return WeightTraits<kType>::WidenPair(__byte_perm(word, 0, Lane() % 2 == 0 ? 0x4140 : 0x4342));
-  }
-
-  // sums += 64 of k, or from zero; in flight at the end. The 16-byte pieces of a row lie swizzled by the row.
-  __device__ __forceinline__ void MultiplyBox(uint32_t unit, int box, int add, float (&sums)[kColumns][4]) const {
-    constexpr int kSteps = kBoxDepth / 16;
-    const uint64_t b = WgmmaOperand(unit + kWeightBytes + box * Unit::kBoxBytes);
-    if constexpr (kWidens) {
-      const int g = Lane() / 4;
-      const uint32_t lane = unit + (Warp() * 16 + g) * kUnitRowBytes + g * 16 + Lane() % 4 / 2 * 4;
-      uint32_t a[kSteps][4];
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const uint32_t at = lane ^ (box * kSteps + step) * 16;
-        a[step][0] = ReadWord(at), a[step][1] = ReadWord(at + 8 * kUnitRowBytes);
-        a[step][2] = ReadWord(at + 8), a[step][3] = ReadWord(at + 8 * kUnitRowBytes + 8);
-      }
-#pragma unroll
-      for (auto& words : a) {
-#pragma unroll
-        for (uint32_t& word : words) word = Widen(word);
-      }
-      WgmmaBegin();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) Wgmma<kTokens>(sums, a[step], b + step * kWgmmaNextK, add + step);
-    } else {
-      const uint64_t a = WgmmaOperand(unit + Group() * kGroupRows * kUnitRowBytes);
-      WgmmaBegin();
-#pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        Wgmma<kTokens>(sums, a + step * kWgmmaNextK, b + step * kWgmmaNextK, add + step);
-      }
-    }
-    WgmmaCommit();
-  }
-
-  // sums of `count` units from zero.
-  __device__ __forceinline__ void Multiply(int count, float (&sums)[kColumns][4]) {
-    int previous = 0;
-    for (int i = 0; i < count; ++i) {
-      BarrierWait(&ring.full[turn.stage], turn.parity);
-#pragma unroll
-      for (int box = 0; box < Unit::kBoxes; ++box) {
-        MultiplyBox(At(turn.stage), box, i + box, sums);
-        WgmmaWait<1>();
-        if (box == 0 && i > 0) Release(previous);
-      }
-      previous = turn.stage;
-      turn.Next(stages);
-    }
-    WgmmaWait<0>();
-#pragma unroll
-    for (auto& column : sums) {
-#pragma unroll
-      for (float& x : column) asm volatile("" : "+f"(x)::"memory");
-    }
-    Release(previous);
-  }
-
-  // For the block that holds the beginning of the tile.
-  __device__ __forceinline__ void Leave(const float (&sums)[kColumns][4]) const {
-    float4* to =
-        workspace.sums + (int64_t{share} * kGroups + Group()) * kColumns * kGroupThreads + threadIdx.x % kGroupThreads;
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      __stcg(to + j * kGroupThreads, make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
-    }
-    __syncwarp();
-    if (Lane() == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(workspace.left + share) : "memory");
-  }
-
-  // The sums of the blocks behind, up to the end of the tile, in order.
-  __device__ __forceinline__ void Add(int tile_end, float (&sums)[kColumns][4]) {
-    for (int i = 0, count = Behind(shares, share, tile_end) * kGroups; i < count; ++i, turn.Next(stages)) {
-      BarrierWait(&ring.full[turn.stage], turn.parity);
-      __syncwarp();  // racecheck takes one lane of a warp to have waited
-      if (i % kGroups == Group()) {
-        const uint32_t at = At(turn.stage) + threadIdx.x % kGroupThreads * sizeof(float4);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          float x, y, z, w;
-          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                       : "=f"(x), "=f"(y), "=f"(z), "=f"(w)
-                       : "r"(at + j * kGroupThreads * static_cast<int>(sizeof(float4))));
-          sums[j][0] += x, sums[j][1] += y, sums[j][2] += z, sums[j][3] += w;
-        }
-      }
-      BarrierArrive(&ring.empty[turn.stage], 1);  // each lane for itself: racecheck again
-    }
-  }
-
-  // Of y, where the product is added to it; asked for while other blocks' sums are waited for.
-  __device__ __forceinline__ void ReadOld(int tile, float (&old)[kColumns][4]) const {
-    const OutputTile output{p, rows};
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) output.ReadOld(Row(tile), Token(j), old[j]);
-  }
-  __device__ __forceinline__ void Write(int tile, float (&sums)[kColumns][4], const float (&old)[kColumns][4]) const {
-    const OutputTile output{p, rows};
-    const bool after = kNorms && p.norm_after.weight != nullptr;
-    int first = Token(0);
-    asm volatile(
-        ""
-        : "+r"(first));  // addresses are not computed ahead of the multiplication, for which registers would lack
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int token = first + j * 8;
-      if (kNorms && p.norm_before.squares != nullptr) {
-        const float even = norms.scales[token], odd = norms.scales[token + 1];
-        sums[j][0] *= even, sums[j][1] *= odd, sums[j][2] *= even, sums[j][3] *= odd;
-      }
-      output.Write(Row(tile), token, sums[j], old[j]);
-      if (after) WriteNormed(tile, token, sums[j], old[j]);
-      if (kNorms) asm volatile("" ::: "memory");  // nor is anything of later columns read early
-    }
-    if (after) WriteSquares(tile);
-  }
-
-  // sums + old is the residual stream.
-  __device__ __forceinline__ void WriteNormed(int tile, int column, const float (&sums)[4],
-                                              const float (&old)[4]) const {
-    float squares[2] = {};  // of two tokens, the lane's rows
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float y = old[i] + sums[i];
-      squares[i % 2] = fmaf(y, y, squares[i % 2]);
-      const int64_t row = Row(tile) + i / 2 * 8, token = column + i % 2;
-      if (row >= p.w.rows || token >= rows) continue;
-      p.norm_after.out[token * p.w.rows + row] = Bf16Bits(y * p.norm_after.weight[row]);
-    }
-#pragma unroll
-    for (float& sum : squares) {
-#pragma unroll
-      for (int lanes = 4; lanes < kWarpSize; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-    }
-    if (Lane() < 4) norms.squares[Warp()][column] = squares[0], norms.squares[Warp()][column + 1] = squares[1];
-  }
-  __device__ __forceinline__ void WriteSquares(int tile) const {
-    ConsumerBarrier();
-    if (const int token = static_cast<int>(threadIdx.x); token < kTokens && token < rows) {
-      float sum = 0.0f;
-#pragma unroll
-      for (const auto& warp : norms.squares) sum += warp[token];
-      p.norm_after.squares[token * NormParts(p.w.rows) + tile] = sum;
-    }
-    ConsumerBarrier();
-  }
-
-  // Into norms.scales; a warp sums every kConsumers-th token's parts, the lanes in a fixed order.
-  __device__ __forceinline__ void ReadScales() const {
-    if (!kNorms || p.norm_before.squares == nullptr) return;
-    constexpr int kEach = kTokens / kConsumers;
-    const int parts = static_cast<int>(NormParts(p.w.cols));
-    float sums[kEach] = {};
-    for (int i = Lane(); i < parts; i += kWarpSize) {
-#pragma unroll
-      for (int t = 0; t < kEach; ++t) {
-        const int token = Warp() + t * kConsumers;
-        if (token < rows) sums[t] += __ldcg(p.norm_before.squares + int64_t{token} * parts + i);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kEach; ++t) {
-      for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sums[t] += __shfl_xor_sync(0xFFFFFFFFu, sums[t], lanes);
-      if (Lane() == 0) {
-        norms.scales[Warp() + t * kConsumers] =
-            1.0f / sqrtf(sums[t] / static_cast<float>(p.w.cols) + p.norm_before.eps);
-      }
-    }
-    ConsumerBarrier();
-  }
-
-  __device__ static int64_t Row(int tile) { return int64_t{tile} * kUnitRows + Warp() * kTileRows + Lane() / 4; }
-  __device__ static int Token(int column) { return column * 8 + Lane() % 4 * 2; }
-
-  __device__ void Run() {
-    GridWait();
-    ReadScales();
-    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end;) {
-      const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(end, tile_end);
-      const bool begins = unit % shares.depth == 0;
-      float sums[kColumns][4], old[kColumns][4] = {};
-      Multiply(stop - unit, sums);
-      unit = stop;
-      if (!begins) {
-        Leave(sums);
-        continue;
-      }
-      if (p.accumulate) ReadOld(tile, old);
-      Add(tile_end, sums);
-      Write(tile, sums, old);
     }
   }
 };

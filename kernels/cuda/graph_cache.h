@@ -12,6 +12,7 @@
 #include <set>
 
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/step_buckets.h"
 
 namespace linspec::cuda {
 
@@ -49,14 +50,5 @@ class GraphCache {
   std::map<Key, cudaGraphExec_t> graphs_;
   std::set<int> loaded_;  // kernels
 };
-
-// Few sizes, so that few graphs serve all steps. Products cost the same for each 8, 16 and 32 rows; above, at most a third
-// is padding.
-constexpr int RowBucket(int rows) {
-  int power = 1;
-  while (power < rows) power *= 2;
-  const int between = power / 4 * 3;
-  return rows > 32 && rows <= between ? between : power;
-}
 
 }  // namespace linspec::cuda

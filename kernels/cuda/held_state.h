@@ -2,6 +2,8 @@
 // while the block does other things; then an operand of the tensor cores (the layout is state_fragment.h's).
 #pragma once
 
+#include <utility>
+
 #include "kernels/cuda/state_fragment.h"
 
 namespace linspec::cuda {
@@ -13,12 +15,10 @@ struct HeldRow;
 template <>
 struct HeldRow<float> {
   float x[4];
-  __device__ __forceinline__ void Load(const float* from) { LoadEarly(x, from); }
 };
 template <>
 struct HeldRow<uint16_t> {
-  uint32_t pairs[2];
-  __device__ __forceinline__ void Load(const uint16_t* from) { LoadEarly(pairs, from); }
+  uint32_t x[2];  // pairs
 };
 
 // Columns 2 i and 2 i + 1 of two rows as the A operand. bf16 is exact in tf32.
@@ -28,26 +28,36 @@ __device__ __forceinline__ Split<4, true> OperandOf(const HeldRow<float>& a, con
 }
 template <int i>
 __device__ __forceinline__ ExactOperand OperandOf(const HeldRow<uint16_t>& a, const HeldRow<uint16_t>& b) {
-  return OfRowPairs(a.pairs[i], b.pairs[i]);
+  return OfRowPairs(a.x[i], b.x[i]);
 }
 
 template <int kDim, typename T>
 struct HeldState {
   using Layout = StateFragment<kDim>;
-  static constexpr int kParts = Layout::kParts, kSteps = Layout::kSteps;
+  static constexpr int kParts = Layout::kParts, kSteps = Layout::kSteps, kRowBytes = kDim * sizeof(T);
   HeldRow<T> s[kSteps][4];
 
+  // One step of at most four; those past the end are nothing.
+  template <int step>
+  __device__ __forceinline__ void LoadStep(const T* state) {
+    if constexpr (step < kSteps) {
+      LoadRows<step>(state + Layout::Row(0) * kDim + Layout::Column(), std::make_integer_sequence<int, 4>());
+    }
+  }
   __device__ __forceinline__ void Load(const T* state) {
-#pragma unroll
-    for (int i = 0; i < kSteps * 4; ++i)
-      s[i / 4][i % 4].Load(state + (Layout::Row(i / 4) + i % 4) * kDim + Layout::Column());
+    static_assert(kSteps <= 4);
+    LoadStep<0>(state);
+    LoadStep<1>(state);
+    LoadStep<2>(state);
+    LoadStep<3>(state);
   }
 
-  // partial[part][row][column] of q S for kRows rows of q [kRows][stride].
+  // The thread's part of q S for kRows rows of q [kRows][stride]: y[2 tile + e] is row 8 tile + 2 c + e, four columns
+  // from Column() on.
   template <int kRows>
-  __device__ __forceinline__ void Multiply(const float* q, int stride, float* partial) const {
+  __device__ __forceinline__ void Multiply(const float* q, int stride, Vec4 (&y)[(kRows + 7) / 8 * 2]) const {
     constexpr int kTiles = (kRows + 7) / 8;  // of 8 rows, the columns of an instruction
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
+    const int g = static_cast<int>(threadIdx.x) % 32 / 4;
     PreciseSums sum[kTiles][2];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
@@ -68,13 +78,28 @@ struct HeldState {
         }
       }
     }
-    float* out = partial + Layout::Part() * kRows * kDim + Layout::Column();
 #pragma unroll
     for (int i = 0; i < 2 * kTiles; ++i) {
-      const int row = i / 2 * 8 + 2 * c + i % 2, e = i % 2;
-      const PreciseSums(&y)[2] = sum[i / 2];
-      if (row < kRows) Store4(out + row * kDim, {y[0][e], y[0][2 + e], y[1][e], y[1][2 + e]});
+      const PreciseSums(&part)[2] = sum[i / 2];
+      y[i] = {part[0][i % 2], part[0][2 + i % 2], part[1][i % 2], part[1][2 + i % 2]};
     }
+  }
+
+  // partial[part][row][column] of q S.
+  template <int kRows>
+  __device__ __forceinline__ static void Store(const Vec4 (&y)[(kRows + 7) / 8 * 2], float* partial) {
+    float* out = partial + Layout::Part() * kRows * kDim + Layout::Column();
+#pragma unroll
+    for (int i = 0; i < (kRows + 7) / 8 * 2; ++i) {
+      const int row = i / 2 * 8 + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
+      if (row < kRows) Store4(out + row * kDim, y[i]);
+    }
+  }
+
+ private:
+  template <int step, int... i>
+  __device__ __forceinline__ void LoadRows(const T* from, std::integer_sequence<int, i...>) {
+    (LoadEarly<(step * 16 + i) * kRowBytes>(s[step][i].x, from), ...);
   }
 };
 

@@ -72,17 +72,19 @@ void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream);
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream);
 
 // RMSNorm spread over the products around it, which then takes no launch: the product that completes a residual stream
-// leaves y * weight in bf16 and sums of squares of each kNormPart values of y; the product that reads the former
-// multiplies its results by 1 / sqrt(mean of y^2 + eps). Warpgroup products only (gemm_wgmma.h).
-inline constexpr int kNormPart = 128;
-__host__ __device__ constexpr int64_t NormParts(int64_t dim) { return (dim + kNormPart - 1) / kNormPart; }
+// leaves y * weight in bf16 and sums of squares of parts of y; the product that reads the former multiplies its results
+// by 1 / sqrt(mean of y^2 + eps). Two kinds of product can, with parts of their own: both sides must be of one kind.
+inline constexpr int kNormPart = 128;     // values of a part, of warpgroup products (gemm_wgmma.h)
+inline constexpr int kRingNormPart = 16;  // of ring products of 8-bit weights, up to kRingNormRows rows (gemm_ring.h)
+inline constexpr int kRingNormRows = 2;
+__host__ __device__ constexpr int64_t NormParts(int64_t dim, int part = kNormPart) { return (dim + part - 1) / part; }
 struct NormAfter {
   const float* weight = nullptr;  // [N]; null: none
   uint16_t* out = nullptr;        // [rows, N]
-  float* squares = nullptr;       // [rows, NormParts(N)]
+  float* squares = nullptr;       // [rows, NormParts(N, part)]
 };
 struct NormBefore {
-  const float* squares = nullptr;  // [rows, NormParts(K)]; null: x is complete
+  const float* squares = nullptr;  // [rows, NormParts(K, part)]; null: x is complete
   float eps = 0.0f;
 };
 

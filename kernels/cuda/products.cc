@@ -1,11 +1,12 @@
 #include "kernels/cuda/products.h"
 
+#include "kernels/cuda/gemm_ring.h"
 #include "kernels/cuda/gemm_wgmma.h"
 
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxRingRows = 2;                              // beyond, on sm_90: warpgroup instructions
+constexpr int kMaxRingRows = kRingNormRows;                  // beyond, on sm_90: warpgroup instructions
 constexpr int kMaxOwnRows = 64, kMaxOwnRowsBf16Below90 = 8;  // beyond: cuBLASLt, where it may be used
 constexpr int kMaxOwnRowsWidened = 512;                      // the same of int8 and fp8 by warpgroup instructions
 constexpr int kMaxStreamedRows = 64;                         // of our kernels without those instructions, beyond: tiled
@@ -50,6 +51,11 @@ bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
 }
 
+// What the norms are then rounded to depends on the kind of product, which is not for deterministic mode.
+bool Products::UsesRingWithNorms(const LinspecCudaMatrix& w, int rows) const {
+  return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorms(w, rows);
+}
+
 void Products::LaunchOwn(const GemmParams& product, int rows) {
   if (UsesWgmma(product.w, rows)) {
     LaunchWgmmaGemm(product, rows, context_->stream());
@@ -89,10 +95,10 @@ void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* s
 
 NormBefore Products::AddAndNorm(const LinspecCudaMatrix& w, const uint16_t* x, float* y, const NormAfter& after,
                                 float eps, const LinspecCudaMatrix& next, int rows) {
-  if (UsesWgmma(w, rows) && UsesWgmma(next, rows)) {
-    const GemmParams product{
-        .w = w, .x = x, .y = y, .accumulate = true, .workspace = workspace_.as<void>(), .norm_after = after};
-    LaunchWgmmaGemm(product, rows, context_->stream());
+  const bool wgmma = UsesWgmma(w, rows) && UsesWgmma(next, rows);
+  if (wgmma || (UsesRingWithNorms(w, rows) && UsesRingWithNorms(next, rows))) {
+    LaunchOwn({.w = w, .x = x, .y = y, .accumulate = true, .workspace = workspace_.as<void>(), .norm_after = after},
+              rows);
     return {.squares = after.squares, .eps = eps};
   }
   Matmul(w, x, y, /*accumulate=*/true, rows);

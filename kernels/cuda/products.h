@@ -32,6 +32,7 @@ class Products {
  private:
   bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
   bool UsesWgmma(const LinspecCudaMatrix& w, int rows) const;
+  bool UsesRingWithNorms(const LinspecCudaMatrix& w, int rows) const;
   void LaunchOwn(const GemmParams& product, int rows);
 
   Context* const context_;

@@ -27,9 +27,6 @@ __device__ __forceinline__ float RoundStochastically(float value, uint32_t key) 
   return __uint_as_float((bits + (finite ? MixBits(key) >> 16 : 0)) & 0xFFFF0000u);
 }
 
-__device__ __forceinline__ float Widen(float value) { return value; }
-__device__ __forceinline__ float Widen(uint16_t bits) { return __uint_as_float(static_cast<uint32_t>(bits) << 16); }
-
 // Four elements; stored ones are exact in the type.
 __device__ __forceinline__ Vec4 LoadElements(const float* p) { return Load4(p); }
 __device__ __forceinline__ Vec4 LoadElements(const uint16_t* p) {

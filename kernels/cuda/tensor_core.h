@@ -111,7 +111,7 @@ struct PreciseSums {  // three chains: shorter, for warps that have nothing else
 };
 
 // 16 bytes of global memory to shared memory; both aligned to 16.
-__device__ __forceinline__ void CopyAsync16(float* shared, const float* global) {
+__device__ __forceinline__ void CopyAsync16(void* shared, const void* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
@@ -128,18 +128,17 @@ template <int kPending>
 __device__ __forceinline__ void WaitCopies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
-// Also for those that were never committed.
-__device__ __forceinline__ void WaitAllCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Bulk copies after this see what other kernels stored before.
+// Bulk copies to shared memory after this come after what was stored there before.
 __device__ __forceinline__ void OrderAfterStores() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Barrier for bulk copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for
-// each round, announces the bytes; any thread of its warp may then copy. Further arrivals are of ArriveAfterCopies.
+// Barrier for copies, sm_90 and newer (kernels that use it are launched there only). One thread makes it and, for each
+// round, announces the bytes of bulk copies; any thread of its warp may then copy. Further arrivals are of
+// ArriveAfterCopies, or of Arrive where it says that something has been read.
 struct CopyBarrier {
   uint64_t word;
 
@@ -153,6 +152,12 @@ struct CopyBarrier {
   __device__ __forceinline__ void Expect(uint32_t bytes) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Address()), "r"(bytes) : "memory");
+#endif
+  }
+  // Makes the thread's reads and writes before this those of the past for who waits.
+  __device__ __forceinline__ void Arrive() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(Address()) : "memory");
 #endif
   }
   // Arrives once the thread's CopyAsync before this have landed.
@@ -185,15 +190,19 @@ struct CopyBarrier {
 };
 
 // Issued early, used late. Unconditional: a branch or a predicate would make the compiler copy, hence wait for, the
-// data.
+// data. kOffset, in bytes, is part of the instruction: an address made for each load would be kept in registers.
+template <int kOffset = 0>
 __device__ __forceinline__ void LoadEarly(float (&x)[4], const float* global) {
-  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.f32 {%0,%1,%2,%3}, [%4 + %5];"
                : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-               : "l"(global));
+               : "l"(global), "n"(kOffset));
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void LoadEarly(uint32_t (&x)[2], const uint16_t* global) {
-  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(global));
+  asm volatile("ld.global.L1::no_allocate.v2.u32 {%0,%1}, [%2 + %3];"
+               : "=r"(x[0]), "=r"(x[1])
+               : "l"(global), "n"(kOffset));
 }
 
 }  // namespace linspec::cuda

@@ -1,11 +1,12 @@
-// tree_verify on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 256
-// threads a multiprocessor. S of an item lives in registers (held_state.h), its window in shared memory
-// (verify_item.h, window_tile.h).
+// tree_verify on tensor cores: a persistent grid over items (request, kv head, tile of 8 rows), two blocks of 8 warps a
+// multiprocessor. S of an item lives in registers (held_state.h), its window in shared memory (verify_item.h,
+// window_tile.h).
 //
-// An item is two phases with a barrier after each, and what a phase has used up is asked for again at once: q S and the
-// weights (then S, keys and queries of the next item travel), then the weighted values (then its values). So loads are
-// under way all the time, and a block waits for memory only. A block starts while the kernel before it runs: S, rings
-// and tasks are older than that.
+// The warps meet twice an item: q S and the scores of all rows are on tensor cores and spread over the warps; then a
+// warp does a row alone, from its weights to its output. What has been used up is asked for again: S after q S, in four
+// parts, since loads past what a multiprocessor can have outstanding hold up all reads of shared memory; keys and
+// queries, then values, by one warp each that waits for the others at a barrier of its own. So loads are under way all
+// the time. A block starts while the kernel before it runs: S, rings and tasks are older than that.
 //
 // Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in
 // and 0.5 KB out. Reached: docs/cuda_attention.md.
@@ -24,68 +25,76 @@ namespace {
 constexpr int kTreeRows = 8, kLargeTreeRows = 16;
 constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 
-// Shared memory, in floats.
+// Warps with a task beside their rows, which are the last ones of a tile: the first to have none.
+constexpr int kKeyWarp = 0, kValueWarp = 1, kItemWarp = 2;
+
+// Shared memory, in floats. Where values and taps begin depends on the call.
 template <int kDim, int kRows, typename T>
 struct Layout {
   using Tile = WindowTile<kDim, kRows, T>;
-  int tokens, taps_size;
-  __host__ __device__ Layout(const VerifyWork& work, const LayerParams& layer)
-      : tokens(work.tokens), taps_size((layer.num_heads / layer.num_kv_heads * layer.conv_kernel + 3) / 4 * 4) {}
-  __host__ __device__ int Masks() const { return 0; }
-  __host__ __device__ int Taps() const { return 2 * kMaxNodes; }
-  __host__ __device__ int Queries() const { return Taps() + taps_size; }
-  __host__ __device__ int State() const { return Queries() + kRows * Tile::kQueryStride; }  // q S, by parts of the rows
-  __host__ __device__ int Local() const { return State() + HeldState<kDim, T>::kParts * kRows * kDim; }
-  __host__ __device__ int Grouped() const { return Local() + tokens * kRows; }
-  __host__ __device__ int Keys() const { return Grouped() + tokens * kRows; }
-  __host__ __device__ int Values() const { return Keys() + WindowSize(); }
-  __host__ __device__ int Size() const { return Values() + WindowSize(); }
+  static constexpr int kMasks = 0, kQueries = kMasks + 2 * kMaxNodes, kState = kQueries + kRows * Tile::kQueryStride;
+  static constexpr int kLocal = kState + HeldState<kDim, T>::kParts * kRows * kDim;  // after q S, by parts of the rows
+  static constexpr int kGrouped = kLocal + kRows * Tile::kCapacity, kKeys = kGrouped + kRows * Tile::kCapacity;
+
+  __host__ __device__ static int Values(const VerifyWork& work) { return kKeys + WindowSize(work); }
+  __host__ __device__ static int Taps(const VerifyWork& work) { return kKeys + 2 * WindowSize(work); }
+  __host__ static int Size(const VerifyWork& work, const LayerParams& layer) {
+    return Taps(work) + layer.num_heads / layer.num_kv_heads * layer.conv_kernel;
+  }
 
  private:
-  __host__ __device__ int WindowSize() const { return tokens * Tile::kStride * sizeof(T) / sizeof(float); }
+  __host__ __device__ static int WindowSize(const VerifyWork& work) {
+    return work.tokens * Tile::kStride * static_cast<int>(sizeof(T)) / static_cast<int>(sizeof(float));
+  }
 };
 
-// What a block shares about its items; round r is in items[r % 3] and came from tasks[r % 4].
+// What a block shares about its items; round r is in items[r % 3]. Barriers of a round: what has landed, and what all
+// warps have used up.
 template <int kRows>
 struct Schedule {
-  Task tasks[4];
   Item items[3];
   RowInfo rows[3][kRows];
-  CopyBarrier keys, values;
-  int folds[kRows];
-  float squares[kRows][kMaxHeadDim / 32];  // of z, by the warps that share a row
+  CopyBarrier keys, values, used_keys, used_values;
+
+  __device__ __forceinline__ void Make() {
+    keys.Make(1 + 32);
+    values.Make(1 + 32);
+    used_keys.Make(kThreads / 32);
+    used_values.Make(kThreads / 32);
+  }
 };
 
 template <int kDim, int kRows, typename T>
 struct Verifier {
   using Tile = WindowTile<kDim, kRows, T>;
-  static constexpr int kThreadRows = Tile::kThreadRows;
+  using State = HeldState<kDim, T>;
+  using At = Layout<kDim, kRows, T>;
+  static constexpr int kWarpRows = Tile::kWarpRows, kChannels = Tile::kChannels;
+  using Sums = float[kWarpRows][kChannels];
 
   const AttentionParams& p;
   const VerifyWork& work;
-  Layout<kDim, kRows, T> layout;
   float* shared;
   Schedule<kRows>& schedule;
 
+  __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / 32; }
-  __device__ __forceinline__ static bool Fetches() { return Warp() == kThreads / 32 - 1; }  // it scores the least
-  __device__ __forceinline__ static bool Sums() { return kRows > 1 || Warp() < Tile::kChannelWarps; }
   __device__ __forceinline__ int IndexOf(int round) const {
     return static_cast<int>(blockIdx.x) + round * static_cast<int>(gridDim.x);
   }
   __device__ __forceinline__ bool Has(int round) const { return IndexOf(round) < work.items; }
-  __device__ __forceinline__ const Task* TaskOf(int round) const {
-    return p.tasks + IndexOf(round) / (p.layer.num_kv_heads * work.splits);
+  __device__ __forceinline__ Task TaskOf(int round) const {
+    return p.tasks[IndexOf(round) / (p.layer.num_kv_heads * work.splits)];
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
-  __device__ __forceinline__ WindowFetch<kDim, T> Fetch() const {
+  __device__ __forceinline__ WindowFetch<kDim, T> FetchOf() const {
     return {p,
-            reinterpret_cast<T*>(shared + layout.Keys()),
-            reinterpret_cast<T*>(shared + layout.Values()),
-            shared + layout.Queries(),
-            shared + layout.Taps(),
-            reinterpret_cast<uint64_t*>(shared + layout.Masks()),
+            reinterpret_cast<T*>(shared + At::kKeys),
+            reinterpret_cast<T*>(shared + At::Values(work)),
+            shared + At::kQueries,
+            shared + At::Taps(work),
+            reinterpret_cast<uint64_t*>(shared + At::kMasks),
             schedule.keys,
             schedule.values};
   }
@@ -93,169 +102,163 @@ struct Verifier {
     return {p.layer,
             ItemOf(round),
             schedule.rows[round % 3],
-            reinterpret_cast<T*>(shared + layout.Keys()),
-            reinterpret_cast<T*>(shared + layout.Values()),
-            shared + layout.Queries(),
-            reinterpret_cast<const uint64_t*>(shared + layout.Masks()),
-            shared + layout.Taps(),
-            shared + layout.Local(),
-            shared + layout.Grouped(),
-            schedule.folds,
+            reinterpret_cast<T*>(shared + At::kKeys),
+            reinterpret_cast<T*>(shared + At::Values(work)),
+            shared + At::kQueries,
+            reinterpret_cast<const uint64_t*>(shared + At::kMasks),
+            shared + At::Taps(work),
+            shared + At::kLocal,
+            shared + At::kGrouped,
             __ffs(p.layer.group_size) - 1};
   }
 
-  // By one warp: the item of a round, whose task has landed. The gains land with the copies of tasks.
-  __device__ __forceinline__ void Prepare(int round) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (!Has(round)) return;
-    const Item item(p, schedule.tasks[round % 4], IndexOf(round), work, kRows);
-    if (lane == 0) schedule.items[round % 3] = item;
-    if (lane < item.rows) {
-      const int row = item.first_row + lane, node = row / item.heads, head = row - node * item.heads;
-      RowInfo& info = schedule.rows[round % 3][lane];
-      const int query_head = item.kv_head * item.heads + head;
+  // By one warp; the others see it after the next barrier.
+  __device__ __forceinline__ void Publish(int round, const Task& task) const {
+    const Item item(p, task, IndexOf(round), work, kRows);
+    if (Lane() == 0) schedule.items[round % 3] = item;
+    if (Lane() < item.rows) {
+      const int row = item.first_row + Lane(), node = row / item.heads, head = row - node * item.heads;
+      RowInfo& info = schedule.rows[round % 3][Lane()];
       info.node = node;
       info.head = head;
-      info.out = (item.out_begin + node) * p.layer.num_heads + query_head;
-      if (p.layer.global == Global::kRmsNorm) CopyAsync4(&info.gain, p.layer.global_gain + query_head);
-    }
-    __syncwarp();
-  }
-  __device__ __forceinline__ void FetchTask(int round) const {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    if (lane < 2 && Has(round)) {
-      CopyAsync16(reinterpret_cast<float*>(&schedule.tasks[round % 4]) + 4 * lane,
-                  reinterpret_cast<const float*>(TaskOf(round)) + 4 * lane);
+      info.out = (item.out_begin + node) * p.layer.num_heads + item.kv_head * item.heads + head;
     }
   }
 
   // The loads of the first item; rows of the step only once the kernel before this one has ended.
-  __device__ __forceinline__ void Begin(HeldState<kDim, T>& s) const {
-    const int thread = static_cast<int>(threadIdx.x);
-    if (thread == 0) {
-      schedule.keys.Make(1 + 32);
-      schedule.values.Make(1);
-    }
-    if (thread < 6 && Has(thread / 2)) {
-      Store4(reinterpret_cast<float*>(&schedule.tasks[thread / 2]) + thread % 2 * 4,
-             Load4(reinterpret_cast<const float*>(TaskOf(thread / 2)) + thread % 2 * 4));
-    }
+  __device__ __forceinline__ void Begin(State& s) const {
+    const Task task = TaskOf(0);
+    s.Load(static_cast<const T*>(Item(p, task, IndexOf(0), work, kRows).state));
+    if (Warp() == kItemWarp) Publish(0, task);
+    if (threadIdx.x == 0) schedule.Make();
     __syncthreads();
-    s.Load(static_cast<const T*>(Item(p, schedule.tasks[0], IndexOf(0), work, kRows).state));
-    const WindowFetch<kDim, T> fetch = Fetch();
-    if (Fetches()) {
-      Prepare(0);
-      fetch.ExpectKeys(ItemOf(0));
-      fetch.ExpectValues(ItemOf(0));
-      fetch.OldKeys(ItemOf(0));
-      fetch.OldValues(ItemOf(0));
-      Prepare(1);
-      WaitAllCopies();  // gains
-    }
+    const Item& item = ItemOf(0);
+    const WindowFetch<kDim, T> fetch = FetchOf();
+    if (Warp() == kKeyWarp) fetch.OldKeys(item, schedule.rows[0]);
+    if (Warp() == kValueWarp) fetch.OldValues(item);
+    if (Warp() == kItemWarp && Has(1)) Publish(1, TaskOf(1));
     GridWait();
-    if (Fetches()) {
-      OrderAfterStores();
-      fetch.NewKeys(ItemOf(0), schedule.rows[0]);
-      fetch.NewValues(ItemOf(0));
-    }
-    __syncthreads();  // items
+    if (Warp() == kKeyWarp) fetch.NewKeys(item, schedule.rows[0]);
+    if (Warp() == kValueWarp) fetch.NewValues(item);
   }
 
-  // Between the phases, by one warp: keys and queries of the next item, and what later ones are.
-  __device__ __forceinline__ void FetchNext(int round) const {
-    WaitAllCopies();  // the task of round + 2, the gains of round + 1
+  // By each warp once all of its lanes have read what the barrier is about.
+  __device__ __forceinline__ static void Used(CopyBarrier& barrier) {
     __syncwarp();
-    const WindowFetch<kDim, T> fetch = Fetch();
-    const Item& next = ItemOf(round + 1);
-    fetch.ExpectKeys(next);
-    fetch.NewKeys(next, schedule.rows[(round + 1) % 3]);
-    fetch.OldKeys(next);
-    Prepare(round + 2);
-    FetchTask(round + 3);
+    if (Lane() == 0) barrier.Arrive();
   }
-  __device__ __forceinline__ void FetchNextValues(int round) const {
-    const WindowFetch<kDim, T> fetch = Fetch();
-    const Item& next = ItemOf(round + 1);
-    fetch.ExpectValues(next);
-    fetch.OldValues(next);
-    fetch.NewValues(next);
+  // By one warp: once the round's keys or values are used up, those of the next.
+  __device__ __forceinline__ void FetchKeys(int round) const {
+    schedule.used_keys.Wait(round);
+    OrderAfterStores();
+    FetchOf().OldKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
+    FetchOf().NewKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
+  }
+  __device__ __forceinline__ void FetchValues(int round) const {
+    schedule.values.Wait(round);  // of an item without rows nobody else has
+    schedule.used_values.Wait(round);
+    OrderAfterStores();
+    FetchOf().OldValues(ItemOf(round + 1));
+    FetchOf().NewValues(ItemOf(round + 1));
   }
 
-  // z of the thread's rows and channel, given the grouped sum of its window, and its squares.
-  __device__ __forceinline__ void AddState(const Item& item, float (&z)[kThreadRows]) const {
-    const float* from = shared + layout.State() + Tile::FirstRow() * kDim + Tile::Channel();
+  // z of a row and the lane's channels, given the grouped sum of its window.
+  __device__ __forceinline__ void AddState(const Item& item, int row, int folds, float (&z)[kChannels]) const {
+    const float* from = shared + At::kState + row * kDim + Tile::Channel();
+    float sum[kChannels] = {};
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      float sum = 0.0f;
+    for (int part = 0; part < State::kParts; ++part) {
+      float x[kChannels];
+      LoadChannels(from + part * kRows * kDim, x);
 #pragma unroll
-      for (int part = 0; part < HeldState<kDim, T>::kParts; ++part) sum += from[(part * kRows + i) * kDim];
-      if (item.may_cross(p.layer.group_size) && p.layer.decay != nullptr) {
-#pragma unroll 1
-        for (int fold = schedule.folds[Tile::FirstRow() + i]; fold > 0; --fold) sum *= p.layer.decay[item.kv_head];
-      }
-      z[i] += sum;
+      for (int i = 0; i < kChannels; ++i) sum[i] += x[i];
     }
-  }
-  __device__ __forceinline__ void Square(const float (&z)[kThreadRows]) const {
+#pragma unroll 1
+    for (; folds > 0 && p.layer.decay != nullptr; --folds) {
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      float squares = z[i] * z[i];
+      for (int i = 0; i < kChannels; ++i) sum[i] *= p.layer.decay[item.kv_head];
+    }
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) z[i] += sum[i];
+  }
+
+  // Outputs of a row.
+  __device__ __forceinline__ void Finish(const RowInfo& row, const float (&local)[kChannels],
+                                         const float (&z)[kChannels]) const {
+    float scale = p.layer.global_factor;
+    if (p.layer.global == Global::kRmsNorm) {
+      float squares = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) squares = fmaf(z[i], z[i], squares);
 #pragma unroll
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
-      if (threadIdx.x % 32 == 0) schedule.squares[Tile::FirstRow() + i][Warp() % Tile::kChannelWarps] = squares;
+      scale = row.gain / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
+    }
+    const int64_t at = static_cast<int64_t>(row.out) * kDim + Tile::Channel();
+#pragma unroll
+    for (int i = 0; i < kChannels; i += 2) {
+      float2 y = make_float2(local[i], local[i + 1]);
+      if (p.layer.global != Global::kNone) y = make_float2(fmaf(scale, z[i], y.x), fmaf(scale, z[i + 1], y.y));
+      if (p.out != nullptr) *reinterpret_cast<float2*>(p.out + at + i) = y;
+      const uint32_t pair = RoundToBf16(y.x) | static_cast<uint32_t>(RoundToBf16(y.y)) << 16;
+      if (p.out_bf16 != nullptr) *reinterpret_cast<uint32_t*>(p.out_bf16 + at + i) = pair;
     }
   }
 
-  // y of the thread's rows and channel.
-  __device__ __forceinline__ void Finish(int round, const float (&local)[kThreadRows],
-                                         const float (&z)[kThreadRows]) const {
+  // The warp's rows of an item, from their scores and q S on, and its other task.
+  template <bool kMore>
+  __device__ __forceinline__ void FinishRows(int round, const T* next, State& s) const {
+    const Item& item = ItemOf(round);
+    const Tile tile = TileOf(round);
+    const bool crosses = item.may_cross(p.layer.group_size), mine = Tile::RowOf(0) < item.rows;
+    const bool publishes = kMore && Warp() == kItemWarp && Has(round + 2);
+    Task task{};
+    if (publishes) task = TaskOf(round + 2);
+    int folds[kWarpRows] = {};
 #pragma unroll
-    for (int i = 0; i < kThreadRows; ++i) {
-      const int row = Tile::FirstRow() + i;
-      if (row >= ItemOf(round).rows) return;
-      const RowInfo& info = schedule.rows[round % 3][row];
-      float scale = p.layer.global_factor;
-      if (p.layer.global == Global::kRmsNorm) {
-        float squares = 0.0f;
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (Tile::RowOf(i) >= item.rows) break;
+      const auto row = tile.Row(Tile::RowOf(i));
+      tile.Weigh(Tile::RowOf(i), row);
+      folds[i] = row.group;
+    }
+    if (publishes) Publish(round + 2, task);
+    Used(schedule.used_keys);
+    if (kMore && Warp() == kKeyWarp) FetchKeys(round);
+    if constexpr (kMore) s.template LoadStep<2>(next);
+    Sums local = {}, z = {};
+    if (mine) {
+      schedule.values.Wait(round);
+      tile.Accumulate(tile.local, local);
+      if (crosses) tile.Accumulate(tile.grouped, z);
+    }
+    if constexpr (kMore) s.template LoadStep<3>(next);
+    Used(schedule.used_values);
+    if (kMore && Warp() == kValueWarp) FetchValues(round);
 #pragma unroll
-        for (int warp = 0; warp < Tile::kChannelWarps; ++warp) squares += schedule.squares[row][warp];
-        scale = info.gain / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
-      }
-      const int64_t at = static_cast<int64_t>(info.out) * kDim + Tile::Channel();
-      const float y = p.layer.global == Global::kNone ? local[i] : fmaf(scale, z[i], local[i]);
-      if (p.out != nullptr) p.out[at] = y;
-      if (p.out_bf16 != nullptr) p.out_bf16[at] = RoundToBf16(y);
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (Tile::RowOf(i) >= item.rows) break;
+      if (item.reads_state) AddState(item, Tile::RowOf(i), folds[i], z[i]);
+      Finish(schedule.rows[round % 3][Tile::RowOf(i)], local[i], z[i]);
     }
   }
 
   // kMore: another round follows.
   template <bool kMore>
-  __device__ __forceinline__ void Round(int round, HeldState<kDim, T>& s) const {
+  __device__ __forceinline__ void Round(int round, State& s) const {
     const Item& item = ItemOf(round);
     const Tile tile = TileOf(round);
-    PreciseSums scores[Tile::kTiles];
+    Vec4 y[(kRows + 7) / 8 * 2];
     schedule.keys.Wait(round);
-    if (item.reads_state) s.template Multiply<kRows>(tile.queries, tile.kQueryStride, shared + layout.State());
-    if (item.rows > 0) tile.Score(scores);
-    if constexpr (kMore) s.Load(static_cast<const T*>(ItemOf(round + 1).state));
-    if (item.rows > 0) tile.Weigh(scores);
+    s.template Multiply<kRows>(tile.queries, tile.kQueryStride, y);
+    __syncthreads();  // no warp reads scores and q S of the round before any more
+    const T* next = kMore ? static_cast<const T*>(ItemOf(round + 1).state) : nullptr;
+    if constexpr (kMore) s.template LoadStep<0>(next);
+    if (item.reads_state) State::template Store<kRows>(y, shared + At::kState);
+    if (item.rows > 0) tile.Score();
     __syncthreads();
-    if constexpr (kMore) {
-      if (Fetches()) FetchNext(round);
-    }
-    schedule.values.Wait(round);
-    float local[kThreadRows] = {}, z[kThreadRows] = {};
-    if (Sums() && item.rows > 0) {
-      tile.Accumulate(tile.local, local);
-      if (item.may_cross(p.layer.group_size)) tile.Accumulate(tile.grouped, z);
-      if (item.reads_state) AddState(item, z);
-      if (p.layer.global == Global::kRmsNorm) Square(z);
-    }
-    __syncthreads();
-    if constexpr (kMore) {
-      if (Fetches()) FetchNextValues(round);
-    }
-    if (Sums()) Finish(round, local, z);
+    if constexpr (kMore) s.template LoadStep<1>(next);
+    FinishRows<kMore>(round, next, s);
   }
 };
 
@@ -265,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks(kRows))
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule<kRows> schedule;
   GridLaunchDependents();
-  const Verifier<kDim, kRows, T> program{p, work, Layout<kDim, kRows, T>(work, p.layer), shared, schedule};
+  const Verifier<kDim, kRows, T> program{p, work, shared, schedule};
   HeldState<kDim, T> s;
   program.Begin(s);
   int round = 0;
@@ -287,7 +290,7 @@ VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
 
 template <int kDim, int kRows, typename T>
 int SharedBytes(const AttentionParams& p) {
-  return Layout<kDim, kRows, T>(WorkOf(p, 1, kRows), p.layer).Size() * static_cast<int>(sizeof(float));
+  return Layout<kDim, kRows, T>::Size(WorkOf(p, 1, kRows), p.layer) * static_cast<int>(sizeof(float));
 }
 
 // Blocks of a multiprocessor.

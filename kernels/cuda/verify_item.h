@@ -54,12 +54,13 @@ struct RowInfo {   // of a row of an item
   float gain;      // Global::kRmsNorm
 };
 
-// Copies of an item to shared memory, started by one warp; a barrier of 1 + kWarp arrivals for the keys, queries, masks
-// and taps (the last two come by copies of 4 and 8 bytes, at which every lane arrives), one of 1 for the values.
+// Copies of an item to shared memory, started by one warp: rings in bulk, everything else by the lanes, since a warp
+// issues its lanes' bulk copies one after the other. Both barriers are of 1 + kWarp arrivals: the first of keys,
+// queries, masks, taps and gains, the second of values.
 template <int kDim, typename T>
 struct WindowFetch {
   static constexpr int kWarp = 32, kQueryStride = kDim + 4;
-  static constexpr uint32_t kRowBytes = kDim * sizeof(T), kQueryBytes = kDim * sizeof(float);
+  static constexpr uint32_t kRowBytes = kDim * sizeof(T);
 
   const AttentionParams& p;
   T *keys, *values;  // in shared memory
@@ -69,76 +70,75 @@ struct WindowFetch {
 
   __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
-  // Announces the bytes of all copies of the item. Before any of them; all lanes.
-  __device__ __forceinline__ void ExpectKeys(const Item& item) const {
-    const uint32_t bytes = (item.phase + item.nodes) * kRowBytes + item.rows * kQueryBytes;
-    if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? bytes : 0);
-    __syncwarp();
-  }
-  __device__ __forceinline__ void ExpectValues(const Item& item) const {
-    if (Lane() == 0) values_barrier.Expect(item.rows > 0 ? item.tokens() * kRowBytes : 0);
-    __syncwarp();
-  }
-
-  // What is older than the kernel before this one: rings, masks, taps.
-  __device__ __forceinline__ void OldKeys(const Item& item) const {
-    if (item.rows > 0) {
-      if (Lane() == 0) keys_barrier.Copy(keys + item.history * kDim, item.ring, item.phase * kRowBytes);
-#pragma unroll 1
-      for (int node = Lane(); node < item.nodes; node += kWarp) {
-        if (p.ancestors != nullptr) {
-          CopyAsync8(masks + node, p.ancestors + item.row_begin + node);
-        } else {
-          masks[node] = ~uint64_t{0} >> (63 - node);
-        }
-      }
-      const int size = item.heads * p.layer.conv_kernel;
-#pragma unroll 1
-      for (int i = Lane(); i < size; i += kWarp) CopyAsync4(taps + i, p.layer.conv_taps + item.kv_head * size + i);
-    }
-    keys_barrier.ArriveAfterCopies();
-  }
-  __device__ __forceinline__ void OldValues(const Item& item) const {
-    if (item.rows == 0 || Lane() > 1) return;
-    const T* ring =
-        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
-    if (Lane() == 0) values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
-    if (Lane() == 1) {
-      values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
-    }
-  }
-
-  // The rows of this step.
-  __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
+  // What is older than the kernel before this one: rings, masks, taps, gains.
+  __device__ __forceinline__ void OldKeys(const Item& item, RowInfo* rows) const {
     if (item.rows == 0) return;
-    const KvRows<T> kv = p.Kv<T>();
-    const T* from = kv.data + item.row_begin * kv.stride + item.kv_head * kDim;
-    const float* q = p.qkv + item.out_begin * QueryStride();
-#pragma unroll 1
-    for (int i = Lane(); i < item.nodes + item.rows; i += kWarp) {
-      const int query = i - item.nodes;
-      if (query < 0) {
-        keys_barrier.Copy(keys + (item.ring_tokens() + i) * kDim, from + i * kv.stride, kRowBytes);
-      } else {
-        const RowInfo& row = rows[query];
-        keys_barrier.Copy(queries + query * kQueryStride,
-                          q + row.node * QueryStride() + (item.kv_head * item.heads + row.head) * kDim, kQueryBytes);
-      }
-    }
-  }
-  __device__ __forceinline__ void NewValues(const Item& item) const {
-    if (item.rows == 0) return;
-    const KvRows<T> kv = p.Kv<T>();
-    const T* from = kv.data + item.row_begin * kv.stride + (p.layer.num_kv_heads + item.kv_head) * kDim;
+    if (Lane() == 0) keys_barrier.Copy(keys + item.history * kDim, item.ring, item.phase * kRowBytes);
 #pragma unroll 1
     for (int node = Lane(); node < item.nodes; node += kWarp) {
-      values_barrier.Copy(values + (item.ring_tokens() + node) * kDim, from + node * kv.stride, kRowBytes);
+      if (p.ancestors != nullptr) {
+        CopyAsync8(masks + node, p.ancestors + item.row_begin + node);
+      } else {
+        masks[node] = ~uint64_t{0} >> (63 - node);
+      }
     }
+    const int size = item.heads * p.layer.conv_kernel;
+#pragma unroll 1
+    for (int i = Lane(); i < size; i += kWarp) CopyAsync4(taps + i, p.layer.conv_taps + item.kv_head * size + i);
+    if (p.layer.global == Global::kRmsNorm && Lane() < item.rows) {
+      RowInfo& row = rows[Lane()];
+      CopyAsync4(&row.gain, p.layer.global_gain + item.kv_head * item.heads + row.head);
+    }
+  }
+  __device__ __forceinline__ void OldValues(const Item& item) const {
+    if (item.rows == 0 || Lane() > 0) return;
+    const T* ring =
+        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
+    values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
+    values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
+  }
+
+  // The rows of this step; then all that the barrier waits for is under way.
+  __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
+    if (item.rows > 0) {
+      CopyRows(keys, item, 0);
+      const float* q = p.qkv + item.out_begin * QueryStride() + item.kv_head * item.heads * kDim;
+      constexpr int kLanes = kDim / 4;  // of a row
+#pragma unroll 1
+      for (int i = Lane() / kLanes; i < item.rows; i += kWarp / kLanes) {
+        const int column = Lane() % kLanes * 4;
+        CopyAsync16(queries + i * kQueryStride + column,
+                    q + rows[i].node * QueryStride() + rows[i].head * kDim + column);
+      }
+    }
+    Arrive(keys_barrier, item.rows > 0 ? item.phase : 0);
+  }
+  __device__ __forceinline__ void NewValues(const Item& item) const {
+    if (item.rows > 0) CopyRows(values, item, p.layer.num_kv_heads);
+    Arrive(values_barrier, item.rows > 0 ? item.ring_tokens() : 0);
   }
 
  private:
+  // What the lanes stored themselves is seen by who waits for the barrier too.
+  __device__ __forceinline__ void Arrive(CopyBarrier& barrier, int bulk_rows) const {
+    __syncwarp();
+    if (Lane() == 0) barrier.Expect(bulk_rows * kRowBytes);
+    barrier.ArriveAfterCopies();
+  }
   __device__ __forceinline__ int64_t QueryStride() const {
     return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
+  }
+  // Keys, or values with the kv heads before them, of the item's nodes.
+  __device__ __forceinline__ void CopyRows(T* to, const Item& item, int heads_before) const {
+    constexpr int kElements = 16 / sizeof(T), kLanes = kDim / kElements;  // of a copy; of a row
+    const KvRows<T> kv = p.Kv<T>();
+    const int column = Lane() % kLanes * kElements;
+    const T* from = kv.data + item.row_begin * kv.stride + (heads_before + item.kv_head) * kDim + column;
+    to += item.ring_tokens() * kDim + column;
+#pragma unroll 2
+    for (int node = Lane() / kLanes; node < item.nodes; node += kWarp / kLanes) {
+      CopyAsync16(to + node * kDim, from + node * kv.stride);
+    }
   }
 };
 

@@ -1,5 +1,5 @@
-// The window product of one tile of query rows on a block of 8 warps: scores on the tensor cores, weighted values as
-// fp32 FMAs in the order of the tokens.
+// The window product of one tile of query rows on 8 warps: scores on the tensor cores, then each row by one warp, its
+// weighted values as fp32 FMAs in the order of the tokens.
 //
 // Rows of a tile are (node, query head) pairs of one kv head, node-major. Token t of the window (ring, then tree rows
 // of the call) has its key and value in shared memory at row t. A row's ancestors stand by ascending position, and
@@ -11,20 +11,30 @@
 
 namespace linspec::cuda {
 
-struct QueryRow {
-  uint64_t mask;  // ancestors; 0: no such row
-  int position, group;
-  const float* taps;
-};
+// Two or four consecutive elements.
+__device__ __forceinline__ void LoadChannels(const float* from, float (&to)[2]) {
+  const float2 x = *reinterpret_cast<const float2*>(from);
+  to[0] = x.x, to[1] = x.y;
+}
+__device__ __forceinline__ void LoadChannels(const uint16_t* from, float (&to)[2]) {
+  const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
+  to[0] = __uint_as_float(pair << 16), to[1] = __uint_as_float(pair & 0xFFFF0000u);
+}
+template <typename T>
+__device__ __forceinline__ void LoadChannels(const T* from, float (&to)[4]) {
+  const Vec4 x = LoadElements(from);
+  to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+}
 
 template <int kDim, int kRows, typename T>
 struct WindowTile {
-  // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads meet in a bank.
+  // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads of keys meet in a bank.
   static constexpr int kStride = kDim, kQueryStride = kDim + 4;
-  // Of the sums, a thread has one channel of kThreadRows rows; with one row, half or more of the warps have none.
-  static constexpr int kChannelWarps = kDim / 32, kRowGroups = kThreads / 32 / kChannelWarps;
-  static constexpr int kThreadRows = kRows == 1 ? 1 : kRows / kRowGroups;
-  static constexpr int kTiles = (kRows + 7) / 8;  // of 8 rows, the columns of an instruction
+  static constexpr int kCapacity = 2 * kMaxNodes + 4;  // tokens; rows of scores start in different banks
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kTiles = (kRows + 7) / 8;                   // of 8 rows, the columns of an instruction
+  static constexpr int kWarpRows = (kRows + kWarps - 1) / kWarps;  // of the rows that a warp sums
+  static constexpr int kChannels = kDim / 32;                      // of a lane in the sums
 
   const LayerParams& layer;
   const Item& item;
@@ -33,91 +43,116 @@ struct WindowTile {
   const float* queries;    // [rows of the item]
   const uint64_t* masks;   // [nodes]
   const float* taps;       // [heads, conv_kernel]
-  float *local, *grouped;  // weights [tokens][kRows]; the latter where a row may cross a group's end
-  int* folds;              // [kRows] groups that a row stands past the open one
-  int group_shift;         // log2 of the group size
+  // [kRows][kCapacity]: scores, over the lower and the upper half of the channels; then weights of the values in y and,
+  // where a row may cross a group's end, in z.
+  float *local, *grouped;
+  int group_shift;  // log2 of the group size
 
-  __device__ __forceinline__ static int Channel() {
-    return static_cast<int>(threadIdx.x) / 32 % kChannelWarps * 32 + static_cast<int>(threadIdx.x) % 32;
-  }
-  __device__ __forceinline__ static int FirstRow() {
-    return static_cast<int>(threadIdx.x) / 32 / kChannelWarps * kThreadRows;
-  }
+  __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % 32; }
+  // Which rows a warp sums. Few tokens leave the last warps without scores to compute: those take the first rows.
+  __device__ __forceinline__ static int RowOf(int i) { return i * kWarps + kWarps - 1 - Warp(); }
+  __device__ __forceinline__ static int Channel() { return Lane() * kChannels; }
 
-  // A warp has 16 tokens: row i of a product is token FirstToken() + i, its columns are the query rows.
-  static_assert((2 * kMaxNodes + 15) / 16 <= kThreads / 32);
-  __device__ __forceinline__ static int FirstToken() { return static_cast<int>(threadIdx.x) / 32 * 16; }
-
-  __device__ __forceinline__ void Score(PreciseSums (&sum)[kTiles]) const {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, c = static_cast<int>(threadIdx.x) % 4;
-    const int first = FirstToken(), last = item.tokens() - 1;
-    if (first > last || first + 15 < item.history) return;  // the history has taps only
-    const T* k0 = keys + min(first + g, last) * kStride;
-    const T* k1 = keys + min(first + g + 8, last) * kStride;
-    if constexpr (sizeof(T) == 2) {
-#pragma unroll
-      for (int d = 8 * c; d < kDim; d += 32) AddScores(k0, k1, d, sum);
-    } else {
-#pragma unroll
-      for (int d = 4 * c; d < kDim; d += 16) AddScores(k0, k1, d, sum);
+  // A unit is 16 tokens and half of the channels: row i of a product is a token, its columns are the query rows.
+  __device__ __forceinline__ void Score() const {
+    const int units = (item.tokens() + 15) / 16 * 2;
+#pragma unroll 1
+    for (int unit = Warp(); unit < units; unit += kWarps) {
+      if (unit / 2 * 16 + 15 >= item.history) ScoreUnit(unit / 2 * 16, unit % 2);  // the history has taps only
     }
   }
 
-  // Scores become the weights of every token for every row.
-  __device__ __forceinline__ void Weigh(const PreciseSums (&scores)[kTiles]) const {
-    if (FirstToken() >= item.tokens()) return;
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int row = 8 * tile + 2 * (static_cast<int>(threadIdx.x) % 4);
-      const QueryRow r[2] = {Row(row), Row(row + 1)};
-      if (threadIdx.x < 4) {
-        if (row < kRows) folds[row] = r[0].group;
-        if (row + 1 < kRows) folds[row + 1] = r[1].group;
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int token = FirstToken() + static_cast<int>(threadIdx.x) % 32 / 4 + 8 * half;
-        const float score[2] = {scores[tile][2 * half], scores[tile][2 * half + 1]};
-        if (token < item.tokens() && row < kRows) WeighToken(r, row, token, score);
-      }
-    }
+  struct QueryRow {
+    uint64_t mask;  // ancestors
+    int position, group;
+    const float* taps;
+  };
+  __device__ __forceinline__ QueryRow Row(int index) const {
+    const RowInfo& row = rows[index];
+    const uint64_t mask = masks[row.node];
+    const int position = item.phase + __popcll(mask) - 1;
+    return {mask, position, position >> group_shift, taps + row.head * layer.conv_kernel};
   }
 
-  // The thread's channel of the weighted values of its rows.
-  __device__ __forceinline__ void Accumulate(const float* weights, float (&sum)[kThreadRows]) const {
+  // Scores become the weights of every token, for one row by one warp.
+  __device__ __forceinline__ void Weigh(int index, const QueryRow& row) const {
+    const bool crosses = item.may_cross(layer.group_size);
+#pragma unroll 1
+    for (int token = Lane(); token < item.tokens(); token += 32) {
+      float &in_local = local[index * kCapacity + token], &in_grouped = grouped[index * kCapacity + token];
+      const int node = token - item.ring_tokens();
+      const int key = node < 0 ? token - item.history : Position(node), lag = row.position - key;
+      const bool seen = node < 0 || (row.mask >> node & 1) != 0, counts = seen && token >= item.history;
+      const float tap = seen && lag < layer.conv_kernel ? row.taps[lag] : 0.0f;
+      const float score = counts ? in_local + in_grouped : 0.0f;
+      const bool past = crosses && key >> group_shift != row.group;
+      const float positive = layer.local != 0 && !past ? fmaxf(score, 0.0f) : 0.0f;
+      in_local = fmaf(positive, positive, tap);
+      if (crosses) in_grouped = past ? Decayed(score, row.group - 1 - (key >> group_shift)) : 0.0f;
+    }
+    __syncwarp();
+  }
+
+  // The lane's channels of the weighted values of the warp's rows.
+  __device__ __forceinline__ void Accumulate(const float* weights, float (&sum)[kWarpRows][kChannels]) const {
     const T* v = values + Channel();
-    const float* w = weights + FirstRow();
     const int tokens = item.tokens();
-#pragma unroll 4
-    for (int token = 0; token < tokens; ++token) {
-      const float value = Widen(v[token * kStride]);
-      float weight[kThreadRows];
-      if constexpr (kThreadRows >= 4) {
+    int token = 0;
+#pragma unroll 2
+    for (; token + 4 <= tokens; token += 4) {
+      float value[4][kChannels];
 #pragma unroll
-        for (int row = 0; row < kThreadRows; row += 4) {
-          const Vec4 x = Load4(w + token * kRows + row);
-          weight[row] = x.x, weight[row + 1] = x.y, weight[row + 2] = x.z, weight[row + 3] = x.w;
-        }
-      } else if constexpr (kThreadRows == 2) {
-        const float2 x = *reinterpret_cast<const float2*>(w + token * kRows);
-        weight[0] = x.x, weight[1] = x.y;
-      } else {
-        weight[0] = w[token * kRows];
+      for (int i = 0; i < 4; ++i) LoadChannels(v + (token + i) * kStride, value[i]);
+#pragma unroll
+      for (int i = 0; i < kWarpRows; ++i) {
+        const Vec4 w = Load4(weights + RowOf(i) * kCapacity + token);
+        Add(w.x, value[0], sum[i]);
+        Add(w.y, value[1], sum[i]);
+        Add(w.z, value[2], sum[i]);
+        Add(w.w, value[3], sum[i]);
       }
+    }
+#pragma unroll 1
+    for (; token < tokens; ++token) {
+      float value[kChannels];
+      LoadChannels(v + token * kStride, value);
 #pragma unroll
-      for (int row = 0; row < kThreadRows; ++row) sum[row] = fmaf(weight[row], value, sum[row]);
+      for (int i = 0; i < kWarpRows; ++i) Add(weights[RowOf(i) * kCapacity + token], value, sum[i]);
     }
   }
 
  private:
   __device__ __forceinline__ int Position(int node) const { return item.phase + __popcll(masks[node]) - 1; }
 
-  __device__ __forceinline__ QueryRow Row(int index) const {
-    if (index >= item.rows) return {0, 0, 0, taps};
-    const RowInfo& row = rows[index];
-    const uint64_t mask = masks[row.node];
-    const int position = item.phase + __popcll(mask) - 1;
-    return {mask, position, position >> group_shift, taps + row.head * layer.conv_kernel};
+  __device__ __forceinline__ static void Add(float weight, const float (&value)[kChannels], float (&sum)[kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
+  }
+
+  // The weight in z of a token of a group that the row's position has left behind, `passed` groups ago.
+  __device__ __forceinline__ float Decayed(float score, int passed) const {
+    if (layer.global == Global::kNone) return 0.0f;
+    if (layer.decay == nullptr) return score;
+#pragma unroll 1
+    for (; passed > 0; --passed) score *= layer.decay[item.kv_head];
+    return score;
+  }
+
+  __device__ __forceinline__ void ScoreUnit(int first, int half) const {
+    const int g = Lane() / 4, c = Lane() % 4, last = item.tokens() - 1;
+    const T* k0 = keys + min(first + g, last) * kStride;
+    const T* k1 = keys + min(first + g + 8, last) * kStride;
+    PreciseSums sum[kTiles];
+    constexpr int kOwn = sizeof(T) == 2 ? 8 : 4;  // channels of a lane at a time
+#pragma unroll
+    for (int i = 0; i < kDim / 2; i += 4 * kOwn) AddScores(k0, k1, half * (kDim / 2) + i + kOwn * c, sum);
+    float* to = half == 0 ? local : grouped;
+#pragma unroll
+    for (int i = 0; i < 4 * kTiles; ++i) {
+      const int row = i / 4 * 8 + 2 * c + i % 2, token = first + g + i / 2 % 2 * 8;
+      if (row < kRows && token <= last) to[row * kCapacity + token] = sum[i / 4][i % 4];
+    }
   }
 
   // Channels d to d + 3 of the lane: two steps of the tensor cores.
@@ -147,44 +182,7 @@ struct WindowTile {
     }
   }
   __device__ __forceinline__ Vec4 Query(int tile, int d) const {
-    return Load4(queries + min(8 * tile + static_cast<int>(threadIdx.x) % 32 / 4, kRows - 1) * kQueryStride + d);
-  }
-
-  // Two rows' weights of one token.
-  __device__ __forceinline__ void WeighToken(const QueryRow (&r)[2], int row, int token,
-                                             const float (&score)[2]) const {
-    const int node = token - item.ring_tokens();
-    const int key = node < 0 ? token - item.history : Position(node);
-    const bool crosses = item.may_cross(layer.group_size);
-    float a[2], b[2] = {};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool seen = node < 0 ? r[i].mask != 0 : (r[i].mask >> node & 1) != 0;
-      const int lag = r[i].position - key;
-      a[i] = seen && layer.local != 0 && token >= item.history ? fmaxf(score[i], 0.0f) : 0.0f;
-      a[i] *= a[i];
-      if (crosses) MoveAcross(r[i].group, key >> group_shift, seen && token >= item.history, score[i], a[i], b[i]);
-      if (seen && lag < layer.conv_kernel) a[i] += r[i].taps[lag];
-    }
-    if constexpr (kRows == 1) {
-      local[token] = a[0];
-      if (crosses) grouped[token] = b[0];
-    } else {
-      *reinterpret_cast<float2*>(local + token * kRows + row) = make_float2(a[0], a[1]);
-      if (crosses) *reinterpret_cast<float2*>(grouped + token * kRows + row) = make_float2(b[0], b[1]);
-    }
-  }
-
-  // A token of a group that the row's position has left behind counts in z (`b`) instead of y (`a`).
-  __device__ __forceinline__ void MoveAcross(int group, int key_group, bool counts, float score, float& a,
-                                             float& b) const {
-    if (key_group == group) return;
-    a = 0.0f;
-    if (!counts || layer.global == Global::kNone) return;
-    b = score;
-    if (layer.decay == nullptr) return;
-#pragma unroll 1
-    for (int passed = group - 1 - key_group; passed > 0; --passed) b *= layer.decay[item.kv_head];
+    return Load4(queries + min(8 * tile + Lane() / 4, kRows - 1) * kQueryStride + d);
   }
 };
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "kernels/cuda/cublas_gemm.h"
+#include "kernels/cuda/gemm_ring.h"
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/device_buffers.h"
@@ -55,14 +56,26 @@ class GemmCase {
     if (n_ % 16 == 0) MultipliesSilu("tiled", &LaunchTiledGemm);
     if (WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
-      MultipliesNorm();
-      LeavesNorm();
+      const NormCase norms{"wgmma", &LaunchWgmmaGemm, kNormPart, {kMaxRows, 1, 9, 33, 100}};
+      MultipliesNorm(norms);
+      LeavesNorm(norms);
+    }
+    if (RingGemmTakesNorms(matrix_, kRingNormRows)) {
+      const NormCase norms{"ring", &LaunchStreamingGemm, kRingNormPart, {kRingNormRows, 1}};
+      MultipliesNorm(norms);
+      LeavesNorm(norms);
     }
     if (cublas_ != nullptr && k_ % 8 == 0 && n_ % 8 == 0) Cublas();
   }
 
  private:
   using Launcher = void (*)(const GemmParams&, int, cudaStream_t);
+  struct NormCase {  // a kind of product that norms can ride along on
+    const char* kernel;
+    Launcher launch;
+    int part;
+    std::vector<int> rows;  // the most first
+  };
 
   GemmParams Params() const { return {matrix_, x_.get(), y_.get(), false, nullptr, false, workspace_}; }
   static std::vector<float> Head(std::vector<float> values, int64_t size) {
@@ -148,12 +161,13 @@ class GemmCase {
   }
 
   // Results over the root mean square of each token's x, given as sums of parts; the bits of a row do not depend on others.
-  void MultipliesNorm() {
-    const auto parts = static_cast<int>(NormParts(k_));
-    std::vector<float> squares = Normal(random_, int64_t{kMaxRows} * parts, 1.0f), expected = reference_;
+  void MultipliesNorm(const NormCase& norms) {
+    const auto parts = static_cast<int>(NormParts(k_, norms.part)), all_rows = norms.rows[0];
+    std::vector<float> squares = Normal(random_, int64_t{all_rows} * parts, 1.0f);
+    std::vector<float> expected = Head(reference_, int64_t{all_rows} * n_);
     for (float& square : squares) square = square * square + 0.1f;
     constexpr float kEps = 1e-5f;
-    for (int m = 0; m < kMaxRows; ++m) {
+    for (int m = 0; m < all_rows; ++m) {
       double sum = 0.0;
       for (int i = 0; i < parts; ++i) sum += squares[m * parts + i];
       const double scale = 1.0 / std::sqrt(sum / k_ + kEps);
@@ -162,42 +176,43 @@ class GemmCase {
     const DeviceArray<float> on_device(squares);
     GemmParams params = Params();
     params.norm_before = {.squares = on_device.get(), .eps = kEps};
-    const std::vector<float> all = Launch(&LaunchWgmmaGemm, params, kMaxRows);
-    Report(name_ + " norm before", RelativeError(all, expected), 1e-5);
-    for (const int rows : {1, 9, 33, 100}) {
-      const bool same = Launch(&LaunchWgmmaGemm, params, rows) == Head(all, int64_t{rows} * n_);
-      Report(name_ + " norm before, rows " + std::to_string(rows) + ": bits of all rows", same ? 0.0 : 1.0, 0.0);
+    const std::vector<float> all = Launch(norms.launch, params, all_rows);
+    Report(name_ + " " + norms.kernel + " norm before", RelativeError(all, expected), 1e-5);
+    for (const int rows : norms.rows) {
+      const bool same = Launch(norms.launch, params, rows) == Head(all, int64_t{rows} * n_);
+      Report(name_ + " " + norms.kernel + " norm before, rows " + std::to_string(rows) + ": bits of all rows",
+             same ? 0.0 : 1.0, 0.0);
     }
   }
 
   // y += product, and beside it y * weight in bf16 and the sums of squares.
-  void LeavesNorm() {
-    const auto parts = static_cast<int>(NormParts(n_));
+  void LeavesNorm(const NormCase& norms) {
+    const auto parts = static_cast<int>(NormParts(n_, norms.part)), all_rows = norms.rows[0];
     const std::vector<float> weight = Normal(random_, n_, 1.0f);
-    const std::vector<float> old = Normal(random_, int64_t{kMaxRows} * n_, 1.0f);
-    std::vector<float> expected, expected_squares(int64_t{kMaxRows} * parts), all_squares;
-    for (int64_t i = 0; i < int64_t{kMaxRows} * n_; ++i) {
+    const std::vector<float> old = Normal(random_, int64_t{all_rows} * n_, 1.0f);
+    std::vector<float> expected, expected_squares(int64_t{all_rows} * parts), all_squares;
+    for (int64_t i = 0; i < int64_t{all_rows} * n_; ++i) {
       const double y = double{old[i]} + reference_[i];
       expected.push_back(static_cast<float>(y * weight[i % n_]));
-      expected_squares[i / n_ * parts + i % n_ / kNormPart] += static_cast<float>(y * y);
+      expected_squares[i / n_ * parts + i % n_ / norms.part] += static_cast<float>(y * y);
     }
     std::vector<uint16_t> all_out;
     const DeviceArray<float> weights(weight);
-    for (const int rows : {kMaxRows, 1, 9, 33, 100}) {
+    for (const int rows : norms.rows) {
       const DeviceArray<float> y(old), squares(int64_t{rows} * parts);
       const DeviceArray<uint16_t> out(int64_t{rows} * n_);
       GemmParams params = Params();
       params.y = y.get();
       params.accumulate = true;
       params.norm_after = {.weight = weights.get(), .out = out.get(), .squares = squares.get()};
-      LaunchWgmmaGemm(params, rows, nullptr);
+      norms.launch(params, rows, nullptr);
       Sync();
       const std::vector<uint16_t> bits = out.Read();
       const std::vector<float> sums = squares.Read();
-      const std::string name = name_ + " norm after, rows " + std::to_string(rows);
+      const std::string name = name_ + " " + norms.kernel + " norm after, rows " + std::to_string(rows);
       Report(name, RelativeError(Widen(bits), Head(expected, int64_t{rows} * n_)), 4e-3);
       Report(name + ": squares", RelativeError(sums, Head(expected_squares, int64_t{rows} * parts)), 1e-5);
-      if (rows == kMaxRows) all_out = bits, all_squares = sums;
+      if (rows == all_rows) all_out = bits, all_squares = sums;
       const bool same = std::equal(bits.begin(), bits.end(), all_out.begin()) &&
                         std::equal(sums.begin(), sums.end(), all_squares.begin());
       Report(name + ": bits of all rows", same ? 0.0 : 1.0, 0.0);

@@ -42,7 +42,7 @@ if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
   run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test"
   run state_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_state_test"
   run gemm_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
-  run gemm_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
+  run gemm_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
   run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi

@@ -169,7 +169,7 @@ TEST_F(DraftModelDrafterTest, StateHoldsWhatWasAcceptedAndNothingElse) {
   Make({.max_depth = 4, .min_confidence = 0});
   std::vector<int32_t> tokens = RandomTokens(6, 96, 11);
   Propose(1, tokens, 5);
-  const int32_t slot = 1;  // the first one a pool gives
+  const int32_t slot = 0;  // the first one a pool gives
   for (int step = 0; step < 15; ++step) {
     const int64_t drafted_on = static_cast<int64_t>(tokens.size());
     const std::vector<int32_t> drafted = ChainTokens(Propose(1, tokens, 5));

@@ -113,7 +113,7 @@ TEST(SpeculationControllerTest, PruningKeepsTheLikeliestPathsOfATree) {
   tree.probabilities = {1.0f, 0.8f, 0.15f, 0.7f, 0.1f};
   const SpeculationProposal proposal{1, 0, false, &tree};
   const double row = 0.4 / 1.4;  // of a plain step
-  EXPECT_NEAR(controller.Gain(proposal, 1), 0.8 + 0.7 - 2 * row, 1e-6);
+  EXPECT_NEAR(controller.Gain(proposal), 0.8 + 0.7 - 2 * row, 1e-6);
   controller.Prune({&proposal, 1}, 1);
   EXPECT_EQ(tree.tokens, (std::vector<int32_t>{5, 1, 3}));
   EXPECT_EQ(tree.parents, (std::vector<int32_t>{-1, 0, 1}));
@@ -162,7 +162,7 @@ TEST(SpeculationControllerTest, ADrafterThatCostsNothingIsLeftToWhoeverAsksIt) {
   const SpeculationRequest only = Request(1);
   EXPECT_EQ(alone.Choose({&only, 1}, 100)[0].nodes, 1);
   DraftTree tree = Chain(4, 0.9f);
-  EXPECT_GT(alone.Gain({1, 0, false, &tree}, 1), 1);
+  EXPECT_GT(alone.Gain({1, 0, false, &tree}), 1);
 }
 
 TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
@@ -171,6 +171,15 @@ TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
   request.catch_up_tokens = {4};
   EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
   request.catch_up_tokens = {20000};
+  EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+}
+
+// Whatever a request may still produce: most replies end by themselves.
+TEST(SpeculationControllerTest, ACatchUpMustPayOffBeforeRepliesUsuallyEnd) {
+  SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  const SpeculationRequest request = Request(1, 8, {600});
+  EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
+  for (int i = 0; i < 60; ++i) controller.ObserveReply(3);
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].nodes, 1);
 }
 

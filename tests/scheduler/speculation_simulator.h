@@ -34,6 +34,7 @@ struct SimulatedMachine {
   std::function<int(int)> padded = {};  // rows that a step of so many rows computes
   double noise = 0.05;                  // standard deviation of the logarithm of a step's time
   double interruptions = 0.01;          // share of steps that take three times as long
+  double hidden_ms = 0;                 // of each request drafted for, which no observation of a draft shows
   double drift = 0.002;                 // per step, of the logarithm of the machine's speed
   std::vector<SimulatedDrafter> drafters;
 
@@ -210,7 +211,7 @@ class SpeculationSimulator {
     const int batch = static_cast<int>(requests.size());
     std::vector<DraftTree> trees(batch, DraftTree::Root(0));
     std::vector<SpeculationProposal> proposals;
-    double draft_ms = 0;
+    double draft_ms = 0, draft_s = 0, drafted_contexts = 0;  // draft_s: as the controller sees it
     for (int d = 0; d < static_cast<int>(machine_.drafters.size()); ++d) {
       const SimulatedDrafter& drafter = machine_.drafters[d];
       int contexts = 0, levels = 0;
@@ -229,21 +230,25 @@ class SpeculationSimulator {
       if (contexts == 0) continue;
       const double ms = drafter.Ms(contexts, levels) + drafter.catch_up_ms * static_cast<double>(catch_up);
       draft_ms += ms;
+      drafted_contexts += contexts;
       if (controller == nullptr) continue;
       for (const int r : drafted) {
         controller->Learn(
             {requests[r].sequence_id, d, choices[r].trial, &trees[r], trees[r].Depth() >= choices[r].max_levels});
         if (trees[r].num_nodes() > 1) proposals.push_back({requests[r].sequence_id, d, choices[r].trial, &trees[r]});
       }
-      controller->draft_costs(d).Observe(contexts, levels, catch_up, 1e-3 * ms * Noise());
+      const double seconds = 1e-3 * ms * Noise();
+      draft_s += seconds;
+      controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
     }
     if (controller != nullptr) controller->Prune(proposals, batch);
-    int rows = 0;
+    int rows = 0, step_tokens = 0;
     for (int r = 0; r < batch; ++r) {
       rows += trees[r].num_nodes();
       const std::vector<int32_t> path = Walk(trees[r]);
       const int tokens = std::min<int>(static_cast<int>(path.size()), running_[r].tokens_left);
       totals->tokens += tokens;
+      step_tokens += tokens;
       totals->drafts += trees[r].num_nodes() > 1;
       running_[r].tokens_left -= tokens;
       for (int64_t& unseen : running_[r].unseen) unseen += tokens;
@@ -251,10 +256,30 @@ class SpeculationSimulator {
       controller->acceptance().Observe(
           {requests[r].sequence_id, choices[r].drafter, &trees[r], path, running_[r].tokens_left > 0});
     }
+    const int used = UsedByMost(choices);
     // Noise and drift mislead the controller; what counts is what the steps take without them.
     const double verify_ms = machine_.VerifyMs(rows, batch);
-    totals->ms += verify_ms + draft_ms;
-    if (controller != nullptr) controller->ObserveStep(rows, batch, 1e-3 * verify_ms * Noise());
+    const double hidden_ms = machine_.hidden_ms * drafted_contexts;
+    totals->ms += verify_ms + draft_ms + hidden_ms;
+    if (controller == nullptr) return;
+    const double seconds = 1e-3 * verify_ms * Noise();
+    if (used >= 0) {
+      controller->ObserveUse(used, batch, step_tokens, seconds + draft_s + 1e-3 * hidden_ms * std::exp(speed_));
+    }
+    controller->ObserveStep(rows, batch, seconds);
+  }
+
+  // The drafter of at least three quarters of the requests, none of them on trial; -1: none.
+  static int UsedByMost(std::span<const SpeculationChoice> choices) {
+    double used = 0;
+    int drafter = -1;
+    for (const SpeculationChoice& choice : choices) {
+      if (choice.trial || (choice.nodes > 1 && drafter >= 0 && drafter != choice.drafter)) return -1;
+      if (choice.nodes <= 1) continue;
+      drafter = choice.drafter;
+      used += 1;
+    }
+    return used >= 0.75 * static_cast<double>(choices.size()) ? drafter : -1;
   }
 
   double Noise() {
