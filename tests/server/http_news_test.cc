@@ -46,17 +46,21 @@ TEST(NewsQueue, ConnectionsThatAreGoneAreSkipped) {
   EXPECT_EQ(stays->news, 1);
 }
 
-TEST(NewsQueue, NobodyHearsBeforeTheWakeUp) {
+TEST(NewsQueue, AFewHearAtTheWakeUpAndManyBefore) {
   boost::asio::io_context context;
   auto queue = std::make_shared<NewsQueue>(&context, 1);
   auto connection = std::make_shared<FakeConnection>();
-  for (int i = 0; i < 100; ++i) queue->Push(connection);
+  for (int i = 0; i < 20; ++i) queue->Push(connection);
   context.run();
   EXPECT_EQ(connection->news, 0);
   queue->Wake();
   context.restart();
   context.run();
-  EXPECT_EQ(connection->news, 100);
+  EXPECT_EQ(connection->news, 20);
+  for (int i = 0; i < 100; ++i) queue->Push(connection);
+  context.restart();
+  context.run();
+  EXPECT_EQ(connection->news, 120);
 }
 
 TEST(NewsQueue, NothingReachesTheContextAfterClose) {
