@@ -4,7 +4,9 @@ import json
 import os
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch
 
 from . import reference
 from .config import VARIANTS, ModelConfig
@@ -19,6 +21,7 @@ MODELS = {
     "gqa": (BASE.replace(num_key_value_heads=2, tie_word_embeddings=False), 131),
     "full64": (BASE.replace(group_size=64, conv_kernel=32), 200),
 }
+IN_BF16 = {"gqa"}  # the others are in F32
 
 
 def random_weights(cfg, rng):
@@ -109,9 +112,12 @@ def main():
             json.dump(hf, f, indent=2)
             f.write("\n")
         weights = random_weights(cfg, rng)
+        stored = {key: torch.tensor(value, dtype=torch.bfloat16 if name in IN_BF16 else torch.float32)
+                  for key, value in weights.items()}
+        weights = {key: value.float().numpy() for key, value in stored.items()}
         tokens = rng.integers(0, cfg.vocab_size, length).astype(np.int32)
         logits = reference.logits(hf, weights, tokens).astype(np.float32)
-        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        save_torch(stored, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         save_file({"tokens": tokens, "logits": logits}, os.path.join(folder, "golden.safetensors"))
         if name in MEDUSA:
             write_medusa(folder, cfg, weights, rng, *MEDUSA[name])
