@@ -42,7 +42,8 @@ Value StrftimeNow(const Value& fixed) {
   });
 }
 
-// One rendering. Scopes: variables set in a loop or macro end with it; namespace() objects are how templates carry values out.
+// One rendering. Scopes: variables set in a loop or macro end with it; namespace() objects are how templates carry
+// values out.
 class Renderer {
  public:
   explicit Renderer(Dict globals) {

@@ -38,7 +38,8 @@ struct DraftTree {
   DraftTree Keep(const std::vector<bool>& keep) const;  // [num_nodes]; whoever is kept has its parent kept
   DraftTree CutBelow(int max_depth) const;              // without the nodes deeper than max_depth >= 0
   int FindChild(int node, int32_t token) const;         // -1: none
-  // 1..64 nodes, parents topological, tokens inside the vocabulary, probabilities as above. Drafters are not trusted: the engine checks.
+  // 1..64 nodes, parents topological, tokens inside the vocabulary, probabilities as above. Drafters are not trusted:
+  // the engine checks.
   absl::Status Validate(int64_t vocab_size) const;
 };
 

@@ -25,9 +25,9 @@ struct GenerationConfig {
   std::vector<int32_t> eos_token_ids;  // beside those of config.json
 };
 
-// Reads what vLLM reads: temperature, top_p, top_k (-1 and 0: off), min_p, repetition_penalty, max_new_tokens, eos_token_id;
-// null is as good as absent. The rest of the file, do_sample too, means nothing here. INVALID_ARGUMENT names the field, its
-// value and what was expected.
+// Reads what vLLM reads: temperature, top_p, top_k (-1 and 0: off), min_p, repetition_penalty, max_new_tokens,
+// eos_token_id; null is as good as absent. The rest of the file, do_sample too, means nothing here. INVALID_ARGUMENT
+// names the field, its value and what was expected.
 absl::StatusOr<GenerationConfig> ParseGenerationConfig(std::string_view text, int64_t vocab_size);
 
 }  // namespace linspec

@@ -1,4 +1,5 @@
-// Values of the template language: JSON's, plus undefined, and callables. Cheap to copy: containers are shared, as in Python.
+// Values of the template language: JSON's, plus undefined, and callables. Cheap to copy: containers are shared, as in
+// Python.
 #pragma once
 
 #include <cstdint>

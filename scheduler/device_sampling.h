@@ -1,8 +1,8 @@
 // How a request's sampling parameters become the per-row form in which a model chooses tokens itself.
 //
-// Whatever the model does not know (logprobs, typical_p, allowed and banned tokens) is chosen on the host from downloaded logits, by the same
-// rules: a request is wholly one or the other, so its text does not depend on what its neighbours ask for.
-// Pure functions; engine thread.
+// Whatever the model does not know (logprobs, typical_p, allowed and banned tokens) is chosen on the host from
+// downloaded logits, by the same rules: a request is wholly one or the other, so its text does not depend on what its
+// neighbours ask for. Pure functions; engine thread.
 #pragma once
 
 #include <cstdint>

@@ -88,9 +88,9 @@ class Engine {
                                                         std::function<void(const StepStats&)> observer);
   ~Engine();  // stops the thread; live requests end with kCancelled
 
-  // Called on the engine thread each time that sinks were called, after the last of them: consumers that are woken by it, and
-  // not by their sinks, are woken once a step, and do not take the processor from an engine that is not yet done telling.
-  // Before Start.
+  // Called on the engine thread each time that sinks were called, after the last of them: consumers that are woken by
+  // it, and not by their sinks, are woken once a step, and do not take the processor from an engine that is not yet
+  // done telling. Before Start.
   void SetAfterDelivery(std::function<void()> run);
   void Start();  // launches the engine thread (tests may call Step() themselves instead)
   bool Step();   // one turn; false when there was nothing to do. Engine thread only.

@@ -2,8 +2,9 @@
 // thread, no device. Admission needs no policy beyond a free slot, because a state never grows.
 //
 // Decode rows come first, so running streams never wait for a long prompt; what is left of the step's token budget is
-// shared equally between the tenants that have prompts, and goes to a tenant's prompts in order of admission. Drafts may take up to half of the budget away from prompts, and prompts
-// of every tenant always advance by at least one token, so neither starves the other.
+// shared equally between the tenants that have prompts, and goes to a tenant's prompts in order of admission. Drafts
+// may take up to half of the budget away from prompts, and prompts of every tenant always advance by at least one
+// token, so neither starves the other.
 #pragma once
 
 #include <cstdint>

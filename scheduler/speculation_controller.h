@@ -80,7 +80,8 @@ class SpeculationController {
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
   AcceptanceModel& acceptance() { return acceptance_; }
 
-  // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not counted.
+  // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not
+  // counted.
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
   // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the step
   // do as much.

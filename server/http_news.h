@@ -55,8 +55,8 @@ class NewsQueue : public std::enable_shared_from_this<NewsQueue> {
     boost::asio::post(*context_, [self = shared_from_this()] { self->RunBatch(); });
   }
 
-  // One batch, then back into the line: reads and timers get their turn. Taken a few at a time: those that a thread has taken
-  // wait for it if it loses its processor, while the others are served by the next.
+  // One batch, then back into the line: reads and timers get their turn. Taken a few at a time: those that a thread has
+  // taken wait for it if it loses its processor, while the others are served by the next.
   void RunBatch() {
     for (size_t done = 0; done < kBatch; done += kGrab) {
       std::array<std::weak_ptr<ConnectionBase>, kGrab> batch;

@@ -13,8 +13,8 @@ namespace linspec {
 std::string HttpDate(std::time_t at);
 // The same of now; made once a second and thread.
 const std::string& HttpDateNow();
-// A request's target as path and query. Clients that think they talk to a proxy send the scheme and host, too, and a server has
-// to take that (RFC 9112, 3.2.2).
+// A request's target as path and query. Clients that think they talk to a proxy send the scheme and host, too, and a
+// server has to take that (RFC 9112, 3.2.2).
 std::string OriginForm(std::string target);
 // %2F and the like as the bytes they stand for; what is no such escape stays.
 std::string PercentDecoded(const std::string& text);

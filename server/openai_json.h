@@ -1,6 +1,6 @@
-// OpenAI's JSON to our request values; answer_writer.h is the way back. Pure functions: no I/O, no clock, no model. Strict: a
-// field that is unknown, of the wrong type or out of range is an error that names it (errors.h, FieldError); a known field
-// that we do not support and that would change the result is an error that says why.
+// OpenAI's JSON to our request values; answer_writer.h is the way back. Pure functions: no I/O, no clock, no model.
+// Strict: a field that is unknown, of the wrong type or out of range is an error that names it (errors.h, FieldError);
+// a known field that we do not support and that would change the result is an error that says why.
 //
 // Threads: pure.
 #pragma once

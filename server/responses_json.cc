@@ -1,4 +1,5 @@
-// OpenAI's /v1/responses, as far as it is one question and one answer: text or messages in, text out, nothing stored, no tools.
+// OpenAI's /v1/responses, as far as it is one question and one answer: text or messages in, text out, nothing stored,
+// no tools.
 #include <fmt/format.h>
 
 #include "server/errors.h"

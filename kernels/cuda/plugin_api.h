@@ -2,8 +2,8 @@
 //
 // Every function returns a LinspecCudaCode; last_error(context) says more. After kLinspecCudaDeviceError the context is
 // poisoned: every later call returns the same code, and the process must make a new context or stop. Work is queued on
-// the context's stream in call order; only verify_finish, draft, draft_chains, download and measure wait for it. Threads: one at a time per
-// context. Pointers marked "host" are read before the function returns.
+// the context's stream in call order; only verify_finish, draft, draft_chains, download and measure wait for it.
+// Threads: one at a time per context. Pointers marked "host" are read before the function returns.
 #pragma once
 
 #include <stdint.h>

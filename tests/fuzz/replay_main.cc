@@ -1,5 +1,5 @@
-// Runs a fuzz target over every file of the folders named, without libFuzzer: the corpus as an ordinary test. A target that finds
-// something aborts.
+// Runs a fuzz target over every file of the folders named, without libFuzzer: the corpus as an ordinary test. A target
+// that finds something aborts.
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
