@@ -28,6 +28,12 @@ absl::Status InFile(const std::string& path, const absl::Status& status) {
   return absl::Status(status.code(), fmt::format("{}: {}", path, std::string(status.message())));
 }
 
+// Whether there is something to read, or something in the way that reading will name: a loop of links, a forbidden folder.
+bool MayExist(const fs::path& path) {
+  std::error_code error;
+  return fs::exists(path, error) || error;
+}
+
 struct TemplateText {
   std::string source, from;  // "" if the folder has none; the file
 };
@@ -37,11 +43,11 @@ absl::StatusOr<TemplateText> FindChatTemplate(const std::string& folder) {
   const std::string own = folder + "/chat_template.jinja";
   const std::string config = folder + "/tokenizer_config.json";
   std::string source, from = own;
-  if (fs::exists(own)) {
+  if (MayExist(own)) {
     auto text = ReadFile(own);
     if (!text.ok()) return text.status();
     source = *std::move(text);
-  } else if (fs::exists(config)) {
+  } else if (MayExist(config)) {
     auto text = ReadFile(config);
     if (!text.ok()) return text.status();
     from = config;
@@ -74,7 +80,7 @@ absl::Status LoadChatTemplate(ModelFiles* files) {
 
 absl::Status LoadGenerationConfig(ModelFiles* files) {
   const std::string path = (fs::path(files->path) / "generation_config.json").string();
-  if (!fs::exists(path)) return absl::OkStatus();
+  if (!MayExist(path)) return absl::OkStatus();
   auto text = ReadFile(path);
   if (!text.ok()) return text.status();
   auto parsed = ParseGenerationConfig(*text, files->model->config().vocab_size);
@@ -167,7 +173,7 @@ absl::StatusOr<std::unique_ptr<DraftGuesser>> LoadMedusaGuesser(const ModelFiles
 
 // The heads beside the target; null if there are none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, const ServerConfig& config) {
-  if (!fs::exists(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
+  if (!MayExist(fs::path(files.path) / kMedusaConfigFile)) return std::unique_ptr<Drafter>();
   auto heads = LoadMedusaGuesser(files, config.model.weight_dtype);
   if (!heads.ok()) return heads.status();
   MedusaOptions options;
@@ -179,7 +185,7 @@ absl::StatusOr<std::unique_ptr<Drafter>> LoadMedusa(const ModelFiles& files, con
 
 // The recurrent head beside the target; null if there is none.
 absl::StatusOr<std::unique_ptr<Drafter>> LoadRecurrent(const ModelFiles& files, const ServerConfig& config) {
-  if (!fs::exists(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
+  if (!MayExist(fs::path(files.path) / kRecurrentHeadConfigFile)) return std::unique_ptr<Drafter>();
   const std::string& dtype = config.model.weight_dtype;
   const int depth = config.engine.draft_depth, top_k = DraftTopK(config, files.machine);
   if (files.machine.cuda != nullptr) {
@@ -272,7 +278,8 @@ absl::StatusOr<std::string> ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::stringstream text;
   if (file) text << file.rdbuf();
-  if (!file || fs::is_directory(path)) return absl::NotFoundError(fmt::format("cannot read '{}'", path));
+  std::error_code error;
+  if (!file || fs::is_directory(path, error)) return absl::NotFoundError(fmt::format("cannot read '{}'", path));
   return text.str();
 }
 
@@ -303,7 +310,7 @@ absl::StatusOr<ModelFiles> LoadModelFiles(const ServerConfig::ModelOptions& opti
     if (!bundled.ok()) return bundled.status();
     files.path = *std::move(bundled);
   }
-  if (!fs::is_directory(files.path)) {
+  if (std::error_code error; !fs::is_directory(files.path, error)) {
     return absl::NotFoundError(
         fmt::format("--model: '{}' is not a folder; it should hold config.json, model.safetensors and "
                     "tokenizer.json",

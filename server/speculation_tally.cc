@@ -117,9 +117,8 @@ json ToJson(const SpeculationTally& tally, const SpeculationTally& plain) {
 }
 
 std::string TallyHeader() {
-  return "| prompts | batch | temperature | drafter | tokens/step | tokens/s | speed-up | median | by CPU time | "
-         "drafting "
-         "| accepted per depth |\n"
+  return "| prompts | batch | temperature | drafter | tokens/step | tokens/s | speed-up | median | by CPU time "
+         "| drafting | accepted per depth |\n"
          "|---|---|---|---|---|---|---|---|---|---|---|\n";
 }
 

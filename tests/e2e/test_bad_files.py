@@ -74,6 +74,13 @@ def use_pickle(folder):
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": 1}))
 
 
+def link_to_itself(name):
+    def edit(folder):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(name)
+    return edit
+
+
 BAD_MODELS = {
     "header longer than the file": (replace("model.safetensors", struct.pack("<Q", 2**62) + b"{}"), "model.safetensors"),
     "empty file": (replace("model.safetensors", b""), "model.safetensors"),
@@ -101,6 +108,9 @@ BAD_MODELS = {
     "tokenizer is no JSON": (replace("tokenizer.json", b"[1,2"), "tokenizer.json"),
     "tokenizer without a model": (replace("tokenizer.json", b"{}"), "tokenizer.json"),
     "merges of unknown tokens": (edit_json("tokenizer.json", model__merges=[["\u0000none", "\u0000such"]] * 3), "tokenizer.json"),
+    **{f"{name} is a link to itself": (link_to_itself(name), name) for name in (
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+        "model.safetensors", "medusa_config.json", "recurrent_head_config.json")},
     "endless template": (replace("chat_template.jinja", b"{% for i in range(10) %}"), "chat_template.jinja"),
 }
 
@@ -124,6 +134,12 @@ def test_14_model_files(model_folder, name):
     edit(model_folder)
     result = serve("--model", model_folder)
     assert result.returncode in (1, 2) and word in result.stderr, (result.returncode, result.stderr[-500:])
+
+
+@pytest.mark.parametrize("flag", ["--model", "--draft-model"])
+def test_14_path_too_long(flag):
+    result = serve(flag, "x" * 5000)
+    assert result.returncode in (1, 2) and flag in result.stderr, (result.returncode, result.stderr[-500:])
 
 
 def test_16_draft_of_another_vocabulary(model_folder):
