@@ -137,6 +137,10 @@ void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
                                                              .draft_seconds = outcome.draft_seconds,
                                                              .expected_seconds = outcome.expected_seconds,
                                                              .usual_seconds = step_costs_.Usual(num_requests_)});
+    if (drafting_ || outcome.rows > outcome.requests) {
+      recent_.worth = kRecordDecay * recent_.worth + booking.worth;
+      recent_.cost = kRecordDecay * recent_.cost + booking.cost;
+    }
     if (outcome.drafter != kAnyDrafter && booking.worth > 0) {
       DrafterState& state = drafters_[outcome.drafter];
       const double reading = CatchUpCost(outcome.catch_up, outcome.drafter);

@@ -178,6 +178,7 @@ class SpeculationController {
   StepCosts step_costs_;
   AcceptanceModel acceptance_;
   SpeculationLedger ledger_;
+  SpeculationLedger::Booking recent_{1e-9, 1e-9};  // of steps with drafts; decaying sums
   std::vector<DrafterState> drafters_;
   int best_ = kPlain;
   int64_t step_ = 0;

@@ -27,7 +27,9 @@ void SpeculationController::EarnCredit() {
 
 // Seconds by which a step of the trial is expected to be worse than one of what is in use.
 double SpeculationController::TrialLoss(int drafter, int num_tried) const {
-  const double forgone = plain_seconds_ - num_requests_ / price_;  // all requests' gain with what is in use
+  // All requests' gain with what is in use, by estimates or, with drafts that cost nothing as well, by the ledger.
+  const double forgone = std::max(plain_seconds_ - num_requests_ / price_,
+                                  plain_seconds_ * (1 - recent_.cost / std::max(recent_.worth, recent_.cost)));
   if (drafter == kPlain) return std::max(forgone, kLeastPlainLoss * plain_seconds_);
   const DrafterState& state = drafters_[drafter];
   const double tried = num_tried;

@@ -227,6 +227,77 @@ TEST(SpeculationControllerTest, TrialsAreRunsAndCostTheirShare) {
   EXPECT_LT(0.5 * tried, 0.01 * 1.1 * steps);  // a trial loses at least its level
 }
 
+SpeculationLedger::Step PlainStep(double seconds) {
+  return {.requests = 4, .tokens = 4, .seconds = seconds, .usual_seconds = 1};
+}
+
+SpeculationLedger::Step DraftedStep(double tokens, double seconds) {
+  return {.requests = 4,
+          .tokens = tokens,
+          .drafted = true,
+          .seconds = seconds,
+          .draft_seconds = 0.1,
+          .expected_seconds = seconds,
+          .usual_seconds = 1};
+}
+
+TEST(SpeculationLedgerTest, LossesEndWithWhatWasAllowedAndStepsEarnItAgain) {
+  SpeculationLedger ledger;
+  EXPECT_FALSE(ledger.Open(4));  // no price yet
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  EXPECT_TRUE(ledger.Open(4));
+  EXPECT_FALSE(ledger.Open(64));
+  const double before = ledger.saved();
+  while (ledger.Open(4)) ledger.Book(DraftedStep(4, 2.5));  // as many tokens in 2.5 s as plainly in 2
+  const double lost = before - ledger.saved();
+  EXPECT_GT(lost, 4);
+  EXPECT_LT(lost, 10);  // of 16, five plain steps at most
+  int steps = 0;
+  for (; !ledger.Open(4); ++steps) ledger.Book(PlainStep(2));
+  EXPECT_GT(steps, 30);
+  EXPECT_LT(steps, 120);
+}
+
+TEST(SpeculationLedgerTest, GainsAreCreditedUpToALimit) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  for (int i = 0; i < 100; ++i) {
+    const SpeculationLedger::Booking booking = ledger.Book(DraftedStep(12, 3));
+    EXPECT_NEAR(booking.worth, 6, 1e-9);
+    EXPECT_NEAR(booking.cost, 3, 1e-9);
+  }
+  EXPECT_NEAR(ledger.saved(), 300, 1e-6);
+  EXPECT_EQ(ledger.fill(), 1);
+  int steps = 0;
+  for (; ledger.Open(4); ++steps) ledger.Book(DraftedStep(4, 3));
+  EXPECT_LT(steps, 20);  // eight plain steps of 2 s, a loss of 1 s each
+}
+
+TEST(SpeculationLedgerTest, APriceGrowsOld) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  int steps = 0;
+  for (; ledger.Open(4); ++steps) ledger.Book(DraftedStep(12, 3));
+  EXPECT_GT(steps, 200);
+  EXPECT_LT(steps, 600);
+}
+
+// A device reads prompts beside the step, which is longer for it.
+TEST(SpeculationLedgerTest, PromptsAreNotChargedToDrafts) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 40; ++i) {
+    SpeculationLedger::Step step = PlainStep(2 + 0.01 * (i % 3 * 50));
+    step.prompt_tokens = i % 3 * 50;
+    ledger.Book(step);
+  }
+  ledger.Book(DraftedStep(8, 3));
+  SpeculationLedger::Step step = DraftedStep(8, 4);
+  step.prompt_tokens = 100;
+  const SpeculationLedger::Booking booking = ledger.Book(step);
+  EXPECT_NEAR(booking.worth, 4, 1e-6);
+  EXPECT_NEAR(booking.cost, 3, 1e-6);
+}
+
 TEST(CalibrationTest, BelievesTheDrafterUntilItKnowsBetter) {
   Calibration calibration;
   EXPECT_NEAR(calibration.Correct(0.7), 0.7, 1e-9);
