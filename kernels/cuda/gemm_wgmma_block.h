@@ -19,6 +19,7 @@ inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
 inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
+inline constexpr int kMaxBlocks = 160;  // of which the workspace has room for sums
 inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
@@ -36,25 +37,24 @@ struct Workspace {
   float4* sums;    // [block][group][8 tokens][thread of the group]
 };
 
-// The units of each block: consecutive, tile by tile, equally many.
+// The units of each block: consecutive, tile by tile. From the matrix and the chip alone.
 struct Shares {
-  int depth, total, blocks;  // depth: units of a tile
-  __host__ __device__ Shares(const LinspecCudaMatrix& w, int unit_depth, int blocks)
-      : depth(static_cast<int>((w.cols + unit_depth - 1) / unit_depth)),
-        total(static_cast<int>((w.rows + kUnitRows - 1) / kUnitRows) * depth),
-        blocks(blocks) {}
+  int depth, blocks;  // depth: units of a tile
+  int begin[kMaxBlocks + 1];
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ int Begin(const Shares& shares, int share) {
-  return static_cast<int>(int64_t{shares.total} * share / shares.blocks);
-}
 // Blocks after `share` that hold units before `end`.
 __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
   int behind = 0;
-  while (Begin(shares, share + 1 + behind) < end) ++behind;
+  while (shares.begin[share + 1 + behind] < end) ++behind;
   return behind;
+}
+
+// A barrier of the warps that multiply.
+__device__ __forceinline__ void ConsumerBarrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
 struct Ring {
@@ -107,11 +107,10 @@ struct Producer {
     uint64_t once, often;  // weights are the first to leave the L2
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
-    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
+    const int begin = shares.begin[share], end = shares.begin[share + 1], ahead = min(stages, end - begin);
     for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
     PrefetchMap(&tokens);
-    GridWait();
-    asm volatile("fence.proxy.async;" ::: "memory");  // tokens were written by ordinary stores
+    GridWait();  // after which the copy engine sees what the kernels ahead wrote
     for (int i = 0; i < ahead; ++i, turn.Next(stages)) OrderTokens(i, begin + i, often);
     for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
@@ -122,10 +121,10 @@ struct Producer {
 
   // What the blocks behind left, up to the end of the tile that this block began. The lanes look for one block each.
   __device__ __forceinline__ void OrderSums(Turn turn) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = Begin(shares, share + 1) - 1;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = shares.begin[share + 1] - 1;
     const int tile_begin = last / shares.depth * shares.depth,
               behind = Behind(shares, share, tile_begin + shares.depth);
-    if (Begin(shares, share) > tile_begin || behind == 0) return;
+    if (shares.begin[share] > tile_begin || behind == 0) return;
     for (int i = lane; i < behind; i += kWarpSize) {
       unsigned* left = workspace.left + share + 1 + i;
       unsigned warps = 0;
@@ -136,7 +135,6 @@ struct Producer {
     }
     __syncwarp();
     if (lane != 0) return;
-    asm volatile("fence.proxy.async;" ::: "memory");
     constexpr int kBytes = Unit::kSumsBytes;
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
     for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
