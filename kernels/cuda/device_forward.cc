@@ -46,22 +46,29 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     return NormAfter{.weight = weight, .out = normed, .squares = squares_.as<float>()};
   };
   NormBefore before = products_.Norm(x, norm(layers_[0].attention_norm), shape_.rms_norm_eps, layers_[0].qkv, rows);
+  // Single rows of few requests are turned inside verification, others at the end of qkv or by a launch.
+  const bool raw = attention == Attention::kVerify && input.kept_rows == nullptr && input.last_rows == 0 &&
+                   VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows);
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
     void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
-    products_.Qkv(layer.qkv, normed,
-                  {.qkv = qkv(),
-                   .angles = angles_.as<float2>(),
-                   .num_heads = shape_.num_heads,
-                   .num_kv_heads = shape_.num_kv_heads,
-                   .head_dim = shape_.head_dim,
-                   .eps = shape_.qk_norm_eps,
-                   .kv = kept,
-                   .bf16 = bf16_states(),
-                   .kv_rows = input.kept_rows},
-                  rows, before);
+    const RopeRows rope{.qkv = qkv(),
+                        .angles = angles_.as<float2>(),
+                        .num_heads = shape_.num_heads,
+                        .num_kv_heads = shape_.num_kv_heads,
+                        .head_dim = shape_.head_dim,
+                        .eps = shape_.qk_norm_eps,
+                        .kv = kept,
+                        .bf16 = bf16_states(),
+                        .kv_rows = input.kept_rows};
+    if (raw) {
+      products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
+    } else {
+      products_.Qkv(layer.qkv, normed, rope, rows, before);
+    }
     AttentionParams params = AttentionOf(i, states);
     params.kv = kept;
+    if (raw) params.raw = {.angles = angles_.as<float>(), .eps = shape_.qk_norm_eps, .kv = kept};
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
