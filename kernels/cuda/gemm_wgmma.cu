@@ -37,9 +37,6 @@
 #include <cuda.h>
 
 #include <algorithm>
-#include <array>
-#include <cmath>
-#include <map>
 
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/gemm_wgmma_consumer.h"
@@ -49,18 +46,19 @@ namespace {
 
 constexpr int kMaxTokens = 128;
 constexpr int kRingBytes = 148 << 10, kRingBytes128 = 208 << 10;  // for 128 tokens
+constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
 
 template <int kType, int kTokens, bool kNorms>
 __global__ void __launch_bounds__(kBlockThreads)
     WgmmaGemmKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
-                    const __grid_constant__ Shares shares, const __grid_constant__ GemmParams p, const int rows,
-                    const int stages, const Workspace workspace) {
+                    const __grid_constant__ GemmParams p, const int rows, const int stages, const Workspace workspace) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Unit = Unit<kType, kTokens>;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ Ring ring;
   __shared__ __align__(16) TileEnd<kTokens> end;
   const uint32_t buffers = (SharedAddress(shared) + 1023) / 1024 * 1024;
+  const Shares shares(p.w, Unit::kDepth, static_cast<int>(gridDim.x));
   const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x);
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
@@ -77,49 +75,6 @@ __global__ void __launch_bounds__(kBlockThreads)
     Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run();
   }
 #endif
-}
-
-// Blocks that begin no tile hand all their sums to another block, at their end. They get kHandOver units less than those
-// that do begin one and would else wait for them: that is about what handing over takes, in units.
-constexpr int kHandOver = 4;
-
-// Cuts at `share` units a block and kHandOver more; what all blocks then hold.
-double Cut(double share, int total, Shares& shares) {
-  double end = 0.0;
-  for (int block = 0; block < shares.blocks; ++block) {
-    const int begin = shares.begin[block], tile = (begin + shares.depth - 1) / shares.depth * shares.depth;
-    end += share + (tile < total && tile < end + share ? kHandOver : 0);
-    shares.begin[block + 1] = std::min(static_cast<int>(std::lround(end)), total);
-  }
-  shares.begin[shares.blocks] = total;
-  return end;
-}
-
-Shares MakeShares(int tiles, int depth, int blocks) {
-  const int total = tiles * depth;
-  Shares shares{.depth = depth, .blocks = std::min({total, blocks, kMaxBlocks}), .begin = {}};
-  double low = 0.0, high = static_cast<double>(total) / shares.blocks;
-  if (high >= kHandOver + 2) {
-    for (int i = 0; i < 32; ++i) {
-      const double middle = (low + high) / 2;
-      (Cut(middle, total, shares) < total ? low : high) = middle;
-    }
-    Cut(high, total, shares);
-    if (shares.begin[shares.blocks - 1] < total) return shares;
-  }
-  // Too few units for that, or none left for the last block.
-  for (int i = 0; i <= shares.blocks; ++i) shares.begin[i] = static_cast<int>(int64_t{total} * i / shares.blocks);
-  return shares;
-}
-
-// Of a matrix on the current device, computed once.
-const Shares& SharesOf(const LinspecCudaMatrix& w, int unit_depth) {
-  const int tiles = static_cast<int>((w.rows + kUnitRows - 1) / kUnitRows);
-  const int depth = static_cast<int>((w.cols + unit_depth - 1) / unit_depth), blocks = CurrentDevice().processors;
-  thread_local std::map<std::array<int, 3>, Shares> known;
-  const auto [it, added] = known.try_emplace({tiles, depth, blocks});
-  if (added) it->second = MakeShares(tiles, depth, blocks);
-  return it->second;
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -180,10 +135,9 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   const bool described = Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, kUnitRows, &weights) &&
                          Describe(false, p.x, rows, p.w.cols, kTokens, &tokens);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  const Shares& shares = SharesOf(p.w, Unit::kDepth);
-  // No launch can have 0 blocks: the caller finds the error where it looks for all others.
-  const int blocks = described ? shares.blocks : 0;
-  LaunchOverlapped(kernel, blocks, kBlockThreads, kShared, stream, 1, weights, tokens, shares, p, rows, kStages,
+  int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
+  if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
+  LaunchOverlapped(kernel, blocks, kBlockThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
                    WorkspaceAt(p.workspace));
 }
 

@@ -19,7 +19,6 @@ inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
 inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
-inline constexpr int kMaxBlocks = 160;  // of which the workspace has room for sums
 inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
@@ -37,18 +36,24 @@ struct Workspace {
   float4* sums;    // [block][group][8 tokens][thread of the group]
 };
 
-// The units of each block: consecutive, tile by tile. From the matrix and the chip alone.
+// The units of each block: consecutive, tile by tile, equally many.
 struct Shares {
-  int depth, blocks;  // depth: units of a tile
-  int begin[kMaxBlocks + 1];
+  int depth, total, blocks;  // depth: units of a tile
+  __host__ __device__ Shares(const LinspecCudaMatrix& w, int unit_depth, int blocks)
+      : depth(static_cast<int>((w.cols + unit_depth - 1) / unit_depth)),
+        total(static_cast<int>((w.rows + kUnitRows - 1) / kUnitRows) * depth),
+        blocks(blocks) {}
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+__device__ __forceinline__ int Begin(const Shares& shares, int share) {
+  return static_cast<int>(int64_t{shares.total} * share / shares.blocks);
+}
 // Blocks after `share` that hold units before `end`.
 __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
   int behind = 0;
-  while (shares.begin[share + 1 + behind] < end) ++behind;
+  while (Begin(shares, share + 1 + behind) < end) ++behind;
   return behind;
 }
 
@@ -107,7 +112,7 @@ struct Producer {
     uint64_t once, often;  // weights are the first to leave the L2
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
     asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
-    const int begin = shares.begin[share], end = shares.begin[share + 1], ahead = min(stages, end - begin);
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
     for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
@@ -121,10 +126,10 @@ struct Producer {
 
   // What the blocks behind left, up to the end of the tile that this block began. The lanes look for one block each.
   __device__ __forceinline__ void OrderSums(Turn turn) const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = shares.begin[share + 1] - 1;
+    const int lane = static_cast<int>(threadIdx.x) % kWarpSize, last = Begin(shares, share + 1) - 1;
     const int tile_begin = last / shares.depth * shares.depth,
               behind = Behind(shares, share, tile_begin + shares.depth);
-    if (shares.begin[share] > tile_begin || behind == 0) return;
+    if (Begin(shares, share) > tile_begin || behind == 0) return;
     for (int i = lane; i < behind; i += kWarpSize) {
       unsigned* left = workspace.left + share + 1 + i;
       unsigned warps = 0;

@@ -185,7 +185,7 @@ struct Consumer {
     GridWait();
     ReadScales();
     Epilogue<kTokens, kNorms> epilogue{p, rows, end};
-    for (int unit = shares.begin[share], last = shares.begin[share + 1]; unit < last;) {
+    for (int unit = Begin(shares, share), last = Begin(shares, share + 1); unit < last;) {
       const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(last, tile_end);
       const bool begins = unit % shares.depth == 0;
       float sums[kColumns][4];
