@@ -52,6 +52,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
                 rows, stream);
+  // Single rows are turned and normalised inside verification.
   const bool raw = attention == Attention::kVerify && input.kept_rows == nullptr && input.last_rows == 0 &&
                    VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows);
   NormBefore before;
