@@ -33,9 +33,21 @@ __device__ __forceinline__ float AddSlices(float squares) {
   squares += __shfl_xor_sync(0xFFFFFFFFu, squares, 1);
   return squares + __shfl_xor_sync(0xFFFFFFFFu, squares, 2);
 }
-// A token's from those of its ranges: halves onto halves, as lanes add.
-__device__ __forceinline__ float AddRanges(const float (&of)[kSplit]) {
-  return ((of[0] + of[1]) + (of[2] + of[3])) + ((of[4] + of[5]) + (of[6] + of[7]));
+// 1 / rms of a lane's two tokens. squares: the sums of each range, added halves onto halves, as lanes do.
+using PairSquares = float2[kTileTokens / 2];
+template <int kTiles>
+__device__ __forceinline__ void ReadScales(const GemmParams& p, const PairSquares (&squares)[kSplit][kTiles], int tile,
+                                           int pair, float (&scales)[2]) {
+  float2 sums[kSplit];
+#pragma unroll
+  for (int range = 0; range < kSplit; ++range) sums[range] = squares[range][tile][pair];
+#pragma unroll
+  for (int step = 1; step < kSplit; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < kSplit; i += 2 * step) sums[i].x += sums[i + step].x, sums[i].y += sums[i + step].y;
+  }
+  scales[0] = InverseRms(sums[0].x, p.w.cols, p.norm_before.eps);
+  scales[1] = InverseRms(sums[0].y, p.w.cols, p.norm_before.eps);
 }
 
 // Grid: tiles of weight rows, groups of kTiles * 8 tokens. kNorm: with a norm as its prologue.
@@ -44,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1) SmallGemmKernel
   constexpr int kParts = Range<kType>::kParts;
   static_assert(kTiles <= kWarps);
   __shared__ float4 partial[kSplit][kTiles][kWarpSize];
-  __shared__ float2 all_squares[kNorm ? kSplit : 1][kTiles][kTileTokens / 2];
+  __shared__ PairSquares all_squares[kNorm ? kSplit : 1][kTiles];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, s = lane % 4;
   const int first = static_cast<int>(blockIdx.y) * kTiles * kTileTokens;
   const Range<kType> range(p.w, warp);
@@ -93,15 +105,7 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1) SmallGemmKernel
     const float4 part = partial[from][warp][lane];
     total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
   }
-  if constexpr (kNorm) {
-    float evens[kSplit], odds[kSplit];
-#pragma unroll
-    for (int from = 0; from < kSplit; ++from) {
-      evens[from] = all_squares[from][warp][s].x, odds[from] = all_squares[from][warp][s].y;
-    }
-    token_scales[0] = InverseRms(AddRanges(evens), p.w.cols, p.norm_before.eps);
-    token_scales[1] = InverseRms(AddRanges(odds), p.w.cols, p.norm_before.eps);
-  }
+  if constexpr (kNorm) ReadScales(p, all_squares, warp, s, token_scales);
 #pragma unroll
   for (int i = 0; i < 4; ++i) total[i] *= token_scales[i % 2];
   output.Write(row, mine, total, old, row_scales);

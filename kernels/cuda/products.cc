@@ -59,8 +59,7 @@ bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
 }
 
-// Rounded after the norm's weight instead of after its scale as well: in deterministic mode all numbers of rows are, for
-// the matrices where any is.
+// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of the matrices where it is for any.
 bool Products::NormIsPrologue(const LinspecCudaMatrix& w, int rows) const {
   if (TakesNormsAsSmall(w)) return rows <= (w.type == kLinspecCudaBf16 ? kMostPrologueRows : kMostPrologueRows8Bit);
   return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorm(w, rows);
