@@ -2,8 +2,8 @@
 // tokens costs little, and what counts is that nothing waits. A block is 16 weight rows times up to 64 tokens, its 8 warps
 // the 8 ranges of k; tokens come straight from the L2 in fragment order, and the ranges meet in shared memory. No
 // workspace, no order between blocks, and the grid grows with the tokens instead of the time.
-// The RMSNorm in front can be the prologue (launch.h): each value of x is read by one lane of a block, which multiplies it
-// by the norm's weight on the way; the sums of squares meet where the ranges do.
+// The RMSNorm in front can be the prologue (launch.h): each value of x is read by one lane of a block, which multiplies
+// it by the norm's weight on the way; the sums of squares meet where the ranges do.
 //
 // Measured on an H200 (2026-11-27), graphs of 16 products: see docs/cuda.md.
 //

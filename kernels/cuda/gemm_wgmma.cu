@@ -20,7 +20,9 @@
 //   fp8,  H200             62      58      54      49
 //   fp8,  H100             76      74      71      65      45
 //   int8, H100             73      72      71      63      43
-// What is missing is mostly a fixed 4 to 7 us a product: the last sums, a launch and its first tokens.
+// What is missing is mostly a fixed 3 to 7 us a product: the last sums (of o and down 3 to 5.5 us from when they are
+// wanted, because what fetches them waits behind the next product's first weights) and their writing (0.4 to 1.6), the
+// launch, and the first tokens (2.3 us, of which the memory is idle only when all rings are full).
 //
 // Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product ends
 // and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64 for
@@ -32,7 +34,9 @@
 // share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
 // has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
 // all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number
-// of tiles for the number of blocks (0 to 1 % slower in a step). Undecided: sums that their reader polls for instead of
+// of tiles for the number of blocks (0 to 1 % slower in a step). Less work for blocks that
+// only hand sums over, so that who waits for them has some left (4 and 8 units: the same in bf16, fp8 at 64 rows 6.19 and
+// 6.30 ms a step for 6.14). Undecided: sums that their reader polls for instead of
 // flags and the ring, in bf16 2 % faster up to 16 tokens; from 64 it was slower in a build that also spilled registers.
 #include <cuda.h>
 

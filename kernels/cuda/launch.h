@@ -108,8 +108,8 @@ struct GemmParams {
   void* workspace = nullptr;
   NormAfter norm_after = {};  // needs accumulate
   NormBefore norm_before = {};
-  // If rope.qkv is set, w is qkv of heads of 128, y is rope.qkv, and the result is what LaunchRopeNormalize leaves, in all
-  // its bits: warpgroup products (gemm_wgmma.h).
+  // If rope.qkv is set, w is qkv of heads of 128, y is rope.qkv, and the result is what LaunchRopeNormalize leaves, to the
+  // same bits: warpgroup products (gemm_wgmma.h).
   RopeRows rope = {};
 };
 // Which row of [gate; up] (each `intermediate` rows, a multiple of 8) is row r of w for silu_mul: 8 rows of gate, the
@@ -123,7 +123,7 @@ int64_t StreamingGemmWorkspaceBytes();
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
 // A matrix that fits in the L2, up to a few hundred rows: the same product and bits, without a workspace.
 void LaunchSmallGemm(const GemmParams& params, int rows, cudaStream_t stream);
-// x * weight in bf16 [rows, K] and 1 / rms [rows] of norm.x, for products by w: with the bits of a small product's prologue.
+// x * weight in bf16 [rows, K] and 1 / rms [rows] of norm.x, for products by w, with the bits of a small one's prologue.
 void LaunchNormForSmall(const NormBefore& norm, const LinspecCudaMatrix& w, uint16_t* out, float* scales, int rows,
                         cudaStream_t stream);
 // Many rows (from about 128): the same product and bits, bound by arithmetic.

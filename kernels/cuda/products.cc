@@ -14,8 +14,8 @@ constexpr int kMaxStreamedRows = 64;                         // of our kernels w
 // (docs/cuda.md).
 constexpr int64_t kSmallElements = int64_t{1} << 22, kSmallElementsFewRows = int64_t{1} << 20;
 constexpr int kFewRows = 8, kMostSmallRows = 256, kMostSmallBlocks = 768;
-// kMostPrologueRows: beyond, the fp32 stream is too much to be read by every block. kMostSmallNormRows: of weights, so that
-// kMostSmallRows never make more than kMostSmallBlocks.
+// kMostPrologueRows: beyond, the fp32 stream is too much to be read by every block. kMostSmallNormRows: of weights, so
+// that kMostSmallRows never make more than kMostSmallBlocks.
 constexpr int kMostPrologueRows = 16, kMostPrologueRows8Bit = 8;
 constexpr int kMostSmallNormRows = kMostSmallBlocks / (kMostSmallRows / 64) * 16;
 static_assert(kMostPrologueRows8Bit >= kFewRows);  // up to which a launched norm would meet a product that takes none
@@ -59,7 +59,7 @@ bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
 }
 
-// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of the matrices where it is for any.
+// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of matrices where it is for any.
 bool Products::NormIsPrologue(const LinspecCudaMatrix& w, int rows) const {
   if (TakesNormsAsSmall(w)) return rows <= (w.type == kLinspecCudaBf16 ? kMostPrologueRows : kMostPrologueRows8Bit);
   return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorm(w, rows);

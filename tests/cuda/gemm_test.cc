@@ -157,7 +157,7 @@ class GemmCase {
 
   static constexpr float kEps = 1e-5f;
 
-  // Results over the root mean square of each token's x, given as sums of parts; the bits of a row do not depend on others.
+  // Results over the root mean square of each token's x, given as sums of parts.
   void MultipliesNorm() {
     const auto parts = static_cast<int>(NormParts(k_));
     std::vector<float> squares = Normal(random_, int64_t{kMaxRows} * parts, 1.0f);
