@@ -1,5 +1,6 @@
-// Row operations against the scalar CpuOps, over odd sizes (attention: attention_test.cc, matrix products:
-// gemm_test.cc). A plain program: prints one line per check, a summary last, and exits 0 only if all passed.
+// Row operations against the scalar CpuOps, over odd sizes, and the choice of tokens against the host's (attention:
+// attention_test.cc, matrix products: gemm_test.cc). A plain program: prints one line per check, a summary last, and exits 0
+// only if all passed.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -7,6 +8,7 @@
 #include "kernels/cuda/launch.h"
 #include "kernels/dtype.h"
 #include "kernels/ops.h"
+#include "tests/cuda/choice_checks.h"
 #include "tests/cuda/device_buffers.h"
 #include "tests/cuda/report.h"
 
@@ -100,5 +102,6 @@ int main() {
   auto ops = std::move(*CpuOps::Create({.isa = Isa::kScalar, .num_threads = 8}));
   cuda::TestEmbed();
   cuda::TestRows(*ops);
+  cuda::TestChoices();
   return cuda::Summary("device_test");
 }
