@@ -52,23 +52,29 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
                  .dim = shape_.hidden_size,
                  .eps = shape_.rms_norm_eps},
                 rows, stream);
+  // Single rows are turned and normalised inside verification.
+  const bool raw = attention == Attention::kVerify && input.kept_rows == nullptr && input.last_rows == 0 &&
+                   VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows);
   NormBefore before;
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
     products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
     void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
-    LaunchRopeNormalize({.qkv = qkv(),
-                         .angles = angles_.as<float2>(),
-                         .num_heads = shape_.num_heads,
-                         .num_kv_heads = shape_.num_kv_heads,
-                         .head_dim = shape_.head_dim,
-                         .eps = shape_.qk_norm_eps,
-                         .kv = kept,
-                         .bf16 = bf16_states(),
-                         .kv_rows = input.kept_rows},
-                        rows, stream);
+    if (!raw) {
+      LaunchRopeNormalize({.qkv = qkv(),
+                           .angles = angles_.as<float2>(),
+                           .num_heads = shape_.num_heads,
+                           .num_kv_heads = shape_.num_kv_heads,
+                           .head_dim = shape_.head_dim,
+                           .eps = shape_.qk_norm_eps,
+                           .kv = kept,
+                           .bf16 = bf16_states(),
+                           .kv_rows = input.kept_rows},
+                          rows, stream);
+    }
     AttentionParams params = AttentionOf(i, states);
     params.kv = kept;
+    if (raw) params.raw = {.angles = angles_.as<float>(), .eps = shape_.qk_norm_eps, .kv = kept};
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;

@@ -25,6 +25,9 @@ void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t st
 void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
                         int num_tasks, cudaStream_t stream);
 
+// Whether verify may get AttentionParams::raw, for rows that LaunchRopeNormalize has not seen: what that would have done
+// happens inside, to the same bits. Tasks of one row each; row_begin < rows of the call.
+bool VerifyTakesRawRows(const LayerParams& layer, int num_tasks, int max_rows);
 // Layer shapes whose states may be bf16.
 bool SupportsBf16States(const LayerParams& layer);
 
