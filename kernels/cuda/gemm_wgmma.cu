@@ -24,20 +24,20 @@
 // wanted, because what fetches them waits behind the next product's first weights) and their writing (0.4 to 1.6), the
 // launch, and the first tokens (2.3 us, of which the memory is idle only when all rings are full).
 //
-// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product ends
-// and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64 for
-// 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
-// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit
-// weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower);
-// clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
-// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
+// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product
+// ends and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64
+// for 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
+// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
+// 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
+// slower); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30 of
+// the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
 // share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
 // has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
 // all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number
-// of tiles for the number of blocks (0 to 1 % slower in a step). Less work for blocks that
-// only hand sums over, so that who waits for them has some left (4 and 8 units: the same in bf16, fp8 at 64 rows 6.19 and
-// 6.30 ms a step for 6.14). Undecided: sums that their reader polls for instead of
-// flags and the ring, in bf16 2 % faster up to 16 tokens; from 64 it was slower in a build that also spilled registers.
+// of tiles for the number of blocks (0 to 1 % slower in a step). Less work for blocks that only hand sums over, so that
+// who waits for them has some left (4 and 8 units: the same in bf16, fp8 at 64 rows 6.19 and 6.30 ms a step for 6.14).
+// Undecided: sums that their reader polls for instead of flags and the ring, in bf16 2 % faster up to 16 tokens; from
+// 64 it was slower in a build that also spilled registers.
 #include <cuda.h>
 
 #include <algorithm>
