@@ -42,7 +42,7 @@ function(linspec_device_program name)
   target_link_options(${name} PRIVATE -static-libstdc++ -static-libgcc -s)
   set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/device)
 endfunction()
-linspec_device_program(cuda_device_test tests/cuda/device_test.cc ${cpu_reference})
+linspec_device_program(cuda_device_test tests/cuda/device_test.cc models/sampler.cc models/draft_candidates.cc ${cpu_reference})
 linspec_device_program(cuda_state_test tests/cuda/state_test.cc ${cpu_reference})
 linspec_device_program(cuda_gemm_test tests/cuda/gemm_test.cc tests/cuda/gemm_reference.cu)
 linspec_device_program(cuda_device_bench tests/cuda/device_bench.cc tests/cuda/gemm_reference.cu

@@ -39,6 +39,8 @@ class PackedWeight {
 
 // y[m, n] = sum_k x'[m, k] w[n, k]  (+ y[m, n] if accumulate), where x' is x, or RmsNorm(x) if norm_weight is given. For
 // kI8 weights x' is quantised per row to 8 bits (symmetric), the dot is exact in int32, so every Isa gives the same bits.
+inline constexpr int64_t kOutputBlock = 16;
+
 struct MatmulParams {
   const float* x;         // [num_rows, K]
   const PackedWeight* w;  // [N, K]
@@ -47,6 +49,8 @@ struct MatmulParams {
   bool accumulate = false;
   const float* norm_weight = nullptr;  // [K]
   float norm_eps = 0;
+  // Matmul only: of the N outputs those of these blocks of kOutputBlock, ascending; the rest of y is left alone. Empty: all.
+  std::span<const int32_t> output_blocks = {};
 };
 
 struct RmsNormParams {

@@ -15,6 +15,7 @@ Value GetAttribute(const Value& object, const std::string& name);
 Value GetItem(const Value& object, const Value& key);
 Value MakeRange(const Arguments& arguments);
 bool Contains(const Value& container, const Value& item);
+List Items(const Value& dict);     // pairs of key and value
 List Iterate(const Value& value);  // elements of a list, keys of a dict, characters of a string
 
 }  // namespace linspec::jinja

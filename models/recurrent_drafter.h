@@ -14,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "models/draft_growth.h"
+#include "models/draft_vocabulary.h"
 #include "models/drafter.h"
 #include "models/model.h"
 #include "models/recurrent_head.h"
@@ -40,12 +41,13 @@ class RecurrentDrafter final : public Drafter {
   };
 
   RecurrentDrafter(std::unique_ptr<RecurrentHead> head, Model* target, GrowthOptions options)
-      : head_(std::move(head)), target_(target), options_(options) {}
+      : head_(std::move(head)), target_(target), options_(options), vocabulary_(target->config().vocab_size) {}
   absl::Status Grow(std::vector<Draft>& drafts);
 
   std::unique_ptr<RecurrentHead> head_;
   Model* target_;
   const GrowthOptions options_;
+  DraftVocabulary vocabulary_;
   int levels_computed_ = 0;
 };
 

@@ -144,7 +144,8 @@ int32_t DeviceDrafter::CreateMedusa(DeviceModel* target, const LinspecCudaMedusa
   return kLinspecCudaOk;
 }
 
-void DeviceDrafter::Choose(const Work& work, float* logits, int first_level, int num_levels, int32_t* next_tokens) {
+void DeviceDrafter::Choose(const Work& work, const float* logits, int first_level, int num_levels,
+                           int32_t* next_tokens) {
   LaunchChooseDraft({.input = work.input,
                      .logits = logits,
                      .vocab = vocab(),

@@ -40,8 +40,8 @@ class DeviceDrafter {
   virtual uint64_t Stamp() const = 0;  // changes when what Reserve gave has moved
   virtual void Enqueue(const Work& work) = 0;
 
-  // Candidates of num_levels levels from first_level on, from their logits [num_levels, num_rows, V], which it overwrites.
-  void Choose(const Work& work, float* logits, int first_level, int num_levels, int32_t* next_tokens);
+  // Candidates of num_levels levels from first_level on, from their logits [num_levels, num_rows, V].
+  void Choose(const Work& work, const float* logits, int first_level, int num_levels, int32_t* next_tokens);
   Context* context() const { return target_->context(); }
   cudaStream_t stream() const { return context()->stream(); }
   int64_t dim() const { return target_->shape().hidden_size; }

@@ -41,34 +41,34 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   uint16_t* normed = normed_.as<uint16_t>();
   LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream);
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
-  // A norm runs with the product in front of it where that can be; before the first layer there is none.
-  const auto after = [&](const float* weight) {
+  // A norm runs with the products around it where that can be.
+  const auto norm = [&](const float* weight) {
     return NormAfter{.weight = weight, .out = normed, .squares = squares_.as<float>()};
   };
-  LaunchRmsNorm({.x = x,
-                 .weight = layers_[0].attention_norm,
-                 .out = nullptr,
-                 .out_bf16 = normed,
-                 .dim = shape_.hidden_size,
-                 .eps = shape_.rms_norm_eps},
-                rows, stream);
-  NormBefore before;
+  NormBefore before = products_.Norm(x, norm(layers_[0].attention_norm), shape_.rms_norm_eps, layers_[0].qkv, rows);
+  // Single rows of few requests are turned inside verification, others at the end of qkv or by a launch.
+  const bool raw = attention == Attention::kVerify && input.kept_rows == nullptr && input.last_rows == 0 &&
+                   VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows);
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
-    products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
     void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;
-    LaunchRopeNormalize({.qkv = qkv(),
-                         .angles = angles_.as<float2>(),
-                         .num_heads = shape_.num_heads,
-                         .num_kv_heads = shape_.num_kv_heads,
-                         .head_dim = shape_.head_dim,
-                         .eps = shape_.qk_norm_eps,
-                         .kv = kept,
-                         .bf16 = bf16_states(),
-                         .kv_rows = input.kept_rows},
-                        rows, stream);
+    const RopeRows rope{.qkv = qkv(),
+                        .angles = angles_.as<float2>(),
+                        .num_heads = shape_.num_heads,
+                        .num_kv_heads = shape_.num_kv_heads,
+                        .head_dim = shape_.head_dim,
+                        .eps = shape_.qk_norm_eps,
+                        .kv = kept,
+                        .bf16 = bf16_states(),
+                        .kv_rows = input.kept_rows};
+    if (raw) {
+      products_.Matmul(layer.qkv, normed, qkv(), false, rows, before);
+    } else {
+      products_.Qkv(layer.qkv, normed, rope, rows, before);
+    }
     AttentionParams params = AttentionOf(i, states);
     params.kv = kept;
+    if (raw) params.raw = {.angles = angles_.as<float>(), .eps = shape_.qk_norm_eps, .kv = kept};
     params.tasks = input.tasks;
     params.ancestors = input.ancestors;
     params.max_rows = input.max_rows;
@@ -77,7 +77,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
     params.num_groups = input.num_groups;
     params.exact_prefill = products_.deterministic();
     (attention == Attention::kPrefill ? LaunchPrefill : LaunchVerify)(params, input.num_tasks, stream);
-    before = products_.AddAndNorm(layer.o, attention_.as<uint16_t>(), x, after(layer.mlp_norm), shape_.rms_norm_eps,
+    before = products_.AddAndNorm(layer.o, attention_.as<uint16_t>(), x, norm(layer.mlp_norm), shape_.rms_norm_eps,
                                   layer.gate_up, rows);
     products_.GateUp(layer.gate_up, normed, gate_up(), activated(rows), rows, before);
     if (i + 1 == shape_.num_layers) {
@@ -85,7 +85,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
       break;
     }
     const LinspecCudaLayer& next = layers_[i + 1];
-    before = products_.AddAndNorm(layer.down, activated(rows), x, after(next.attention_norm), shape_.rms_norm_eps,
+    before = products_.AddAndNorm(layer.down, activated(rows), x, norm(next.attention_norm), shape_.rms_norm_eps,
                                   next.qkv, rows);
   }
 }

@@ -29,9 +29,7 @@ DeviceModel::ScratchSizes DeviceModel::PrefillSizes(int64_t rows, int64_t groups
           0,
           0,
           0,
-          std::max(rows * NormParts(shape_.hidden_size),
-                   std::min<int64_t>(rows, kRingNormRows) * NormParts(shape_.hidden_size, kRingNormPart)) *
-              kF32};
+          rows * NormParts(shape_.hidden_size) * kF32};
 }
 
 DeviceModel::ScratchSizes DeviceModel::VerifySizes(int64_t rows, int64_t kept_rows) const {

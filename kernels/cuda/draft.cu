@@ -1,13 +1,14 @@
-// Draft heads: a block per row. The choice keeps a row's scores in the L1 / L2 (4 V bytes are written once and read
-// about twice); of 32 values a lane holds its two best in registers, so that most rounds of the selection read nothing.
+// Draft heads: a block per row, but a cluster of blocks for the choice (row_cluster.h), which reads a row's logits twice; a
+// thread holds its four best in registers, so that nearly no round of the selection computes scores again.
 //
-// Floor of a choice: 12 V bytes a row, from L2, and V / 4 Philox blocks for noisy rows.
+// Floor of a choice: 8 V bytes a row, from L2, and V / 4 Philox blocks for noisy rows.
 #include <climits>
 
 #include "kernels/cuda/draft_kernels.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/noise.h"
 #include "kernels/cuda/pdl.h"
+#include "kernels/cuda/row_cluster.h"
 #include "kernels/cuda/window_attention.h"
 
 namespace linspec::cuda {
@@ -94,152 +95,174 @@ __global__ void __launch_bounds__(kThreads) MedusaBlockKernel(const MedusaBlockP
   }
 }
 
-constexpr int kChooseThreads = 512;
-constexpr int kChooseWarps = kChooseThreads / kWarp;
 constexpr int kRivals = 8;  // that the odds of noisy candidates are taken among, at least
 constexpr int kMostRivals = LINSPEC_CUDA_MAX_DRAFT_CANDIDATES;
-constexpr ScoredToken kNobody{-INFINITY, INT_MAX};
-
-__device__ ScoredToken WarpBest(ScoredToken mine) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const ScoredToken other{__shfl_xor_sync(kAll, mine.score, offset), __shfl_xor_sync(kAll, mine.token, offset)};
-    if (Better(other, mine)) mine = other;
-  }
-  return mine;
-}
 
 struct ChooseShared {
-  ScoredToken best[kChooseWarps][kMostRivals];
-  float values[kChooseWarps];
+  RowClusterShared cluster;
+  ScoredToken lists[kClusterWarps][kMostRivals];  // the warps' best, then the blocks'
+  ScoredToken block_best[kMostRivals];
+};
+static_assert(kMostClusterBlocks <= kClusterWarps && kMostClusterBlocks * kMostRivals <= kClusterThreads);
+
+// What a row's tokens are chosen by, four tokens at a time: the logits, or for a noisy row the tempered ones and the noise.
+struct Scores {
+  const float* logits;
+  int vocab;
+  bool noisy;
+  float max, temperature;
+  uint64_t seed;
+  int64_t position;
+
+  // Beyond the vocabulary there is nobody.
+  __device__ float4 Logits(int block) const {
+    if (vocab % 4 == 0) return *reinterpret_cast<const float4*>(logits + block * 4);
+    const auto at = [&](int i) { return block * 4 + i < vocab ? logits[block * 4 + i] : -INFINITY; };
+    return make_float4(at(0), at(1), at(2), at(3));
+  }
+  __device__ float4 Of(int block) const {
+    const float4 v = Logits(block);
+    if (!noisy) return v;
+    const uint4 bits = NoiseBits(seed, position, block);
+    const auto score = [&](float logit, uint32_t word) { return (logit - max) / temperature + RoughGumbel(word); };
+    return make_float4(score(v.x, bits.x), score(v.y, bits.y), score(v.z, bits.z), score(v.w, bits.w));
+  }
 };
 
-__device__ float BlockMax(float value, ChooseShared& shared) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value = fmaxf(value, __shfl_xor_sync(kAll, value, offset));
-  if (threadIdx.x % kWarp == 0) shared.values[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  for (const float other : shared.values) value = fmaxf(value, other);
-  __syncthreads();
-  return value;
-}
-
-__device__ float BlockSum(float value, ChooseShared& shared) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
-  if (threadIdx.x % kWarp == 0) shared.values[threadIdx.x / kWarp] = value;
-  __syncthreads();
-  float sum = 0.0f;
-  for (const float other : shared.values) sum += other;
-  __syncthreads();
-  return sum;
-}
-
-// Blocks of four tokens from this thread's first on: token -> f(token, index in the block of four).
+// f(block of four tokens) of this thread's blocks.
 template <typename Function>
-__device__ void ForMyBlocks(int vocab, Function f) {
-  for (int block = threadIdx.x; block * 4 < vocab; block += kChooseThreads) f(block);
+__device__ void ForMine(const RowCluster& cluster, int vocab, Function f) {
+  for (int block = cluster.thread(); block * 4 < vocab; block += cluster.num_threads()) f(block);
 }
 
-// A thread's two best scores below `below`, best first.
-struct TwoBest {
-  ScoredToken first = kNobody, second = kNobody;
+// A thread's best scores, best first.
+struct OwnBest {
+  static constexpr int kCount = 4;
+  ScoredToken items[kCount] = {Nobody(), Nobody(), Nobody(), Nobody()};
 
-  __device__ void Offer(const ScoredToken& item) {
+  __device__ void Offer(ScoredToken item) {
     if (!(item.score > -INFINITY)) return;  // NaN too
-    if (Better(item, first)) {
-      second = first;
-      first = item;
-    } else if (Better(item, second)) {
-      second = item;
+#pragma unroll
+    for (ScoredToken& mine : items) {
+      if (!Better(item, mine)) continue;
+      const ScoredToken pushed = mine;
+      mine = item;
+      item = pushed;
     }
   }
-  __device__ void Scan(const float* scores, int vocab, const ScoredToken& below) {
-    ForMyBlocks(vocab, [&](int block) {
-      for (int v = block * 4; v < min(block * 4 + 4, vocab); ++v) {
-        const ScoredToken item{scores[v], v};
-        if (Better(below, item)) Offer(item);
-      }
-    });
+  // Four tokens' scores, of those below `below`.
+  __device__ void Offer(int block, const float4& scores, const ScoredToken& below) {
+    const float values[4] = {scores.x, scores.y, scores.z, scores.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const ScoredToken item{values[i], block * 4 + i};
+      if (Better(below, item)) Offer(item);
+    }
+  }
+  __device__ void DropFirst() {
+#pragma unroll
+    for (int i = 0; i + 1 < kCount; ++i) items[i] = items[i + 1];
+    items[kCount - 1] = Nobody();
   }
 };
 
-// The `count` best scores of the row, best first, to out (by the first warp). Each warp picks its own, then the first
-// warp merges the lists.
-__device__ void SelectBest(const float* scores, int vocab, TwoBest mine, int count, ChooseShared& shared,
-                           ScoredToken* out) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+// Merges `num_lists` lists of `count`, best first: out(i, best) for each of the `count` best. By one warp.
+template <typename Out>
+__device__ void MergeLists(const ScoredToken (&lists)[kClusterWarps][kMostRivals], int num_lists, int count, Out out) {
+  const int lane = threadIdx.x % kWarp;
+  int next = 0;
   for (int i = 0; i < count; ++i) {
-    const ScoredToken best = WarpBest(mine.first);
-    if (lane == 0) shared.best[warp][i] = best;
-    if (best.token != mine.first.token || best.token == INT_MAX) continue;
-    mine.first = mine.second;
-    mine.second = kNobody;
-    if (mine.first.token == INT_MAX) mine.Scan(scores, vocab, best);
-  }
-  __syncthreads();
-  if (warp != 0) return;
-  int next = 0;  // of the list of warp `lane`
-  for (int i = 0; i < count; ++i) {
-    const ScoredToken head = lane < kChooseWarps && next < count ? shared.best[lane][next] : kNobody;
-    const ScoredToken best = WarpBest(head);
-    if (best.token == head.token) ++next;
-    out[i] = best;
+    const ScoredToken mine = lane < num_lists && next < count ? lists[lane][next] : Nobody();
+    const ScoredToken best = WarpBest(mine);
+    if (best.token == mine.token && best.token != INT_MAX) ++next;
+    out(i, best);
   }
 }
 
-__global__ void __launch_bounds__(kChooseThreads) ChooseDraftKernel(const ChooseDraftParams p) {
+// The `count` best scores of the row, best first: lane i of the cluster's first warp gets the i-th. Each warp picks its own,
+// then the warps' lists are merged, then the blocks'. The thread has left the cluster afterwards.
+__device__ ScoredToken SelectBest(const RowCluster& cluster, const Scores& scores, OwnBest mine, int count,
+                                  ChooseShared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, i = threadIdx.x % kMostRivals;
+  for (int picked = 0; picked < count; ++picked) {
+    const ScoredToken best = WarpBest(mine.items[0]);
+    if (lane == 0) shared.lists[warp][picked] = best;
+    if (best.token != mine.items[0].token || best.token == INT_MAX) continue;
+    mine.DropFirst();
+    if (mine.items[0].token != INT_MAX) continue;
+    ForMine(cluster, scores.vocab, [&](int block) { mine.Offer(block, scores.Of(block), best); });
+  }
+  __syncthreads();
+  if (warp == 0) {
+    MergeLists(shared.lists, kClusterWarps, count, [&](int at, const ScoredToken& best) {
+      if (lane == 0) shared.block_best[at] = best;
+    });
+  }
+  cluster.Sync();
+  ScoredToken own = Nobody();
+  if (cluster.rank() == 0) {
+    const int block = threadIdx.x / kMostRivals;
+    if (block < cluster.size() && i < count) shared.lists[block][i] = cluster.Of(shared.block_best[i], block);
+    __syncthreads();
+  }
+  cluster.Leave();
+  if (cluster.rank() == 0 && warp == 0) {
+    MergeLists(shared.lists, cluster.size(), count, [&](int at, const ScoredToken& best) {
+      if (lane == at) own = best;
+    });
+  }
+  return own;
+}
+
+__global__ void __launch_bounds__(kClusterThreads) ChooseDraftKernel(const ChooseDraftParams p) {
   __shared__ ChooseShared shared;
   GridLaunchDependents();
   GridWait();
-  const int r = static_cast<int>(blockIdx.x) % p.input.num_rows, vocab = static_cast<int>(p.vocab);
+  RowCluster cluster(&shared.cluster);
+  const int index = cluster.row(), r = index % p.input.num_rows, lane = threadIdx.x % kWarp;
   const LinspecCudaDraftRow row = p.input.rows[r];
-  const int64_t position = row.position + p.first_level + static_cast<int>(blockIdx.x) / p.input.num_rows;
   if (p.at_hidden_row && row.hidden_row < 0) {  // padding
-    if (threadIdx.x == 0) p.next_tokens[r] = 0;
+    if (cluster.thread() == 0) p.next_tokens[r] = 0;
     return;
   }
-  float* scores = p.logits + (p.at_hidden_row ? row.hidden_row : blockIdx.x) * p.vocab;
-  const bool noisy = row.coupled != 0 && row.temperature > 0.0f;
+  Scores scores{.logits = p.logits + (p.at_hidden_row ? row.hidden_row : index) * p.vocab,
+                .vocab = static_cast<int>(p.vocab),
+                .noisy = row.coupled != 0 && row.temperature > 0.0f,
+                .max = 0.0f,
+                .temperature = row.temperature,
+                .seed = row.seed,
+                .position = row.position + p.first_level + index / p.input.num_rows};
+  const bool noisy = scores.noisy;
   const float scale = !noisy && row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
-  float max = -INFINITY;
-  ForMyBlocks(vocab, [&](int block) {
-    for (int v = block * 4; v < min(block * 4 + 4, vocab); ++v) max = fmaxf(max, scores[v]);
+  float most = -INFINITY;
+  ForMine(cluster, scores.vocab, [&](int block) {
+    const float4 v = scores.Logits(block);
+    most = fmaxf(most, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
   });
-  max = BlockMax(max, shared);
-  TwoBest mine;
+  const float max = scores.max = cluster.Best({most, 0}).score;
+  OwnBest mine;
   float sum = 0.0f;
-  ForMyBlocks(vocab, [&](int block) {
-    uint32_t words[4] = {};
-    if (noisy) {
-      const uint4 bits = NoiseBits(row.seed, position, block);
-      words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int v = block * 4 + i;
-      if (v >= vocab) break;
-      ScoredToken item{scores[v], v};
-      if (noisy) {
-        item.score = (item.score - max) / row.temperature + RoughGumbel(words[i]);
-        scores[v] = item.score;
-      } else if (item.score > -INFINITY) {
-        sum += expf((item.score - max) * scale);
-      }
-      mine.Offer(item);
-    }
+  ForMine(cluster, scores.vocab, [&](int block) {
+    const float4 v = scores.Of(block);
+    mine.Offer(block, v, {INFINITY, -1});
+    const auto odds = [&](float score) { return score > -INFINITY ? expf((score - max) * scale) : 0.0f; };
+    if (!noisy) sum += odds(v.x) + odds(v.y) + odds(v.z) + odds(v.w);
   });
-  if (!noisy) sum = BlockSum(sum, shared);
+  if (!noisy) sum = static_cast<float>(cluster.Sum(sum));
   const int count = noisy && p.top_k < kRivals ? kRivals : p.top_k;
-  ScoredToken best[kMostRivals];
-  SelectBest(scores, vocab, mine, count, shared, best);
-  if (threadIdx.x != 0) return;
-  if (noisy) {
-    for (int i = 0; i < count; ++i) sum += best[i].token != INT_MAX ? expf(best[i].score - best[0].score) : 0.0f;
+  const ScoredToken own = SelectBest(cluster, scores, mine, count, shared);
+  if (cluster.thread() < kWarp) {
+    const bool there = own.token != INT_MAX;
+    const float best = __shfl_sync(kAll, own.score, 0);
+    const float odds = there ? expf((own.score - best) * scale) : 0.0f;
+    if (noisy) sum = WarpSum({odds, 0.0f}).x;
+    if (lane < p.top_k) {
+      p.candidates[static_cast<int64_t>(index) * p.top_k + lane] = {there ? own.token : -1,
+                                                                    there ? fminf(odds / sum, 1.0f) : 0.0f};
+    }
+    if (lane == 0 && p.next_tokens != nullptr) p.next_tokens[r] = there ? own.token : 0;
   }
-  for (int i = 0; i < p.top_k; ++i) {
-    const bool there = best[i].token != INT_MAX;
-    p.candidates[static_cast<int64_t>(blockIdx.x) * p.top_k + i] = {
-        there ? best[i].token : -1, there ? fminf(expf((best[i].score - best[0].score) * scale) / sum, 1.0f) : 0.0f};
-  }
-  if (p.next_tokens != nullptr) p.next_tokens[r] = best[0].token != INT_MAX ? best[0].token : 0;
+  cluster.End();
 }
 
 }  // namespace
@@ -262,7 +285,9 @@ void LaunchMedusaBlock(const MedusaBlockParams& params, int rows, cudaStream_t s
 }
 
 void LaunchChooseDraft(const ChooseDraftParams& params, cudaStream_t stream) {
-  LaunchOverlapped(ChooseDraftKernel, params.input.num_rows * params.num_levels, kChooseThreads, 0, stream, 1, params);
+  const int blocks = ClusterBlocks(params.vocab);
+  LaunchOverlapped(ChooseDraftKernel, params.input.num_rows * params.num_levels * blocks, kClusterThreads, 0, stream,
+                   blocks, params);
 }
 
 }  // namespace linspec::cuda

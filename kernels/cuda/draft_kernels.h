@@ -51,7 +51,7 @@ void LaunchMedusaBlock(const MedusaBlockParams& params, int rows, cudaStream_t s
 // first_level on; the best token of each goes to next_tokens too (0 where there is none).
 struct ChooseDraftParams {
   DraftInput input;
-  float* logits;  // overwritten
+  const float* logits;
   int64_t vocab;
   int first_level, num_levels, top_k;
   LinspecCudaDraftCandidate* candidates;  // [num_levels, num_rows, top_k]

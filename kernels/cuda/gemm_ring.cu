@@ -8,9 +8,13 @@
 //
 // Rows of a slot, and tokens, are padded so that 8 lanes reading 16 bytes each (two rows, four slices) meet 32 banks.
 //
-// RMSNorms can ride along on both sides (launch.h): the warp that adds the ranges of a tile leaves its sums of squares.
-// With 8-bit weights that is faster (a step of one request on an H200 in fp8 2.53 ms for 2.61), in bf16 it was slower
-// (3.82 for 3.73): every warp reads all parts of the squares.
+// The RMSNorm in front of a product can be its prologue (launch.h): each warp makes its slice of x from that of the
+// residual stream and of the norm's weight, which it asked for before the kernel ahead had ended, and the warps' sums of
+// squares meet where the ranges of the first tile do. A step of one request on an H100: bf16 4.66 ms for 4.95 with norms
+// launched, fp8 2.74 for 2.99 with sums of squares left by the product ahead, which all warps of the next one read.
+//
+// Blocks have their x 3 to 6 us after the last write of the kernel ahead: what asks for it waits behind the first copies of
+// weights. The memory is busy with those so long, and the whole launch takes 1 to 4 us over its bytes (bf16; H100).
 //
 // All products of a 7B step, share of the read bandwidth measured in the same run (2026-11-27; more: docs/cuda.md):
 //   rows             1       2
@@ -30,6 +34,7 @@
 #include "kernels/cuda/gemm_tile.h"
 #include "kernels/cuda/mbarrier.h"
 #include "kernels/cuda/pdl.h"
+#include "kernels/cuda/tensor_core.h"
 
 namespace linspec::cuda {
 namespace {
@@ -66,18 +71,11 @@ struct WarpBarriers {
       : "memory");
 }
 
-[[maybe_unused]] __device__ __forceinline__ void CopyTokens(void* to, const void* from, int bytes, uint64_t* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   SharedAddress(to)),
-               "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
-               : "memory");
-}
-
 __host__ __device__ constexpr int TokenPitch(int steps, int parts) {  // bytes; 64 or 16 past a multiple of 128
   return parts == 1 ? steps * 64 + (steps % 2 == 0 ? 64 : 0) : steps * 128 + 16;
 }
 
-// A warp's slice of every weight row, its ring, and what is ordered next.
+// A warp's slice of every weight row, its ring, and what is ordered and read next.
 template <int kType>
 struct WarpRing {
   static constexpr int kParts = WeightTraits<kType>::kParts;
@@ -87,6 +85,8 @@ struct WarpRing {
   int num_slots, tiles;
   int begin, count, bytes;  // steps; bytes of a row's slice, at most count * kStepBytes, 0 if empty
   int next_tile, next_byte = 0;
+  int slot = 0;  // that is read next
+  uint32_t parity = 0;
   uint64_t policy;
 
   __device__ WarpRing(const LinspecCudaMatrix& w, int range, WarpBarriers& barriers, uint8_t* slots, int num_slots)
@@ -100,6 +100,10 @@ struct WarpRing {
   }
   __device__ int64_t pitch() const { return w.cols * 2 / kParts; }
 
+  __device__ void Fill() {
+#pragma unroll 1
+    for (int i = 0; i < num_slots; ++i) Order(i);
+  }
   __device__ void Order(int slot) {  // by the whole warp, when all have read the slot
     if (next_tile >= tiles || bytes <= 0) return;
     const int lane = threadIdx.x % kWarpSize, piece = min(kChunk * kStepBytes, bytes - next_byte);
@@ -117,6 +121,22 @@ struct WarpRing {
     }
   }
 };
+
+// A warp's slice of x, with nothing left to be done to it. Waits for it.
+template <int kType>
+__device__ __forceinline__ void CopyTokens(const WarpRing<kType>& ring, const GemmParams& p, int rows, uint8_t* tokens,
+                                           int token_pitch) {
+  constexpr int kParts = WeightTraits<kType>::kParts;
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) BarrierExpect(&ring.barriers.tokens, ring.bytes * kParts * rows);
+  __syncwarp();
+  const uint16_t* from = p.x + int64_t{ring.begin} * 32 * kParts;
+  if (lane < rows) {
+    CopyBytes(SharedAddress(tokens + lane * token_pitch), from + lane * p.w.cols, ring.bytes * kParts,
+              &ring.barriers.tokens);
+  }
+  BarrierWait(&ring.barriers.tokens, 0);
+}
 
 // One step of a slot; lanes past the end of the row bring zeros.
 template <int kType>
@@ -144,123 +164,181 @@ __device__ __forceinline__ void MultiplyStep(const uint8_t* slot, const uint8_t*
   }
 }
 
-// 1 / rms of x, where the norm in front was left to this product; the lanes sum in a fixed order. For each warp.
-[[maybe_unused]] __device__ __forceinline__ void ReadScales(const GemmParams& p, int rows,
-                                                            float (&scales)[kRingNormRows]) {
-  if (p.norm_before.squares == nullptr) return;
-  const int parts = static_cast<int>(NormParts(p.w.cols, kRingNormPart)), lane = threadIdx.x % kWarpSize;
+// The warp's range of a tile. token: the lane's part of its slice of x.
+template <int kType>
+__device__ __forceinline__ void MultiplyTile(WarpRing<kType>& ring, const uint8_t* token, float (&sums)[4]) {
+  const int g = threadIdx.x % kWarpSize / 4, s = threadIdx.x % 4;
+  const int whole = ring.bytes / kStepBytes;  // steps that are inside the row for every lane
+  const int valid = (ring.bytes - s * 16 + kStepBytes - 1) / kStepBytes;
+  for (int first = 0; first * kStepBytes < ring.bytes; first += kChunk) {
+    BarrierWait(&ring.barriers.full[ring.slot], ring.parity);
+    const uint8_t* weights = ring.slots + ring.slot * kSlotBytes + g * kSlotPitch + s * 16;
+    const uint8_t* x = token + first * kStepBytes * WeightTraits<kType>::kParts;
+    const int end = min(kChunk, ring.count - first), plain = min(end, whole - first);
+    int step = 0;
+#pragma unroll 4
+    for (; step < plain; ++step) MultiplyStep<kType>(weights, x, step, true, sums);
+    for (; step < end; ++step) MultiplyStep<kType>(weights, x, step, first + step < valid, sums);
+    __syncwarp();
+    ring.Order(ring.slot);
+    if (++ring.slot == ring.num_slots) {
+      ring.slot = 0;
+      ring.parity ^= 1;
+    }
+  }
+}
+
+// A warp's slice of x as the product of a residual stream and the weight of a norm: its prologue.
+template <int kType>
+class NormSlice {
+ public:
+  // Asks for weights, which are older than the kernel ahead; before the rings do, whose copies they would wait behind.
+  __device__ NormSlice(const NormBefore& norm, const WarpRing<kType>& ring)
+      : norm_(norm),
+        begin_(int64_t{ring.begin} * 32 * WeightTraits<kType>::kParts),
+        quads_(ring.bytes * WeightTraits<kType>::kParts / 8) {
+    if (quads_ <= 0) return;
+#pragma unroll
+    for (int i = 0; i < kEarly; ++i) LoadEarly(weights_[i], norm.weight + begin_ + 4 * min(Quad(i), quads_ - 1));
+  }
+
+  // When the stream is complete: bf16 for `rows` tokens of `cols` each, and the lane's sums of squares.
+  __device__ void Write(int rows, int64_t cols, uint8_t* tokens, int token_pitch, float (&squares)[kRingNormRows]) {
+    if (quads_ <= 0) return;
+    float4 x[kRingNormRows][kEarly];
+#pragma unroll
+    for (int token = 0; token < kRingNormRows; ++token) {
+      if (token >= rows) break;
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) x[token][i] = Read(token, cols, min(Quad(i), quads_ - 1));
+    }
+#pragma unroll
+    for (int token = 0; token < kRingNormRows; ++token) {
+      if (token >= rows) break;
+      auto* to = reinterpret_cast<uint2*>(tokens + token * token_pitch);
+#pragma unroll
+      for (int i = 0; i < kEarly; ++i) {
+        const float4 w = make_float4(weights_[i][0], weights_[i][1], weights_[i][2], weights_[i][3]);
+        if (Quad(i) < quads_) to[Quad(i)] = NormFour(x[token][i], w, squares[token]);
+      }
+#pragma unroll 1
+      for (int quad = Quad(kEarly); quad < quads_; quad += kWarpSize) {
+        const float4 w = __ldg(reinterpret_cast<const float4*>(norm_.weight + begin_) + quad);
+        to[quad] = NormFour(Read(token, cols, quad), w, squares[token]);
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  static constexpr int kEarly = 4;  // quads of a lane: all at a hidden size of 4,096
+
+  __device__ static int Quad(int i) { return i * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize; }
+  __device__ float4 Read(int token, int64_t cols, int quad) const {
+    return __ldcg(reinterpret_cast<const float4*>(norm_.x + token * cols + begin_) + quad);
+  }
+
+  const NormBefore& norm_;
+  int64_t begin_;
+  int quads_;
+  float weights_[kEarly][4];
+};
+
+// A warp's sums of squares from its lanes'.
+using Squares = float[kRingNormRows][kSplit];
+[[maybe_unused]] __device__ __forceinline__ void LeaveSquares(const float (&of_lane)[kRingNormRows], Squares& squares) {
 #pragma unroll
   for (int token = 0; token < kRingNormRows; ++token) {
-    if (token >= rows) break;
-    float sum = 0.0f;
-#pragma unroll 8
-    for (int i = lane; i < parts; i += kWarpSize) sum += __ldcg(p.norm_before.squares + token * parts + i);
+    float sum = of_lane[token];
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-    scales[token] = 1.0f / sqrtf(sum / static_cast<float>(p.w.cols) + p.norm_before.eps);
+    if (threadIdx.x % kWarpSize == 0) squares[token][threadIdx.x / kWarpSize] = sum;
   }
 }
 
-// y = old + sums of a tile is the residual stream: what the norm behind needs of it.
-[[maybe_unused]] __device__ __forceinline__ void LeaveNorm(const GemmParams& p, int rows, int tile,
-                                                           const float (&sums)[4], const float (&old)[4]) {
-  static_assert(kTileRows == kRingNormPart);
-  const int lane = threadIdx.x % kWarpSize, first = lane % 4 * 2;
-  float squares[2] = {};
+// 1 / rms of each token.
+[[maybe_unused]] __device__ __forceinline__ void ReadScales(const GemmParams& p, const Squares& squares,
+                                                            float (&scales)[kRingNormRows]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int64_t row = int64_t{tile} * kTileRows + lane / 4 + i / 2 * 8, token = first + i % 2;
-    if (row >= p.w.rows || token >= rows) continue;
-    const float y = old[i] + sums[i];
-    squares[i % 2] = fmaf(y, y, squares[i % 2]);
-    p.norm_after.out[token * p.w.rows + row] = Bf16Bits(y * p.norm_after.weight[row]);
-  }
+  for (int token = 0; token < kRingNormRows; ++token) {
+    float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int lanes = 4; lanes < kWarpSize; lanes *= 2) squares[i] += __shfl_xor_sync(0xFFFFFFFFu, squares[i], lanes);
-    if (lane >= 4 || first + i >= rows) continue;
-    p.norm_after.squares[(first + i) * NormParts(p.w.rows, kRingNormPart) + tile] = squares[i];
+    for (const float part : squares[token]) sum += part;
+    scales[token] = InverseRms(sum, p.w.cols, p.norm_before.eps);
   }
 }
 
-// The ranges of a finished tile, added in order; by one warp.
-template <bool kNorms>
-__device__ __forceinline__ void WriteTile(const GemmParams& p, int rows, int tile,
-                                          const float4 (&parts)[kSplit][kWarpSize],
-                                          const float (&scales)[kRingNormRows]) {
-  const int lane = threadIdx.x % kWarpSize, token = lane % 4 * 2;
-  const int64_t row = int64_t{tile} * kTileRows + lane / 4;
-  const OutputTile output{p, rows};
-  float old[4], total[4] = {};
-  output.ReadOld(row, token, old);
-#pragma unroll
-  for (const auto& part : parts) {
-    total[0] += part[lane].x, total[1] += part[lane].y, total[2] += part[lane].z, total[3] += part[lane].w;
-  }
-  if constexpr (kNorms) {  // of kRingNormRows tokens: what other lanes bring is not used
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] *= scales[i % 2];
-  }
-  output.Write(row, token, total, old);
-  if (kNorms && p.norm_after.weight != nullptr) LeaveNorm(p, rows, tile, total, old);
-}
+// A tile, by the warp that finishes it. What that reads is asked for before the tile is multiplied.
+template <bool kNorm>
+struct Finish {
+  float old[4], scales[2];
 
-// kNorms: with a norm on either side.
-template <int kType, bool kNorms>
-__global__ void __launch_bounds__(kThreads) RingGemmKernel(const GemmParams p, const int rows, const int num_slots) {
+  __device__ __forceinline__ void Read(const OutputTile& output, int64_t row, int token) {
+    output.ReadOld(row, token, old);
+    output.ReadScales(row, scales);
+  }
+  // Adds the ranges in order.
+  __device__ __forceinline__ void Write(const OutputTile& output, int64_t row, int token,
+                                        const float4 (&parts)[kSplit][kWarpSize],
+                                        const float (&token_scales)[kRingNormRows]) const {
+    const int lane = threadIdx.x % kWarpSize;
+    float total[4] = {};
+#pragma unroll
+    for (const auto& part : parts) {
+      total[0] += part[lane].x, total[1] += part[lane].y, total[2] += part[lane].z, total[3] += part[lane].w;
+    }
+    if constexpr (kNorm) {  // of kRingNormRows tokens: what other lanes bring is not used
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[i] *= token_scales[i % 2];
+    }
+    output.Write(row, token, total, old, scales);
+  }
+};
+
+// kNorm: with a norm as its prologue.
+template <int kType, bool kNorm>
+__global__ void __launch_bounds__(kThreads, 2) RingGemmKernel(const GemmParams p, const int rows, const int num_slots) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   constexpr int kParts = WeightTraits<kType>::kParts;
   extern __shared__ __align__(128) uint8_t shared[];
   __shared__ WarpBarriers all_barriers[kWarps];
   __shared__ float4 partial[2][kSplit][kWarpSize];
+  __shared__ Squares squares;
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, s = lane % 4;
   WarpBarriers& barriers = all_barriers[warp];
   WarpRing<kType> ring(p.w, warp, barriers, shared + warp * num_slots * kSlotBytes, num_slots);
   const int token_pitch = TokenPitch((NumSteps(p.w) + kSplit - 1) / kSplit, kParts);
   uint8_t* tokens = shared + kWarps * num_slots * kSlotBytes + warp * rows * token_pitch;
   MakeBarriers(barriers);
-  for (int slot = 0; slot < num_slots; ++slot) ring.Order(slot);
-  GridLaunchDependents();
-  GridWait();
-  if (ring.bytes > 0) {
-    asm volatile("fence.proxy.async;" ::: "memory");  // x was written by ordinary stores
-    if (lane == 0) BarrierExpect(&barriers.tokens, ring.bytes * kParts * rows);
-    __syncwarp();
-    const uint16_t* from = p.x + int64_t{ring.begin} * 32 * kParts;
-    if (lane < rows) {
-      CopyTokens(tokens + lane * token_pitch, from + lane * p.w.cols, ring.bytes * kParts, &barriers.tokens);
-    }
+  float scales[kRingNormRows] = {};  // first the lane's sums of squares
+  if constexpr (kNorm) {
+    NormSlice slice(p.norm_before, ring);
+    ring.Fill();
+    GridLaunchDependents();
+    GridWait();
+    slice.Write(rows, p.w.cols, tokens, token_pitch, scales);
+  } else {
+    ring.Fill();
+    GridLaunchDependents();
+    GridWait();
+    if (ring.bytes > 0) CopyTokens(ring, p, rows, tokens, token_pitch);
   }
-  float scales[kRingNormRows] = {1.0f, 1.0f};
-  if constexpr (kNorms) ReadScales(p, rows, scales);
-  if (ring.bytes > 0) BarrierWait(&barriers.tokens, 0);
   const uint8_t* token = tokens + min(g, rows - 1) * token_pitch + s * 16 * kParts;
-  const int whole = ring.bytes / kStepBytes;  // steps that are inside the row for every lane
-  const int valid = (ring.bytes - s * 16 + kStepBytes - 1) / kStepBytes;
-  int slot = 0, turn = 0;
-  uint32_t parity = 0;
+  const OutputTile output{p, rows};
+  int turn = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < ring.tiles; tile += gridDim.x, ++turn) {
+    const bool finishes = warp == turn % kWarps;
+    const int64_t row = int64_t{tile} * kTileRows + g;
+    Finish<kNorm> finish;
+    if (finishes) finish.Read(output, row, 2 * s);
     float sums[4] = {};
-    for (int first = 0; first * kStepBytes < ring.bytes; first += kChunk) {
-      BarrierWait(&barriers.full[slot], parity);
-      const uint8_t* weights = ring.slots + slot * kSlotBytes + g * kSlotPitch + s * 16;
-      const uint8_t* x = token + first * kStepBytes * kParts;
-      const int end = min(kChunk, ring.count - first), plain = min(end, whole - first);
-      int step = 0;
-#pragma unroll 4
-      for (; step < plain; ++step) MultiplyStep<kType>(weights, x, step, true, sums);
-      for (; step < end; ++step) MultiplyStep<kType>(weights, x, step, first + step < valid, sums);
-      __syncwarp();
-      ring.Order(slot);
-      if (++slot == num_slots) {
-        slot = 0;
-        parity ^= 1;
-      }
-    }
+    MultiplyTile(ring, token, sums);
     // Two buffers: a warp that is a tile ahead writes the other one, and none can be two ahead of the barrier.
     float4(&parts)[kSplit][kWarpSize] = partial[turn % 2];
     parts[warp][lane] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+    if (kNorm && turn == 0) LeaveSquares(scales, squares);
     __syncthreads();
-    if (warp == turn % kWarps) WriteTile<kNorms>(p, rows, tile, parts, scales);
+    if (kNorm && turn == 0) ReadScales(p, squares, scales);
+    if (finishes) finish.Write(output, row, 2 * s, parts, scales);
   }
 #endif
 }
@@ -275,7 +353,7 @@ RingShape ShapeOf(const LinspecCudaMatrix& w, int rows) {
   const Device& device = CurrentDevice();
   const int steps = (NumSteps(w) + kSplit - 1) / kSplit;
   const int tokens = kWarps * rows * TokenPitch(steps, WeightTraits<kType>::kParts), ring = kWarps * kSlotBytes;
-  constexpr int kStatic = sizeof(WarpBarriers) * kWarps + 2 * sizeof(float4) * kSplit * kWarpSize;
+  constexpr int kStatic = sizeof(WarpBarriers) * kWarps + 2 * sizeof(float4) * kSplit * kWarpSize + sizeof(Squares);
   const int overhead = kStatic + kReservedBytes;
   // Two blocks with a slot each do better than one with two.
   const bool two_blocks = 2 * (ring + tokens + overhead) <= device.shared_per_processor && steps <= 2 * kChunk;
@@ -293,19 +371,14 @@ RingShape ShapeOf(const LinspecCudaMatrix& w, int rows) {
 
 template <int kType>
 void Launch(const GemmParams& p, int rows, const RingShape& shape, cudaStream_t stream) {
-  auto kernel = &RingGemmKernel<kType, false>;
-  if constexpr (kType != kLinspecCudaBf16) {
-    if (p.norm_before.squares != nullptr || p.norm_after.weight != nullptr) kernel = &RingGemmKernel<kType, true>;
-  }
+  const auto kernel = p.norm_before.x != nullptr ? &RingGemmKernel<kType, true> : &RingGemmKernel<kType, false>;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared) != cudaSuccess) return;
   LaunchOverlapped(kernel, shape.blocks, kThreads, shape.shared, stream, 1, p, rows, shape.num_slots);
 }
 
 }  // namespace
 
-bool RingGemmTakesNorms(const LinspecCudaMatrix& w, int rows) {
-  return w.type != kLinspecCudaBf16 && rows <= kRingNormRows && ShapeOf(w, rows).runs;
-}
+bool RingGemmTakesNorm(const LinspecCudaMatrix& w, int rows) { return rows <= kRingNormRows && ShapeOf(w, rows).runs; }
 
 bool LaunchRingGemm(const GemmParams& params, int rows, cudaStream_t stream) {
   const RingShape shape = ShapeOf(params.w, rows);

@@ -5,11 +5,10 @@
 
 namespace linspec::cuda {
 
-// Whether a norm on either side can ride along (launch.h) and pays: with 8-bit weights, up to kRingNormRows rows. In bf16
-// a step of one request then took 3.82 ms instead of 3.73.
-bool RingGemmTakesNorms(const LinspecCudaMatrix& w, int rows);
+// Whether a norm in front can be the prologue (NormBefore::x): up to kRingNormRows rows.
+bool RingGemmTakesNorm(const LinspecCudaMatrix& w, int rows);
 
-// False, with nothing launched, if this chip or the size of x does not allow it. Norms: only with RingGemmTakesNorms.
+// False, with nothing launched, if this chip or the size of x does not allow it. A prologue: only with RingGemmTakesNorm.
 bool LaunchRingGemm(const GemmParams& params, int rows, cudaStream_t stream);
 
 }  // namespace linspec::cuda

@@ -114,6 +114,18 @@ __device__ __forceinline__ uint16_t Bf16Bits(float value) {
 
 __device__ __forceinline__ float Silu(float x) { return x / (1.0f + __expf(-x)); }
 
+// Of the RMSNorm in front of a product (launch.h): four values of x times its weight in bf16, and their squares added in
+// order.
+__device__ __forceinline__ uint2 NormFour(const float4& x, const float4& weight, float& squares) {
+  squares = fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, squares))));
+  const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * weight.x, x.y * weight.y);
+  const __nv_bfloat162 high = __floats2bfloat162_rn(x.z * weight.z, x.w * weight.w);
+  return {*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high)};
+}
+__device__ __forceinline__ float InverseRms(float squares, int64_t dim, float eps) {
+  return 1.0f / sqrtf(squares / static_cast<float>(dim) + eps);
+}
+
 // The sum over k is always taken in kSplit contiguous ranges of steps, each from zero in order of k, and the ranges added
 // in order: the same bits whichever kernel runs and however many tokens ride along.
 inline constexpr int kSplit = 8;
@@ -141,14 +153,32 @@ struct OutputTile {
     }
   }
 
-  __device__ void Write(int64_t row, int token, float (&sums)[4], const float (&old)[4]) const {
-    if (p.w.scales != nullptr) {
+  // 1 / rms of x where a launch before left that, else 1.
+  __device__ void ReadTokenScales(int token, float (&scales)[2]) const {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float scale = row + half * 8 < p.w.rows ? p.w.scales[row + half * 8] : 0.0f;
-        sums[half * 2] *= scale, sums[half * 2 + 1] *= scale;
-      }
+    for (int i = 0; i < 2; ++i) {
+      scales[i] = p.norm_before.scales != nullptr && token + i < rows ? __ldcg(p.norm_before.scales + token + i) : 1.0f;
     }
+  }
+
+  // Of the weight rows; 1 where those have none.
+  __device__ void ReadScales(int64_t row, float (&scales)[2]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scales[half] = p.w.scales != nullptr && row + half * 8 < p.w.rows ? __ldg(p.w.scales + row + half * 8) : 1.0f;
+    }
+  }
+
+  __device__ void Write(int64_t row, int token, float (&sums)[4], const float (&old)[4]) const {
+    float scales[2];
+    ReadScales(row, scales);
+    Write(row, token, sums, old, scales);
+  }
+
+  __device__ void Write(int64_t row, int token, float (&sums)[4], const float (&old)[4],
+                        const float (&scales)[2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] *= scales[i / 2];
     if (p.silu_mul) {
       WriteSiluMul(row, token, sums);
       return;

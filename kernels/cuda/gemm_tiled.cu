@@ -144,8 +144,11 @@ __global__ void __launch_bounds__(kThreads, 1) TiledGemmKernel(const GemmParams 
     for (int t = 0; t < kWarpTokenTiles; ++t) {
       const int64_t row = int64_t{blockIdx.y} * kBlockRows + warp_row + r * kTileRows + lane / 4;
       const int token = static_cast<int>(blockIdx.x) * kBlockTokens + warp_token + t * kTileTokens + lane % 4 * 2;
-      float old[4];
+      float old[4], token_scales[2];
       output.ReadOld(row, token, old);
+      output.ReadTokenScales(token, token_scales);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[r][t][i] *= token_scales[i % 2];
       output.Write(row, token, total[r][t], old);
     }
   }

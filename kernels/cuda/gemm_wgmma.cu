@@ -20,20 +20,24 @@
 //   fp8,  H200             62      58      54      49
 //   fp8,  H100             76      74      71      65      45
 //   int8, H100             73      72      71      63      43
-// What is missing is mostly a fixed 4 to 7 us a product: the last sums, a launch and its first tokens.
+// What is missing is mostly a fixed 3 to 7 us a product: the last sums (of o and down 3 to 5.5 us from when they are
+// wanted, because what fetches them waits behind the next product's first weights) and their writing (0.4 to 1.6), the
+// launch, and the first tokens (2.3 us, of which the memory is idle only when all rings are full).
 //
-// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product ends
-// and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64 for
-// 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
-// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit
-// weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower);
-// clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30
-// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
+// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product
+// ends and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64
+// for 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
+// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
+// 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
+// slower); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30 of
+// the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
 // share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
 // has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
 // all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number
-// of tiles for the number of blocks (0 to 1 % slower in a step). Undecided: sums that their reader polls for instead of
-// flags and the ring, in bf16 2 % faster up to 16 tokens; from 64 it was slower in a build that also spilled registers.
+// of tiles for the number of blocks (0 to 1 % slower in a step). Less work for blocks that only hand sums over, so that
+// who waits for them has some left (4 and 8 units: the same in bf16, fp8 at 64 rows 6.19 and 6.30 ms a step for 6.14).
+// Undecided: sums that their reader polls for instead of flags and the ring, in bf16 2 % faster up to 16 tokens; from
+// 64 it was slower in a build that also spilled registers.
 #include <cuda.h>
 
 #include <algorithm>
@@ -45,7 +49,7 @@ namespace linspec::cuda {
 namespace {
 
 constexpr int kMaxTokens = 128;
-constexpr int kRingBytes = 148 << 10, kRingBytes128 = 224 << 10;  // for 128 tokens
+constexpr int kRingBytes = 148 << 10, kRingBytes128 = 208 << 10;  // for 128 tokens
 constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
 
 template <int kType, int kTokens, bool kNorms>
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   using Unit = Unit<kType, kTokens>;
   extern __shared__ __align__(1024) uint8_t shared[];
   __shared__ Ring ring;
-  __shared__ Norms<kTokens> norms;
+  __shared__ __align__(16) TileEnd<kTokens> end;
   const uint32_t buffers = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const Shares shares(p.w, Unit::kDepth, static_cast<int>(gridDim.x));
   const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x);
@@ -70,7 +74,7 @@ __global__ void __launch_bounds__(kBlockThreads)
   __syncthreads();
   GridLaunchDependents();
   if (threadIdx.x < kConsumers * kWarpSize) {
-    Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, norms, buffers}.Run();
+    Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, end, buffers}.Run();
   } else {
     Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run();
   }
@@ -161,9 +165,21 @@ void LaunchPassOfType(const GemmParams& p, int rows, cudaStream_t stream) {
   }
 }
 
+void SkipRows(RopeRows& rope, int64_t rows) {
+  rope.angles += rows * (kUnitRows / 2);
+  if (rope.kv_rows != nullptr) {
+    rope.kv_rows += rows;
+  } else if (rope.kv != nullptr) {
+    const int64_t values = rows * 2 * rope.num_kv_heads * kUnitRows;
+    rope.kv = static_cast<char*>(rope.kv) + values * static_cast<int64_t>(rope.bf16 ? sizeof(uint16_t) : sizeof(float));
+  }
+}
+
 }  // namespace
 
 int64_t WgmmaGemmWorkspaceBytes() { return kLeftBytes + kSumsBytes; }
+
+bool WgmmaGemmTurnsHeads(const RopeRows& rope) { return rope.head_dim == kUnitRows; }
 
 bool WgmmaGemmRuns() { return UsableEncode() != nullptr; }
 
@@ -175,6 +191,7 @@ void LaunchWgmmaGemm(const GemmParams& params, int rows, cudaStream_t stream) {
     p.x += taken * p.w.cols;
     if (p.y != nullptr) p.y += taken * p.w.rows;
     if (p.y_bf16 != nullptr) p.y_bf16 += taken * (p.silu_mul ? p.w.rows / 2 : p.w.rows);
+    if (p.rope.qkv != nullptr) SkipRows(p.rope, taken);
     if (p.norm_before.squares != nullptr) p.norm_before.squares += taken * NormParts(p.w.cols);
     if (p.norm_after.weight == nullptr) continue;
     p.norm_after.out += taken * p.w.rows;

@@ -12,6 +12,9 @@ bool WgmmaGemmRuns();
 // and the chip alone, but are not those of the other kernels.
 void LaunchWgmmaGemm(const GemmParams& params, int rows, cudaStream_t stream);
 
+// Whether it takes GemmParams::rope for these heads.
+bool WgmmaGemmTurnsHeads(const RopeRows& rope);
+
 // Its part of the products' workspace, at the end.
 int64_t WgmmaGemmWorkspaceBytes();
 

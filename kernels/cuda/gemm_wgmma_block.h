@@ -57,6 +57,11 @@ __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) 
   return behind;
 }
 
+// A barrier of the warps that multiply.
+__device__ __forceinline__ void ConsumerBarrier() {
+  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
+}
+
 struct Ring {
   uint64_t full[kMaxStages], empty[kMaxStages];
 };
@@ -110,8 +115,7 @@ struct Producer {
     const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
     for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
     PrefetchMap(&tokens);
-    GridWait();
-    asm volatile("fence.proxy.async;" ::: "memory");  // tokens were written by ordinary stores
+    GridWait();  // after which the copy engine sees what the kernels ahead wrote
     for (int i = 0; i < ahead; ++i, turn.Next(stages)) OrderTokens(i, begin + i, often);
     for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
@@ -136,7 +140,6 @@ struct Producer {
     }
     __syncwarp();
     if (lane != 0) return;
-    asm volatile("fence.proxy.async;" ::: "memory");
     constexpr int kBytes = Unit::kSumsBytes;
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
     for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {

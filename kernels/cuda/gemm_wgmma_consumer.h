@@ -4,24 +4,11 @@
 // two bytes at a time in the order of k, so it reads the words that hold them, half of whose bytes are its neighbour's.
 #pragma once
 
-#include "kernels/cuda/gemm_wgmma_block.h"
+#include "kernels/cuda/gemm_wgmma_epilogue.h"
 
 namespace linspec::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-// A barrier of the warps that multiply.
-__device__ __forceinline__ void ConsumerBarrier() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
-}
-static_assert(kUnitRows == kNormPart);
-
-// Of the norms on both sides of the product (launch.h).
-template <int kTokens>
-struct Norms {
-  float scales[kTokens];               // 1 / rms of each token's x
-  float squares[kConsumers][kTokens];  // of a warp's 16 rows of a tile of y
-};
 
 // What the multiplying warps do. sums[j]: 8 tokens, as OutputTile takes them. kNorms: with a norm on either side, which
 // takes registers.
@@ -38,7 +25,7 @@ struct Consumer {
   const Shares& shares;
   const Workspace& workspace;
   Ring& ring;
-  Norms<kTokens>& norms;
+  TileEnd<kTokens>& end;
   uint32_t buffers;
   Turn turn = {};
 
@@ -145,6 +132,8 @@ struct Consumer {
     for (int j = 0; j < kColumns; ++j) {
       __stcg(to + j * kGroupThreads, make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]));
     }
+    asm volatile("fence.proxy.async.global;" ::
+                     : "memory");  // the copy engine reads them; here, where nobody waits for it
     __syncwarp();
     if (Lane() == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(workspace.left + share) : "memory");
   }
@@ -169,64 +158,7 @@ struct Consumer {
     }
   }
 
-  // Of y, where the product is added to it; asked for while other blocks' sums are waited for.
-  __device__ __forceinline__ void ReadOld(int tile, float (&old)[kColumns][4]) const {
-    const OutputTile output{p, rows};
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) output.ReadOld(Row(tile), Token(j), old[j]);
-  }
-  __device__ __forceinline__ void Write(int tile, float (&sums)[kColumns][4], const float (&old)[kColumns][4]) const {
-    const OutputTile output{p, rows};
-    const bool after = kNorms && p.norm_after.weight != nullptr;
-    int first = Token(0);
-    asm volatile(
-        ""
-        : "+r"(first));  // addresses are not computed ahead of the multiplication, for which registers would lack
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) {
-      const int token = first + j * 8;
-      if (kNorms && p.norm_before.squares != nullptr) {
-        const float even = norms.scales[token], odd = norms.scales[token + 1];
-        sums[j][0] *= even, sums[j][1] *= odd, sums[j][2] *= even, sums[j][3] *= odd;
-      }
-      output.Write(Row(tile), token, sums[j], old[j]);
-      if (after) WriteNormed(tile, token, sums[j], old[j]);
-      if (kNorms) asm volatile("" ::: "memory");  // nor is anything of later columns read early
-    }
-    if (after) WriteSquares(tile);
-  }
-
-  // sums + old is the residual stream.
-  __device__ __forceinline__ void WriteNormed(int tile, int column, const float (&sums)[4],
-                                              const float (&old)[4]) const {
-    float squares[2] = {};  // of two tokens, the lane's rows
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float y = old[i] + sums[i];
-      squares[i % 2] = fmaf(y, y, squares[i % 2]);
-      const int64_t row = Row(tile) + i / 2 * 8, token = column + i % 2;
-      if (row >= p.w.rows || token >= rows) continue;
-      p.norm_after.out[token * p.w.rows + row] = Bf16Bits(y * p.norm_after.weight[row]);
-    }
-#pragma unroll
-    for (float& sum : squares) {
-#pragma unroll
-      for (int lanes = 4; lanes < kWarpSize; lanes *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
-    }
-    if (Lane() < 4) norms.squares[Warp()][column] = squares[0], norms.squares[Warp()][column + 1] = squares[1];
-  }
-  __device__ __forceinline__ void WriteSquares(int tile) const {
-    ConsumerBarrier();
-    if (const int token = static_cast<int>(threadIdx.x); token < kTokens && token < rows) {
-      float sum = 0.0f;
-#pragma unroll
-      for (const auto& warp : norms.squares) sum += warp[token];
-      p.norm_after.squares[token * NormParts(p.w.rows) + tile] = sum;
-    }
-    ConsumerBarrier();
-  }
-
-  // Into norms.scales; a warp sums every kConsumers-th token's parts, the lanes in a fixed order.
+  // Into end.scales; a warp sums every kConsumers-th token's parts, the lanes in a fixed order.
   __device__ __forceinline__ void ReadScales() const {
     if (!kNorms || p.norm_before.squares == nullptr) return;
     constexpr int kEach = kTokens / kConsumers;
@@ -243,32 +175,29 @@ struct Consumer {
     for (int t = 0; t < kEach; ++t) {
       for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sums[t] += __shfl_xor_sync(0xFFFFFFFFu, sums[t], lanes);
       if (Lane() == 0) {
-        norms.scales[Warp() + t * kConsumers] =
-            1.0f / sqrtf(sums[t] / static_cast<float>(p.w.cols) + p.norm_before.eps);
+        end.scales[Warp() + t * kConsumers] = 1.0f / sqrtf(sums[t] / static_cast<float>(p.w.cols) + p.norm_before.eps);
       }
     }
     ConsumerBarrier();
   }
 
-  __device__ static int64_t Row(int tile) { return int64_t{tile} * kUnitRows + Warp() * kTileRows + Lane() / 4; }
-  __device__ static int Token(int column) { return column * 8 + Lane() % 4 * 2; }
-
   __device__ void Run() {
     GridWait();
     ReadScales();
-    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end;) {
-      const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(end, tile_end);
+    Epilogue<kTokens, kNorms> epilogue{p, rows, end};
+    for (int unit = Begin(shares, share), last = Begin(shares, share + 1); unit < last;) {
+      const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(last, tile_end);
       const bool begins = unit % shares.depth == 0;
-      float sums[kColumns][4], old[kColumns][4] = {};
-      Multiply(stop - unit, end - unit, sums);
+      float sums[kColumns][4];
+      Multiply(stop - unit, last - unit, sums);
       unit = stop;
       if (!begins) {
         Leave(sums);
         continue;
       }
-      if (p.accumulate) ReadOld(tile, old);
+      epilogue.ReadAhead(tile);
       Add(tile_end, sums);
-      Write(tile, sums, old);
+      epilogue.Write(tile, sums);
     }
   }
 };

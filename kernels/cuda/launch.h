@@ -25,6 +25,9 @@ void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t st
 void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
                         int num_tasks, cudaStream_t stream);
 
+// Whether verify may get AttentionParams::raw, for rows that LaunchRopeNormalize has not seen: what that would have done
+// happens inside, to the same bits. Tasks of one row each; row_begin < rows of the call.
+bool VerifyTakesRawRows(const LayerParams& layer, int num_tasks, int max_rows);
 // Layer shapes whose states may be bf16.
 bool SupportsBf16States(const LayerParams& layer);
 
@@ -71,28 +74,32 @@ void LaunchRopeNormalize(const RopeRows& params, int rows, cudaStream_t stream);
 // Index of the largest value of each row, the lowest among equals; -1 for a row that holds a NaN.
 void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cudaStream_t stream);
 
-// RMSNorm spread over the products around it, which then takes no launch: the product that completes a residual stream
-// leaves y * weight in bf16 and sums of squares of parts of y; the product that reads the former multiplies its results
-// by 1 / sqrt(mean of y^2 + eps). Two kinds of product can, with parts of their own: both sides must be of one kind.
-inline constexpr int kNormPart = 128;     // values of a part, of warpgroup products (gemm_wgmma.h)
-inline constexpr int kRingNormPart = 16;  // of ring products of 8-bit weights, up to kRingNormRows rows (gemm_ring.h)
+// RMSNorm without a launch of its own, by the products around it. The product that reads a residual stream x multiplies
+// x * weight in bf16, and its results by 1 / rms, 1 / sqrt(mean of x^2 + eps), which it gets in one of three ways:
+// - in the prologue: it reads x and the weight itself (ring products of up to kRingNormRows rows, small ones);
+// - squares: the product that completed x left x * weight, and sums of squares of parts of x (warpgroup products);
+// - scales: LaunchNormForSmall did, which has the bits of the prologue (tiled and small products).
+inline constexpr int kNormPart = 128;  // values of a part
 inline constexpr int kRingNormRows = 2;
-__host__ __device__ constexpr int64_t NormParts(int64_t dim, int part = kNormPart) { return (dim + part - 1) / part; }
+__host__ __device__ constexpr int64_t NormParts(int64_t dim) { return (dim + kNormPart - 1) / kNormPart; }
 struct NormAfter {
   const float* weight = nullptr;  // [N]; null: none
   uint16_t* out = nullptr;        // [rows, N]
-  float* squares = nullptr;       // [rows, NormParts(N, part)]
+  float* squares = nullptr;       // [rows, NormParts(N)]
 };
-struct NormBefore {
-  const float* squares = nullptr;  // [rows, NormParts(K, part)]; null: x is complete
+struct NormBefore {  // at most one of x, squares and scales; none: the product's x is complete
   float eps = 0.0f;
+  const float* x = nullptr;        // [rows, K], aligned to 16 bytes: the product's x is not read
+  const float* weight = nullptr;   // [K], with x; aligned to 16 bytes
+  const float* squares = nullptr;  // [rows, NormParts(K)]
+  const float* scales = nullptr;   // [rows]: 1 / rms
 };
 
 // y[m, n] (+)= scale[n] * sum_k x[m, k] w[n, k]
 struct GemmParams {
   LinspecCudaMatrix w;         // [N, K] bf16, int8 or fp8; K % 16 == 0, data aligned to 16 bytes
-  const uint16_t* x;           // [rows, K] bf16, aligned to 16 bytes
-  float* y;                    // [rows, N]; unused with y_bf16
+  const uint16_t* x;           // [rows, K] bf16, aligned to 16 bytes; null with norm_before.x
+  float* y;                    // [rows, N], aligned to 16 bytes; unused with y_bf16
   bool accumulate;             // add to y
   uint16_t* y_bf16 = nullptr;  // if set, the result goes here as bf16: [rows, N], or [rows, N / 2] with silu_mul
   // w holds gate and up rows in turn (PackedGateUpRow) and the result is silu(gate) * up. Needs y_bf16; N % 16 == 0.
@@ -101,6 +108,9 @@ struct GemmParams {
   void* workspace = nullptr;
   NormAfter norm_after = {};  // needs accumulate
   NormBefore norm_before = {};
+  // If rope.qkv is set, w is qkv of heads of 128, y is rope.qkv, and the result is what LaunchRopeNormalize leaves, to the
+  // same bits: warpgroup products (gemm_wgmma.h).
+  RopeRows rope = {};
 };
 // Which row of [gate; up] (each `intermediate` rows, a multiple of 8) is row r of w for silu_mul: 8 rows of gate, the
 // same 8 of up, and so on, so that one lane of the product ends with both.
@@ -113,6 +123,9 @@ int64_t StreamingGemmWorkspaceBytes();
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
 // A matrix that fits in the L2, up to a few hundred rows: the same product and bits, without a workspace.
 void LaunchSmallGemm(const GemmParams& params, int rows, cudaStream_t stream);
+// x * weight in bf16 [rows, K] and 1 / rms [rows] of norm.x, for products by w, with the bits of a small one's prologue.
+void LaunchNormForSmall(const NormBefore& norm, const LinspecCudaMatrix& w, uint16_t* out, float* scales, int rows,
+                        cudaStream_t stream);
 // Many rows (from about 128): the same product and bits, bound by arithmetic.
 void LaunchTiledGemm(const GemmParams& params, int rows, cudaStream_t stream);
 

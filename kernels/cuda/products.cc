@@ -14,6 +14,11 @@ constexpr int kMaxStreamedRows = 64;                         // of our kernels w
 // (docs/cuda.md).
 constexpr int64_t kSmallElements = int64_t{1} << 22, kSmallElementsFewRows = int64_t{1} << 20;
 constexpr int kFewRows = 8, kMostSmallRows = 256, kMostSmallBlocks = 768;
+// kMostPrologueRows: beyond, the fp32 stream is too much to be read by every block. kMostSmallNormRows: of weights, so
+// that kMostSmallRows never make more than kMostSmallBlocks.
+constexpr int kMostPrologueRows = 16, kMostPrologueRows8Bit = 8;
+constexpr int kMostSmallNormRows = kMostSmallBlocks / (kMostSmallRows / 64) * 16;
+static_assert(kMostPrologueRows8Bit >= kFewRows);  // up to which a launched norm would meet a product that takes none
 
 bool IsSmall(const LinspecCudaMatrix& w) { return w.rows * w.cols <= kSmallElements; }
 
@@ -22,6 +27,9 @@ bool IsSmall(const LinspecCudaMatrix& w, int rows) {
   return w.rows * w.cols <= (rows <= kFewRows ? kSmallElementsFewRows : kSmallElements) && rows <= kMostSmallRows &&
          blocks <= kMostSmallBlocks;
 }
+
+// Whether norms in front of the product are those of small products: by the matrix alone, because the bits are others.
+bool TakesNormsAsSmall(const LinspecCudaMatrix& w) { return IsSmall(w) && w.rows <= kMostSmallNormRows; }
 
 }  // namespace
 
@@ -51,16 +59,18 @@ bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
 }
 
-// What the norms are then rounded to depends on the kind of product, which is not for deterministic mode.
-bool Products::UsesRingWithNorms(const LinspecCudaMatrix& w, int rows) const {
-  return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorms(w, rows);
+// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of matrices where it is for any.
+bool Products::NormIsPrologue(const LinspecCudaMatrix& w, int rows) const {
+  if (TakesNormsAsSmall(w)) return rows <= (w.type == kLinspecCudaBf16 ? kMostPrologueRows : kMostPrologueRows8Bit);
+  return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorm(w, rows);
 }
 
 void Products::LaunchOwn(const GemmParams& product, int rows) {
-  if (UsesWgmma(product.w, rows)) {
-    LaunchWgmmaGemm(product, rows, context_->stream());
-  } else if (IsSmall(product.w, rows)) {
+  const bool small_norm = product.norm_before.x != nullptr && TakesNormsAsSmall(product.w);
+  if (small_norm || IsSmall(product.w, rows)) {
     LaunchSmallGemm(product, rows, context_->stream());
+  } else if (UsesWgmma(product.w, rows)) {
+    LaunchWgmmaGemm(product, rows, context_->stream());
   } else {
     (rows <= kMaxStreamedRows ? LaunchStreamingGemm : LaunchTiledGemm)(product, rows, context_->stream());
   }
@@ -72,6 +82,23 @@ void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, b
       .w = w, .x = x, .y = y, .accumulate = accumulate, .workspace = workspace_.as<void>(), .norm_before = before};
   if (UsesCublas(w, rows) && context_->cublas()->Launch(product, rows, context_->stream()) == kLinspecCudaOk) return;
   LaunchOwn(product, rows);
+}
+
+void Products::Qkv(const LinspecCudaMatrix& w, const uint16_t* x, const RopeRows& rope, int rows,
+                   const NormBefore& before) {
+  const bool prologue = before.x != nullptr;  // which warpgroup products have none of
+  if (prologue || !UsesWgmma(w, rows) || !WgmmaGemmTurnsHeads(rope)) {
+    Matmul(w, x, rope.qkv, /*accumulate=*/false, rows, before);
+    return LaunchRopeNormalize(rope, rows, context_->stream());
+  }
+  LaunchOwn({.w = w,
+             .x = x,
+             .y = rope.qkv,
+             .accumulate = false,
+             .workspace = workspace_.as<void>(),
+             .norm_before = before,
+             .rope = rope},
+            rows);
 }
 
 void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* scratch, uint16_t* activated, int rows,
@@ -93,18 +120,27 @@ void Products::GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* s
   LaunchOwn(product, rows);
 }
 
-NormBefore Products::AddAndNorm(const LinspecCudaMatrix& w, const uint16_t* x, float* y, const NormAfter& after,
-                                float eps, const LinspecCudaMatrix& next, int rows) {
-  const bool wgmma = UsesWgmma(w, rows) && UsesWgmma(next, rows);
-  if (wgmma || (UsesRingWithNorms(w, rows) && UsesRingWithNorms(next, rows))) {
-    LaunchOwn({.w = w, .x = x, .y = y, .accumulate = true, .workspace = workspace_.as<void>(), .norm_after = after},
-              rows);
-    return {.squares = after.squares, .eps = eps};
+NormBefore Products::Norm(const float* x, const NormAfter& norm, float eps, const LinspecCudaMatrix& next, int rows) {
+  const NormBefore prologue{.eps = eps, .x = x, .weight = norm.weight};
+  if (NormIsPrologue(next, rows)) return prologue;
+  if (deterministic_ && TakesNormsAsSmall(next)) {
+    LaunchNormForSmall(prologue, next, norm.out, norm.squares, rows, context_->stream());
+    return {.scales = norm.squares};
   }
-  Matmul(w, x, y, /*accumulate=*/true, rows);
-  LaunchRmsNorm({.x = y, .weight = after.weight, .out = nullptr, .out_bf16 = after.out, .dim = w.rows, .eps = eps},
+  LaunchRmsNorm({.x = x, .weight = norm.weight, .out = nullptr, .out_bf16 = norm.out, .dim = next.cols, .eps = eps},
                 rows, context_->stream());
   return {};
+}
+
+NormBefore Products::AddAndNorm(const LinspecCudaMatrix& w, const uint16_t* x, float* y, const NormAfter& norm,
+                                float eps, const LinspecCudaMatrix& next, int rows) {
+  if (UsesWgmma(w, rows) && UsesWgmma(next, rows)) {
+    LaunchOwn({.w = w, .x = x, .y = y, .accumulate = true, .workspace = workspace_.as<void>(), .norm_after = norm},
+              rows);
+    return {.eps = eps, .squares = norm.squares};
+  }
+  Matmul(w, x, y, /*accumulate=*/true, rows);
+  return Norm(y, norm, eps, next, rows);
 }
 
 }  // namespace linspec::cuda

@@ -17,22 +17,26 @@ class Products {
 
   int32_t Reserve();  // before the first product
   int64_t bytes_to_reserve() const;
-  // y [rows, N] (+)= x [rows, K] w^T. before: what x still lacks, from AddAndNorm for this w.
+  // y [rows, N] (+)= x [rows, K] w^T. before: what x still lacks, from Norm for this w.
   void Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, bool accumulate, int rows,
               const NormBefore& before = {});
+  // rope.qkv [rows, N] = x w^T, then LaunchRopeNormalize, to the same bits whichever way.
+  void Qkv(const LinspecCudaMatrix& w, const uint16_t* x, const RopeRows& rope, int rows, const NormBefore& before);
   // activated [rows, N / 2] = silu(gate) * up of w x, w in the order of PackedGateUpRow. scratch: [rows, N].
   void GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* scratch, uint16_t* activated, int rows,
               const NormBefore& before = {});
-  // y += x w^T, then after.out = RMSNorm(y) in bf16 for the product of `next`: complete, or but for what is returned and
-  // that product must be told. after.squares is scratch.
-  NormBefore AddAndNorm(const LinspecCudaMatrix& w, const uint16_t* x, float* y, const NormAfter& after, float eps,
+  // RMSNorm of x for the product of `next`: in bf16 in norm.out, complete, or but for what is returned and that product
+  // must be told. norm.squares is scratch.
+  NormBefore Norm(const float* x, const NormAfter& norm, float eps, const LinspecCudaMatrix& next, int rows);
+  // y += x w^T, then Norm of y.
+  NormBefore AddAndNorm(const LinspecCudaMatrix& w, const uint16_t* x, float* y, const NormAfter& norm, float eps,
                         const LinspecCudaMatrix& next, int rows);
   bool deterministic() const { return deterministic_; }
 
  private:
   bool UsesCublas(const LinspecCudaMatrix& w, int rows) const;
   bool UsesWgmma(const LinspecCudaMatrix& w, int rows) const;
-  bool UsesRingWithNorms(const LinspecCudaMatrix& w, int rows) const;
+  bool NormIsPrologue(const LinspecCudaMatrix& w, int rows) const;
   void LaunchOwn(const GemmParams& product, int rows);
 
   Context* const context_;

@@ -25,6 +25,8 @@ namespace {
 constexpr int kTreeRows = 8, kLargeTreeRows = 16;
 constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // of a multiprocessor
 
+constexpr int kMaxRawTasks = 2;  // of VerifyTakesRawRows
+
 // Warps with a task beside their rows, which are the last ones of a tile: the first to have none.
 constexpr int kKeyWarp = 0, kValueWarp = 1, kItemWarp = 2;
 
@@ -49,7 +51,8 @@ struct Layout {
 };
 
 // What a block shares about its items; round r is in items[r % 3]. Barriers of a round: what has landed, and what all
-// warps have used up.
+// threads have used up. Every thread arrives for itself: one arrival a warp, after __syncwarp, is as good in the memory
+// model and no faster, but racecheck orders only what the arriving thread did itself.
 template <int kRows>
 struct Schedule {
   Item items[3];
@@ -59,12 +62,12 @@ struct Schedule {
   __device__ __forceinline__ void Make() {
     keys.Make(1 + 32);
     values.Make(1 + 32);
-    used_keys.Make(kThreads / 32);
-    used_values.Make(kThreads / 32);
+    used_keys.Make(kThreads);
+    used_values.Make(kThreads);
   }
 };
 
-template <int kDim, int kRows, typename T>
+template <int kDim, int kRows, typename T, bool kRaw>
 struct Verifier {
   using Tile = WindowTile<kDim, kRows, T>;
   using State = HeldState<kDim, T>;
@@ -88,7 +91,7 @@ struct Verifier {
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
-  __device__ __forceinline__ WindowFetch<kDim, T> FetchOf() const {
+  __device__ __forceinline__ WindowFetch<kDim, T, kRaw> FetchOf() const {
     return {p,
             reinterpret_cast<T*>(shared + At::kKeys),
             reinterpret_cast<T*>(shared + At::Values(work)),
@@ -133,7 +136,7 @@ struct Verifier {
     if (threadIdx.x == 0) schedule.Make();
     __syncthreads();
     const Item& item = ItemOf(0);
-    const WindowFetch<kDim, T> fetch = FetchOf();
+    const WindowFetch<kDim, T, kRaw> fetch = FetchOf();
     if (Warp() == kKeyWarp) fetch.OldKeys(item, schedule.rows[0]);
     if (Warp() == kValueWarp) fetch.OldValues(item);
     if (Warp() == kItemWarp && Has(1)) Publish(1, TaskOf(1));
@@ -142,11 +145,6 @@ struct Verifier {
     if (Warp() == kValueWarp) fetch.NewValues(item);
   }
 
-  // By each warp once all of its lanes have read what the barrier is about.
-  __device__ __forceinline__ static void Used(CopyBarrier& barrier) {
-    __syncwarp();
-    if (Lane() == 0) barrier.Arrive();
-  }
   // By one warp: once the round's keys or values are used up, those of the next.
   __device__ __forceinline__ void FetchKeys(int round) const {
     schedule.used_keys.Wait(round);
@@ -223,18 +221,22 @@ struct Verifier {
       folds[i] = row.group;
     }
     if (publishes) Publish(round + 2, task);
-    Used(schedule.used_keys);
-    if (kMore && Warp() == kKeyWarp) FetchKeys(round);
-    if constexpr (kMore) s.template LoadStep<2>(next);
+    if constexpr (kMore) {
+      schedule.used_keys.Arrive();
+      if (Warp() == kKeyWarp) FetchKeys(round);
+      s.template LoadStep<2>(next);
+    }
     Sums local = {}, z = {};
     if (mine) {
       schedule.values.Wait(round);
       tile.Accumulate(tile.local, local);
       if (crosses) tile.Accumulate(tile.grouped, z);
     }
-    if constexpr (kMore) s.template LoadStep<3>(next);
-    Used(schedule.used_values);
-    if (kMore && Warp() == kValueWarp) FetchValues(round);
+    if constexpr (kMore) {
+      s.template LoadStep<3>(next);
+      schedule.used_values.Arrive();
+      if (Warp() == kValueWarp) FetchValues(round);
+    }
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
       if (Tile::RowOf(i) >= item.rows) break;
@@ -262,13 +264,13 @@ struct Verifier {
   }
 };
 
-template <int kDim, int kRows, typename T>
+template <int kDim, int kRows, typename T, bool kRaw>
 __global__ void __launch_bounds__(kThreads, kBlocks(kRows))
     VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
   extern __shared__ __align__(16) float shared[];
   __shared__ __align__(16) Schedule<kRows> schedule;
   GridLaunchDependents();
-  const Verifier<kDim, kRows, T> program{p, work, shared, schedule};
+  const Verifier<kDim, kRows, T, kRaw> program{p, work, shared, schedule};
   HeldState<kDim, T> s;
   program.Begin(s);
   int round = 0;
@@ -301,17 +303,18 @@ int Resident(const AttentionParams& p) {
   return std::clamp(CurrentDevice().shared_per_processor / bytes, 1, kBlocks(kRows));
 }
 
-template <int kDim, int kRows, typename T>
+template <int kDim, int kRows, typename T, bool kRaw = false>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const VerifyWork work = WorkOf(p, num_tasks, kRows);
   const int bytes = SharedBytes<kDim, kRows, T>(p), resident = CurrentDevice().processors * Resident<kDim, kRows, T>(p);
-  const auto kernel = VerifyTileKernel<kDim, kRows, T>;
+  const auto kernel = VerifyTileKernel<kDim, kRows, T, kRaw>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   LaunchOverlapped(kernel, dim3(std::min(work.items, resident)), dim3(kThreads), bytes, stream, 1, p, work);
 }
 
 template <int kDim, typename T>
 void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
+  if (p.raw.angles != nullptr) return LaunchTiles<kDim, 1, T, true>(p, num_tasks, stream);
   const int nodes = p.last_rows > 0 ? p.last_rows : p.max_rows;
   if (nodes * p.layer.num_heads == p.layer.num_kv_heads) return LaunchTiles<kDim, 1, T>(p, num_tasks, stream);
   if (Resident<kDim, kTreeRows, T>(p) > 1) return LaunchTiles<kDim, kTreeRows, T>(p, num_tasks, stream);
@@ -319,6 +322,11 @@ void LaunchVerifyOf(const AttentionParams& p, int num_tasks, cudaStream_t stream
 }
 
 }  // namespace
+
+bool VerifyTakesRawRows(const LayerParams& layer, int num_tasks, int max_rows) {
+  // Where it pays: with several items a block, S and a row's turning would share the registers.
+  return num_tasks <= kMaxRawTasks && max_rows == 1 && layer.num_heads == layer.num_kv_heads && HasTiles(layer);
+}
 
 void LaunchVerifyTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
   const auto launch = p.states.bf16

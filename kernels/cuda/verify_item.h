@@ -1,6 +1,7 @@
 // What a block of tree_verify works on, and the copies that bring an item's window to shared memory.
 #pragma once
 
+#include "kernels/cuda/rope.h"
 #include "kernels/cuda/tensor_core.h"
 #include "kernels/cuda/window_attention.h"
 
@@ -56,8 +57,8 @@ struct RowInfo {   // of a row of an item
 
 // Copies of an item to shared memory, started by one warp: rings in bulk, everything else by the lanes, since a warp
 // issues its lanes' bulk copies one after the other. Both barriers are of 1 + kWarp arrivals: the first of keys,
-// queries, masks, taps and gains, the second of values.
-template <int kDim, typename T>
+// queries, masks, taps and gains, the second of values. kRaw: of AttentionParams::raw, one row an item.
+template <int kDim, typename T, bool kRaw>
 struct WindowFetch {
   static constexpr int kWarp = 32, kQueryStride = kDim + 4;
   static constexpr uint32_t kRowBytes = kDim * sizeof(T);
@@ -100,7 +101,8 @@ struct WindowFetch {
 
   // The rows of this step; then all that the barrier waits for is under way.
   __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
-    if (item.rows > 0) {
+    if (kRaw && item.rows > 0) TurnRow(item);
+    if (!kRaw && item.rows > 0) {
       CopyRows(keys, item, 0);
       const float* q = p.qkv + item.out_begin * QueryStride() + item.kv_head * item.heads * kDim;
       constexpr int kLanes = kDim / 4;  // of a row
@@ -114,7 +116,8 @@ struct WindowFetch {
     Arrive(keys_barrier, item.rows > 0 ? item.phase : 0);
   }
   __device__ __forceinline__ void NewValues(const Item& item) const {
-    if (item.rows > 0) CopyRows(values, item, p.layer.num_kv_heads);
+    if (kRaw && item.rows > 0) KeepValue(item);
+    if (!kRaw && item.rows > 0) CopyRows(values, item, p.layer.num_kv_heads);
     Arrive(values_barrier, item.rows > 0 ? item.ring_tokens() : 0);
   }
 
@@ -127,6 +130,31 @@ struct WindowFetch {
   }
   __device__ __forceinline__ int64_t QueryStride() const {
     return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
+  }
+  // Query and key of the row, which is also kept.
+  __device__ __forceinline__ void TurnRow(const Item& item) const {
+    RopeLane<kDim == 128> q, k, angles;
+    const float* row = p.qkv + item.row_begin * QueryStride();
+    q.Load(row + item.kv_head * kDim, Lane(), kDim / 2);
+    k.Load(row + (p.layer.num_heads + item.kv_head) * kDim, Lane(), kDim / 2);
+    const auto* of_rows = reinterpret_cast<const float2*>(p.raw.angles);
+    angles.LoadAngles(of_rows + static_cast<int64_t>(item.row_begin) * (kDim / 2), Lane(), kDim / 2);
+    q.TurnAndNormalize(angles, Lane(), kDim / 2, p.raw.eps);
+    k.TurnAndNormalize(angles, Lane(), kDim / 2, p.raw.eps);
+    q.Store(queries, Lane(), kDim / 2);
+    Keep(k, item, 0, keys);
+  }
+  __device__ __forceinline__ void KeepValue(const Item& item) const {
+    RopeLane<kDim == 128> v;
+    v.Load(p.qkv + item.row_begin * QueryStride() + (p.layer.num_heads + p.layer.num_kv_heads + item.kv_head) * kDim,
+           Lane(), kDim / 2);
+    Keep(v, item, p.layer.num_kv_heads, values);
+  }
+  __device__ __forceinline__ void Keep(const RopeLane<kDim == 128>& x, const Item& item, int heads_before,
+                                       T* to) const {
+    T* kept = static_cast<T*>(p.raw.kv) + int64_t{2} * item.row_begin * p.layer.num_kv_heads * kDim;
+    x.Store(to + item.ring_tokens() * kDim, Lane(), kDim / 2);
+    x.Store(kept + (heads_before + item.kv_head) * kDim, Lane(), kDim / 2);
   }
   // Keys, or values with the kv heads before them, of the item's nodes.
   __device__ __forceinline__ void CopyRows(T* to, const Item& item, int heads_before) const {

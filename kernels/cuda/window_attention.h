@@ -64,6 +64,13 @@ struct KvRows {
   int64_t stride;
 };
 
+// Rows that RoPE and the L2 norm still await.
+struct RawRows {
+  const float* angles = nullptr;  // [rows, d / 2]: cosine, sine; null: rows are ready
+  float eps = 0.0f;
+  void* kv = nullptr;  // [rows, 2 Hkv d] in the type of the states: where k and v go
+};
+
 struct AttentionParams {
   LayerParams layer;
   StateView states;
@@ -82,6 +89,7 @@ struct AttentionParams {
   float* scratch = nullptr;
   int32_t num_groups = 0;
   bool exact_prefill = false;  // outputs of prefill from three tf32 products instead of one; states always are
+  RawRows raw = {};            // verify, where VerifyTakesRawRows
 
   template <typename T = float>
   LINSPEC_BLOCK KvRows<T> Kv() const {

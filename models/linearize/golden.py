@@ -21,7 +21,7 @@ MODELS = {
     "gqa": (BASE.replace(num_key_value_heads=2, tie_word_embeddings=False), 131),
     "full64": (BASE.replace(group_size=64, conv_kernel=32), 200),
 }
-IN_BF16 = {"gqa"}  # the others are in F32
+IN_BF16 = {"paper", "gqa", "full64"}  # "full" is in F32
 
 
 def random_weights(cfg, rng):

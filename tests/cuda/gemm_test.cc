@@ -31,8 +31,10 @@ std::vector<float> Widen(const std::vector<uint16_t>& bits) {
 // One matrix, its products in double for kMaxRows tokens, and the checks of every kernel on it.
 class GemmCase {
  public:
-  GemmCase(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas)
-      : n_(n),
+  // quick: fewer numbers of tokens, for the sanitizers.
+  GemmCase(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas, bool quick)
+      : quick_(quick),
+        n_(n),
         k_(k),
         name_("gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " + std::to_string(k)),
         w_(int64_t{n} * k * (type == kLinspecCudaBf16 ? 2 : 1)),
@@ -56,27 +58,18 @@ class GemmCase {
     if (n_ % 16 == 0) MultipliesSilu("tiled", &LaunchTiledGemm);
     if (WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
-      const NormCase norms{"wgmma", &LaunchWgmmaGemm, kNormPart, {kMaxRows, 1, 9, 33, 100}};
-      MultipliesNorm(norms);
-      LeavesNorm(norms);
+      MultipliesNorm();
+      LeavesNorm();
+      if (n_ % 512 == 0) TurnsHeads();
     }
-    if (RingGemmTakesNorms(matrix_, kRingNormRows)) {
-      const NormCase norms{"ring", &LaunchStreamingGemm, kRingNormPart, {kRingNormRows, 1}};
-      MultipliesNorm(norms);
-      LeavesNorm(norms);
-    }
+    NormIsPrologue("small", &LaunchSmallGemm, {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65});
+    NormForSmall();
+    if (RingGemmTakesNorm(matrix_, kRingNormRows)) NormIsPrologue("ring", &LaunchStreamingGemm, {kRingNormRows, 1});
     if (cublas_ != nullptr && k_ % 8 == 0 && n_ % 8 == 0) Cublas();
   }
 
  private:
   using Launcher = void (*)(const GemmParams&, int, cudaStream_t);
-  struct NormCase {  // a kind of product that norms can ride along on
-    const char* kernel;
-    Launcher launch;
-    int part;
-    std::vector<int> rows;  // the most first
-  };
-
   GemmParams Params() const { return {matrix_, x_.get(), y_.get(), false, nullptr, false, workspace_}; }
   static std::vector<float> Head(std::vector<float> values, int64_t size) {
     values.resize(size);
@@ -86,7 +79,9 @@ class GemmCase {
   // `all`: of kMaxRows tokens, by a kernel that must give each row the same bits.
   void CheckKernel(const std::string& kernel, Launcher launch, const std::vector<float>& all) {
     Report(name_ + " all rows for " + kernel, RelativeError(all, reference_), 1e-5);
-    for (const int rows : {1, 2, 3, 4, 5, 8, 9, 16, 29, 33, 64, 65, 128, 129, kMaxRows}) {
+    const std::vector<int> few{1, 2, 9, 33, kMaxRows},
+        many{1, 2, 3, 4, 5, 8, 9, 16, 29, 33, 64, 65, 128, 129, kMaxRows};
+    for (const int rows : quick_ ? few : many) {
       const std::vector<float> out = Launch(launch, Params(), rows);
       const std::string name = name_ + " " + kernel + " rows " + std::to_string(rows);
       Report(name, RelativeError(out, Head(reference_, rows * n_)), 1e-5);
@@ -160,62 +155,154 @@ class GemmCase {
     }
   }
 
-  // Results over the root mean square of each token's x, given as sums of parts; the bits of a row do not depend on others.
-  void MultipliesNorm(const NormCase& norms) {
-    const auto parts = static_cast<int>(NormParts(k_, norms.part)), all_rows = norms.rows[0];
-    std::vector<float> squares = Normal(random_, int64_t{all_rows} * parts, 1.0f);
-    std::vector<float> expected = Head(reference_, int64_t{all_rows} * n_);
+  static constexpr float kEps = 1e-5f;
+
+  // Results over the root mean square of each token's x, given as sums of parts.
+  void MultipliesNorm() {
+    const auto parts = static_cast<int>(NormParts(k_));
+    std::vector<float> squares = Normal(random_, int64_t{kMaxRows} * parts, 1.0f);
+    std::vector<double> sums(kMaxRows);
     for (float& square : squares) square = square * square + 0.1f;
-    constexpr float kEps = 1e-5f;
-    for (int m = 0; m < all_rows; ++m) {
-      double sum = 0.0;
-      for (int i = 0; i < parts; ++i) sum += squares[m * parts + i];
-      const double scale = 1.0 / std::sqrt(sum / k_ + kEps);
-      for (int n = 0; n < n_; ++n) expected[m * n_ + n] = static_cast<float>(expected[m * n_ + n] * scale);
-    }
+    for (size_t i = 0; i < squares.size(); ++i) sums[i / parts] += squares[i];
     const DeviceArray<float> on_device(squares);
     GemmParams params = Params();
-    params.norm_before = {.squares = on_device.get(), .eps = kEps};
-    const std::vector<float> all = Launch(norms.launch, params, all_rows);
-    Report(name_ + " " + norms.kernel + " norm before", RelativeError(all, expected), 1e-5);
-    for (const int rows : norms.rows) {
-      const bool same = Launch(norms.launch, params, rows) == Head(all, int64_t{rows} * n_);
-      Report(name_ + " " + norms.kernel + " norm before, rows " + std::to_string(rows) + ": bits of all rows",
-             same ? 0.0 : 1.0, 0.0);
+    params.norm_before = {.eps = kEps, .squares = on_device.get()};
+    CheckNormed("wgmma norm before", &LaunchWgmmaGemm, params, sums, {kMaxRows, 1, 9, 33, 100});
+  }
+
+  // The same with the norm as prologue: x is the stream times a weight, exactly.
+  void NormIsPrologue(const std::string& kernel, Launcher launch, const std::vector<int>& all_rows) {
+    std::vector<float> weight = Normal(random_, k_, 1.0f), stream = Widen(x_.Read());
+    std::vector<double> squares(kMaxRows);
+    for (float& w : weight) w = std::ldexp(1.0f, static_cast<int>(std::lround(w)));
+    for (size_t i = 0; i < stream.size(); ++i) {
+      stream[i] /= weight[i % k_];
+      squares[i / k_] += double{stream[i]} * stream[i];
+    }
+    const DeviceArray<float> weights(weight), streams(stream);
+    GemmParams params = Params();
+    params.x = nullptr;
+    params.norm_before = {.eps = kEps, .x = streams.get(), .weight = weights.get()};
+    CheckNormed(kernel + " norm as prologue", launch, params, squares, all_rows);
+  }
+
+  // Products of params for several numbers of tokens, the most first, against the reference over the root of a token's
+  // sum of squares.
+  void CheckNormed(const std::string& what, Launcher launch, const GemmParams& params,
+                   const std::vector<double>& squares, const std::vector<int>& all_rows) {
+    std::vector<float> expected = Head(reference_, int64_t{all_rows[0]} * n_);
+    for (size_t i = 0; i < expected.size(); ++i) {
+      expected[i] = static_cast<float>(expected[i] / std::sqrt(squares[i / n_] / k_ + kEps));
+    }
+    const std::vector<float> all = Launch(launch, params, all_rows[0]);
+    Report(name_ + " " + what, RelativeError(all, expected), 1e-5);
+    for (const int rows : all_rows) {
+      const bool same = Launch(launch, params, rows) == Head(all, int64_t{rows} * n_);
+      Report(name_ + " " + what + ", rows " + std::to_string(rows) + ": bits of all rows", same ? 0.0 : 1.0, 0.0);
+    }
+  }
+
+  // The prologue as a launch: the same bits of products, whichever kernel takes them.
+  void NormForSmall() {
+    const DeviceArray<float> weights(Normal(random_, k_, 1.0f)), stream(Normal(random_, int64_t{kMaxRows} * k_, 2.0f));
+    const DeviceArray<uint16_t> normed(int64_t{kMaxRows} * k_);
+    const DeviceArray<float> scales(kMaxRows);
+    GemmParams params = Params();
+    params.x = nullptr;
+    params.norm_before = {.eps = kEps, .x = stream.get(), .weight = weights.get()};
+    const std::vector<float> expected = Launch(&LaunchSmallGemm, params, kMaxRows);
+    LaunchNormForSmall(params.norm_before, matrix_, normed.get(), scales.get(), kMaxRows, nullptr);
+    params.x = normed.get();
+    params.norm_before = {.scales = scales.get()};
+    for (const int rows : {5, kMaxRows}) {
+      for (const auto& [kernel, launch] : {std::pair{"small", &LaunchSmallGemm}, {"tiled", &LaunchTiledGemm}}) {
+        const bool same = Launch(launch, params, rows) == Head(expected, int64_t{rows} * n_);
+        Report(name_ + " " + kernel + " norm launched, rows " + std::to_string(rows) + ": bits of the prologue",
+               same ? 0.0 : 1.0, 0.0);
+      }
     }
   }
 
   // y += product, and beside it y * weight in bf16 and the sums of squares.
-  void LeavesNorm(const NormCase& norms) {
-    const auto parts = static_cast<int>(NormParts(n_, norms.part)), all_rows = norms.rows[0];
+  void LeavesNorm() {
+    const auto parts = static_cast<int>(NormParts(n_)), all_rows = kMaxRows;
     const std::vector<float> weight = Normal(random_, n_, 1.0f);
     const std::vector<float> old = Normal(random_, int64_t{all_rows} * n_, 1.0f);
     std::vector<float> expected, expected_squares(int64_t{all_rows} * parts), all_squares;
     for (int64_t i = 0; i < int64_t{all_rows} * n_; ++i) {
       const double y = double{old[i]} + reference_[i];
       expected.push_back(static_cast<float>(y * weight[i % n_]));
-      expected_squares[i / n_ * parts + i % n_ / norms.part] += static_cast<float>(y * y);
+      expected_squares[i / n_ * parts + i % n_ / kNormPart] += static_cast<float>(y * y);
     }
     std::vector<uint16_t> all_out;
     const DeviceArray<float> weights(weight);
-    for (const int rows : norms.rows) {
+    for (const int rows : {kMaxRows, 1, 9, 33, 100}) {
       const DeviceArray<float> y(old), squares(int64_t{rows} * parts);
       const DeviceArray<uint16_t> out(int64_t{rows} * n_);
       GemmParams params = Params();
       params.y = y.get();
       params.accumulate = true;
       params.norm_after = {.weight = weights.get(), .out = out.get(), .squares = squares.get()};
-      norms.launch(params, rows, nullptr);
+      LaunchWgmmaGemm(params, rows, nullptr);
       Sync();
       const std::vector<uint16_t> bits = out.Read();
       const std::vector<float> sums = squares.Read();
-      const std::string name = name_ + " " + norms.kernel + " norm after, rows " + std::to_string(rows);
+      const std::string name = name_ + " wgmma norm after, rows " + std::to_string(rows);
       Report(name, RelativeError(Widen(bits), Head(expected, int64_t{rows} * n_)), 4e-3);
       Report(name + ": squares", RelativeError(sums, Head(expected_squares, int64_t{rows} * parts)), 1e-5);
       if (rows == all_rows) all_out = bits, all_squares = sums;
       const bool same = std::equal(bits.begin(), bits.end(), all_out.begin()) &&
                         std::equal(sums.begin(), sums.end(), all_squares.begin());
       Report(name + ": bits of all rows", same ? 0.0 : 1.0, 0.0);
+    }
+  }
+
+  // w as qkv with a k and a v head for each two of q: the product that turns heads itself, against a launch behind it.
+  void TurnsHeads() {
+    constexpr int kDim = 128;
+    const int kv_heads = n_ / kDim / 4, kv_width = 2 * kv_heads * kDim;
+    const DeviceArray<float> angles(Normal(random_, kMaxRows * kDim, 0.7f)),
+        squares(Normal(random_, kMaxRows * NormParts(k_), 1.0f));
+    std::vector<int32_t> order(kMaxRows);
+    for (int i = 0; i < kMaxRows; ++i) order[i] = i % 5 == 0 ? -1 : kMaxRows - 1 - i;
+    const DeviceArray<int32_t> kv_rows(order);
+    for (const int kind : {0, 1, 2, 3, 4}) {  // in place, elsewhere, elsewhere in bf16, in an order, in place in bf16
+      const bool moves = kind >= 1 && kind <= 3;
+      for (const int rows : {1, 9, 64, kMaxRows}) {
+        std::vector<float> values[2];
+        std::vector<uint8_t> kept[2];
+        for (const bool apart : {false, true}) {
+          Check(cudaMemset(y_.get(), 0xFF, y_.size() * sizeof(float)), "poison");
+          const DeviceArray<uint8_t> kv(std::vector<uint8_t>(int64_t{kMaxRows} * kv_width * sizeof(float), 0xFF));
+          const RopeRows rope{.qkv = y_.get(),
+                              .angles = reinterpret_cast<const float2*>(angles.get()),
+                              .num_heads = 2 * kv_heads,
+                              .num_kv_heads = kv_heads,
+                              .head_dim = kDim,
+                              .eps = kEps,
+                              .kv = moves ? kv.get() : nullptr,
+                              .bf16 = kind == 2 || kind == 4,
+                              .kv_rows = kind == 3 ? kv_rows.get() : nullptr};
+          GemmParams params = Params();
+          if (kind == 1) params.norm_before = {.eps = 100.0f, .squares = squares.get()};
+          if (!apart) params.rope = rope;
+          LaunchWgmmaGemm(params, rows, nullptr);
+          if (apart) LaunchRopeNormalize(rope, rows, nullptr);
+          Sync();
+          kept[apart] = kv.Read();
+          for (const float value : y_.Read()) values[apart].push_back(value);
+        }
+        // What moved to kv is not left in y by both.
+        bool same = kept[0] == kept[1];
+        for (int64_t i = 0; i < int64_t{rows} * n_; ++i) {
+          const bool moved = moves && i % n_ >= 2 * kv_heads * kDim;
+          same &= moved || std::bit_cast<uint32_t>(values[0][i]) == std::bit_cast<uint32_t>(values[1][i]);
+        }
+        for (int i = 0; i < n_; ++i) same &= std::isnan(values[0][int64_t{rows} * n_ + i]);
+        Report(name_ + " wgmma turns heads, kind " + std::to_string(kind) + " rows " + std::to_string(rows) +
+                   ": bits of a launch",
+               same ? 0.0 : 1.0, 0.0);
+      }
     }
   }
 
@@ -232,6 +319,7 @@ class GemmCase {
   }
 
   std::mt19937 random_{7};
+  bool quick_;
   int n_, k_;
   std::string name_;
   DeviceArray<uint8_t> w_;
@@ -266,10 +354,11 @@ int main(int argc, char** argv) {
                                {264, 1040},
                                {7, 11008},
                                {3999, 528},
+                               {512, 272},
                                {4096, 4096},
                                {4096, 11008}}) {
-      if (quick && int64_t{n} * k > 300'000) continue;
-      GemmCase(n, k, type, workspace.get(), cublas.get()).Run();
+      if (quick && int64_t{n} * k > 200'000) continue;
+      GemmCase(n, k, type, workspace.get(), cublas.get(), quick).Run();
     }
   }
   return Summary("gemm_test");
