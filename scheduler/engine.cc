@@ -36,6 +36,11 @@ absl::Status CheckOptions(const EngineOptions& options) {
   for (const absl::Status& check : checks) {
     if (!check.ok()) return check;
   }
+  const double slowdown = options.max_draft_slowdown;
+  if (slowdown != 0 && !(slowdown >= 1)) {
+    return absl::InvalidArgumentError(
+        fmt::format("max_draft_slowdown = {} is invalid: must be 0 or at least 1", slowdown));
+  }
   return absl::OkStatus();
 }
 
@@ -209,6 +214,7 @@ class Engine::Impl {
     snapshot_.steps += step.num_running > 0;
     snapshot_.drafter_errors += step.num_drafter_errors;
     if (step.num_decode_requests > 0) snapshot_.speculation_on = step.num_drafts > 0;
+    snapshot_.speculation_saved_s += step.speculation_saved_s;
     for (int64_t i = 0; i < num_ended; ++i) finish_times_.push_back(Clock::now());
     while (finish_times_.size() > kDrainRateWindow) finish_times_.pop_front();
   }

@@ -35,10 +35,11 @@ struct EngineOptions {
   SpeculationMode speculation = SpeculationMode::kAuto;  // default for requests that say kDefault
   AcceptanceMode acceptance = AcceptanceMode::kGumbel;   // default for requests that say kDefault
   int max_draft_nodes = 8;                               // tree nodes per request and step, root included
-  int spec_max_batch = 0;  // 0: decided from measured step costs; n: no drafting above n decoding requests
-  bool calibrate = true;   // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
-                           // it costs, kAuto with the first drafter (deterministic, for tests and figures)
-  double warm_up_s = 10;   // most seconds that Create spends on capturing CUDA graphs; 0: captured when they are needed
+  double max_draft_slowdown = 2;  // of a step of several requests beside a plain one, by their drafts; 0: any
+  int spec_max_batch = 0;         // 0: decided from measured step costs; n: no drafting above n decoding requests
+  bool calibrate = true;          // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
+                                  // it costs, kAuto with the first drafter (deterministic, for tests and figures)
+  double warm_up_s = 10;  // most seconds that Create spends on capturing CUDA graphs; 0: captured when they are needed
 };
 
 // What was made ready before the first request; all 0 on a CPU, where nothing has to be.
@@ -64,6 +65,7 @@ struct StepStats {
   // What the speculation controller expected of this step, beside what came; 0 where it expected nothing. Tokens are
   // those of all decoding requests together.
   double expected_draft_s = 0, expected_verify_s = 0, expected_tokens = 0;
+  double speculation_saved_s = 0;  // beside what plain steps would have taken for the same tokens
 };
 
 struct EngineStats {  // a consistent snapshot
@@ -74,6 +76,7 @@ struct EngineStats {  // a consistent snapshot
   int64_t weight_bytes = 0;                              // the target's
   int64_t requests_finished = 0, output_tokens = 0, steps = 0;
   bool speculation_on = false;
+  double speculation_saved_s = 0;    // since the start; negative: lost
   double recent_requests_per_s = 0;  // drain rate, for Retry-After
   int64_t drafter_errors = 0;
 };

@@ -214,8 +214,12 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   stats->accept_s = Seconds(verified, accepted);
   stats->commit_s = Seconds(accepted, committed);
   if (status.ok()) {
-    speculator_->ObserveVerify(batch.num_rows(), batch.num_requests(), stats->num_output_tokens,
-                               Seconds(drafted, committed));
+    speculator_->ObserveStep({.rows = batch.num_rows(),
+                              .requests = batch.num_requests(),
+                              .prompt_tokens = stats->num_prefill_tokens,
+                              .verify_seconds = Seconds(drafted, committed),
+                              .seconds = Seconds(start, committed)},
+                             stats);
   }
 }
 

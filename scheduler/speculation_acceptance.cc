@@ -10,9 +10,9 @@ constexpr double kCalibrationDecay = 0.995;
 constexpr double kCalibrationStrength = 6;  // observations that a stated probability is worth
 constexpr double kHabitDecay = 0.97, kHabitStrength = 8, kMostHabit = 1.2;
 constexpr double kTrustDecay = 0.995, kTrustStrength = 20;
-constexpr double kMostTrusted =
-    150;  // promised tokens that are remembered: many requests may be wrong in the same way at once
-constexpr double kUnstated = 0.6;  // what a drafter that states no probabilities is taken to hold of each child
+constexpr double kMostTrusted = 150;  // promised tokens that are remembered
+constexpr double kFewRequests = 8;    // a step of more counts for as many
+constexpr double kUnstated = 0.6;     // what a drafter that states no probabilities is taken to hold of each child
 
 double Stated(const DraftTree& tree, int node) {
   if (tree.probabilities.empty()) return kUnstated;
@@ -27,15 +27,19 @@ double Calibration::Correct(double stated) const {
   return (rate.hits + stated * kCalibrationStrength) / (rate.tries + kCalibrationStrength);
 }
 
-void Calibration::Observe(double stated, bool hit) {
+void Calibration::Observe(double stated, bool hit, double weight) {
   Rate& rate = rates_[std::clamp(static_cast<int>(stated * kBuckets), 0, kBuckets - 1)];
-  rate.tries = rate.tries * kCalibrationDecay + 1;
-  rate.hits = rate.hits * kCalibrationDecay + (hit ? 1 : 0);
+  const double kept = 1 - weight * (1 - kCalibrationDecay);
+  rate.tries = rate.tries * kept + weight;
+  rate.hits = rate.hits * kept + (hit ? weight : 0);
 }
 
-void AcceptanceModel::Record::Add(double decay, double promised, double came) {
-  expected = expected * decay + promised;
-  hits = hits * decay + came;
+void AcceptanceModel::StartStep(int num_trees) { weight_ = std::min(kFewRequests / std::max(num_trees, 1), 1.0); }
+
+void AcceptanceModel::Record::Add(double decay, double promised, double came, double weight) {
+  const double kept = 1 - weight * (1 - decay);
+  expected = expected * kept + weight * promised;
+  hits = hits * kept + weight * came;
 }
 
 void AcceptanceModel::Record::Limit(double most) {
@@ -73,7 +77,7 @@ void AcceptanceModel::Observe(const Outcome& outcome) {
     double promised = 0;
     const std::vector<double> paths = Paths(outcome.sequence_id, outcome.drafter, tree);
     for (size_t node = 1; node < paths.size(); ++node) promised += paths[node];
-    state.trees.Add(kTrustDecay, promised / trust, static_cast<double>(outcome.path.size()) - 1);
+    state.trees.Add(kTrustDecay, promised / trust, static_cast<double>(outcome.path.size()) - 1, weight_);
     state.trees.Limit(kMostTrusted);
   }
   std::vector<Record>& records = sequences_[outcome.sequence_id];
@@ -86,7 +90,7 @@ void AcceptanceModel::Observe(const Outcome& outcome) {
       if (tree.parents[child] != outcome.path[i]) continue;
       const bool hit = !last && outcome.path[i + 1] == child;
       records[outcome.drafter].Add(kHabitDecay, Child(state, tree, child, depth), hit ? 1 : 0);
-      state.calibrations[std::min(depth, kDepths) - 1].Observe(Stated(tree, child), hit);
+      state.calibrations[std::min(depth, kDepths) - 1].Observe(Stated(tree, child), hit, weight_);
     }
   }
 }

@@ -6,6 +6,9 @@
 // compares with all. Both look at single children, of trees that were cut to what looked best; and what looks best is, on
 // average, looked at too kindly. So `trust` compares what whole verified trees promised with what they brought.
 //
+// The requests of a step may all be wrong for the same reason (they begin together, each with a text that its drafter takes
+// for a copy of the prompt), so a step of many counts for no more than one of a few.
+//
 // Threads: engine thread only.
 #pragma once
 
@@ -23,7 +26,7 @@ namespace linspec {
 class Calibration {
  public:
   double Correct(double stated) const;
-  void Observe(double stated, bool hit);
+  void Observe(double stated, bool hit, double weight = 1);
 
  private:
   static constexpr int kBuckets = 12;
@@ -36,6 +39,8 @@ class Calibration {
 class AcceptanceModel {
  public:
   explicit AcceptanceModel(size_t num_drafters) : drafters_(num_drafters) {}
+
+  void StartStep(int num_trees);  // so many are verified in it
 
   // Probability of the path to each node, [num_nodes]; 1 for the root.
   std::vector<double> Paths(uint64_t sequence_id, int drafter, const DraftTree& tree) const;
@@ -58,7 +63,7 @@ class AcceptanceModel {
   // What was promised and what came, decaying sums.
   struct Record {
     double expected = 0, hits = 0;
-    void Add(double decay, double promised, double came);
+    void Add(double decay, double promised, double came, double weight = 1);
     void Limit(double most);  // what is remembered, in promised tokens
     double Ratio(double strength) const { return (hits + strength) / (expected + strength); }
   };
@@ -69,6 +74,7 @@ class AcceptanceModel {
   double Child(const DrafterState& drafter, const DraftTree& tree, int node, int depth) const;
 
   std::vector<DrafterState> drafters_;
+  double weight_ = 1;                                            // of what one request of the step under way shows
   std::unordered_map<uint64_t, std::vector<Record>> sequences_;  // [drafter]
 };
 

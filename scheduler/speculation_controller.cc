@@ -3,31 +3,39 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 #include <numeric>
 #include <utility>
 
 namespace linspec {
 namespace {
 
-constexpr int kRunSteps = 8;
-constexpr double kMinGain = 1.01, kDoubt = 0.5;  // to come into use: a gain above this, and so many doubts above 1
+constexpr double kMinGain = 0.01, kDoubt = 0.5;  // to come into use: a gain above this, and so many doubts above 1
 constexpr double kStay = 1.01;                   // how much better another drafter must be than the one in use
-constexpr int kChecks = 2;
 constexpr double kOtherCount = 1.25;  // how many times more or fewer requests make a new evaluation necessary
 constexpr int kMostStale = 8;  // evaluations that a drafter is left out of which does not pay and proposed nothing
-constexpr double kOutcomeDecay = 0.99, kOutcomeStrength = 50;  // per step of use; steps
-constexpr double kOutcomeFade = 0.95;                          // per evaluation without
-constexpr double kWorstOutcome = 0.7, kBestOutcome = 1.03;
+constexpr double kRecordDecay = 0.99, kRecordStrength = 50;  // per step of use; steps
+constexpr double kRecordFade = 0.95;                         // per evaluation without
+constexpr double kWorstRecord = 0.7, kBestRecord = 1.03;
 constexpr double kPathSlack = 0.7;  // drafters look at paths somewhat less likely than what pays: they may be corrected
-// Of the time, that trials may lose. Where requests run alone, each brings another text to find out about.
-constexpr double kTrialShare = 0.01, kTrialShareOfOne = 0.015;
-constexpr double kLeastLoss = 0.1;   // of what a trial takes: estimates are not that sure
-constexpr double kCheapTrial = 0.3;  // of the time of a run, where more than one request pays for it
-constexpr double kMaxCredit = 0.1;   // seconds
 constexpr double kReplySmoothing = 0.1;
-constexpr int kTriedShare = 8;  // one in so many requests tries a drafter
+constexpr double kNegligible = 0.01;  // of a step's time
+constexpr double kNetSmoothing = 0.2;
 
 }  // namespace
+
+SpeculationController::SpeculationController(std::vector<bool> costs_nothing, double most_slowdown)
+    : costs_nothing_(std::move(costs_nothing)),
+      most_slowdown_(most_slowdown),
+      acceptance_(costs_nothing_.size()),
+      drafters_(costs_nothing_.size()) {
+  for (size_t d = 0; d < drafters_.size(); ++d) drafters_[d].pays = costs_nothing_[d];
+}
+
+double SpeculationController::MostSeconds() const {
+  const bool limited = most_slowdown_ > 0 && num_requests_ > 1;
+  return limited ? most_slowdown_ * plain_seconds_ : std::numeric_limits<double>::infinity();
+}
 
 double SpeculationController::Gain(const SpeculationProposal& proposal) const {
   std::vector<double> paths = acceptance_.Paths(proposal.sequence_id, proposal.drafter, *proposal.tree);
@@ -45,7 +53,9 @@ void SpeculationController::Learn(const SpeculationProposal& proposal) {
       *proposal.tree, acceptance_.Paths(proposal.sequence_id, proposal.drafter, *proposal.tree), proposal.cut_short);
 }
 
-double SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests) const {
+double SpeculationController::Prune(std::span<const SpeculationProposal> proposals, int num_requests,
+                                    double draft_seconds) {
+  acceptance_.StartStep(static_cast<int>(proposals.size()));
   struct Node {
     size_t proposal;
     int node;
@@ -83,7 +93,9 @@ double SpeculationController::Prune(std::span<const SpeculationProposal> proposa
   for (size_t n = 0; n < nodes.size(); ++n) {
     tokens += nodes[n].path;
     rows += 1;
-    const double value = tokens - price_ * step_costs_.Estimate(rows, num_requests);
+    const double seconds = step_costs_.Estimate(rows, num_requests);
+    if (draft_seconds + seconds > MostSeconds()) break;
+    const double value = tokens - price_ * seconds;
     if (value <= highest) continue;
     highest = value;
     best_tokens = tokens;
@@ -97,14 +109,14 @@ double SpeculationController::Prune(std::span<const SpeculationProposal> proposa
   return kept + best_tokens;
 }
 
-void SpeculationController::Outcome::Fade(double share) {
-  for (double* sum : {&steps, &tokens, &seconds, &expected_tokens, &expected_seconds}) *sum *= share;
+void SpeculationController::Record::Fade(double share) {
+  for (double* sum : {&steps, &worth, &expected_worth}) *sum *= share;
 }
 
-double SpeculationController::Outcome::Factor() const {
+double SpeculationController::Record::Factor() const {
   if (steps < 1) return 1;
-  const double ratio = tokens / seconds / (expected_tokens / expected_seconds);
-  return std::clamp(std::pow(ratio, steps / (steps + kOutcomeStrength)), kWorstOutcome, kBestOutcome);
+  const double ratio = std::max(worth / expected_worth, 0.01);
+  return std::clamp(std::pow(ratio, steps / (steps + kRecordStrength)), kWorstRecord, kBestRecord);
 }
 
 void SpeculationController::ObserveReply(int64_t tokens) {
@@ -112,32 +124,56 @@ void SpeculationController::ObserveReply(int64_t tokens) {
   reply_tokens_ += kReplySmoothing * (counted - reply_tokens_);
 }
 
-void SpeculationController::ObserveUse(int drafter, int num_requests, double tokens, double seconds) {
-  DrafterState& state = drafters_[drafter];
-  const double expected = state.estimate.seconds;
-  if (!(expected > 0) || run_requests_ == 0) return;
-  Outcome& outcome = state.outcome;
-  outcome.Fade(kOutcomeDecay);
-  outcome.steps += 1;
-  outcome.tokens += tokens;
-  outcome.seconds += std::min(seconds, 2 * expected);  // an interruption would have met a plain step as well
-  outcome.expected_tokens += state.estimate.tokens * num_requests / run_requests_;
-  outcome.expected_seconds += expected;
-}
-
 // A drafter displaces the target's weights from caches. So the first step without one is slower than those that follow, and
 // the first with one faster; and a step whose drafts came to nothing is no plain step.
-void SpeculationController::ObserveStep(int rows, int requests, double seconds) {
+void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
+  if (num_requests_ == 0) return;
+  if (outcome.requests == num_requests_) {
+    const SpeculationLedger::Booking booking = ledger_.Book({.requests = num_requests_,
+                                                             .tokens = outcome.tokens,
+                                                             .prompt_tokens = outcome.prompt_tokens,
+                                                             .drafted = drafting_ || outcome.rows > outcome.requests,
+                                                             .seconds = outcome.seconds,
+                                                             .draft_seconds = outcome.draft_seconds,
+                                                             .expected_seconds = outcome.expected_seconds,
+                                                             .usual_seconds = step_costs_.Usual(num_requests_)});
+    if (drafting_ || outcome.rows > outcome.requests) {
+      recent_.worth = kRecordDecay * recent_.worth + booking.worth;
+      recent_.cost = kRecordDecay * recent_.cost + booking.cost;
+    }
+    if (outcome.drafter != kAnyDrafter && booking.worth > 0) {
+      DrafterState& state = drafters_[outcome.drafter];
+      const double reading = CatchUpCost(outcome.catch_up, outcome.drafter);
+      state.record.Fade(kRecordDecay);
+      state.record.steps += 1;
+      state.record.worth += booking.worth;
+      state.record.expected_worth += state.stated_gain * std::max(booking.cost - reading, booking.cost / 2);
+    }
+  }
   const bool changed = std::exchange(drafted_before_, drafting_) != drafting_;
-  if (changed || (drafting_ && rows <= requests)) return;
-  const double factor = step_costs_.Observe(rows, requests, seconds);
+  if (changed || (drafting_ && outcome.rows <= outcome.requests)) return;
+  const double factor = step_costs_.Observe(outcome.rows, outcome.requests, outcome.verify_seconds);
   for (DrafterState& drafter : drafters_) drafter.costs.Scale(factor);
 }
 
+// Whoever was not asked in the step before has to take in what was written since: that says nothing about the usual.
+void SpeculationController::ObserveFree(int drafter, int num_asked, double gains, bool used, double seconds) {
+  DrafterState& state = drafters_[drafter];
+  if (used) state.idle_steps = 0;
+  const bool warm = step_ - std::exchange(state.asked_step, step_) <= 1 && num_asked <= 2 * state.num_asked;
+  state.num_asked = num_asked;
+  if (!warm) return;
+  state.costs.Observe(num_asked, 1, 0, seconds);
+  const double all = static_cast<double>(num_requests_) / num_asked;
+  const double cost = price_ * seconds * all;
+  state.net += kNetSmoothing * (gains * all - cost - state.net);
+  state.pays = state.net >= 0 || cost <= kNegligible * num_requests_;
+}
+
 // Looks one level up and down from what paid best.
-void SpeculationController::EvaluateDrafter(DrafterState* drafter, int num_requests) const {
-  const double plain = num_requests / verify_[0];
-  const SpeculationStep step{num_requests, plain * std::max(drafter->gain, 1.0), verify_};
+void SpeculationController::EvaluateDrafter(DrafterState* drafter) const {
+  const double plain = num_requests_ / verify_[0];
+  const SpeculationStep step{num_requests_, plain * std::max(drafter->gain, 1.0), verify_, MostSeconds()};
   const int levels = drafter->max_levels;
   drafter->history.NoticeChange();
   drafter->estimate = {};
@@ -147,65 +183,68 @@ void SpeculationController::EvaluateDrafter(DrafterState* drafter, int num_reque
     drafter->estimate = estimate;
     drafter->max_levels = n;
   }
-  drafter->gain = drafter->estimate.rate() / plain * drafter->outcome.Factor();
+  drafter->stated_gain = drafter->estimate.rate() / plain;
+  drafter->gain = drafter->stated_gain * drafter->record.Factor();
   drafter->evaluated = drafter->history.num_added();
   drafter->stale = 0;
 }
 
 // anew: for another number of requests than before.
-void SpeculationController::Evaluate(int num_requests, bool anew) {
+void SpeculationController::Evaluate(bool anew) {
   verify_.clear();
-  for (int n = 0; n < most_nodes_; ++n) verify_.push_back(step_costs_.Estimate(num_requests * (1.0 + n), num_requests));
+  for (int n = 0; n < most_nodes_; ++n) {
+    verify_.push_back(step_costs_.Estimate(num_requests_ * (1.0 + n), num_requests_));
+  }
   const int before = std::exchange(best_, kPlain);
   double highest = 0;
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     DrafterState& drafter = drafters_[d];
     if (costs_nothing_[d]) continue;
-    if (!drafter.pays) drafter.outcome.Fade(kOutcomeFade);
+    if (!drafter.pays) drafter.record.Fade(kRecordFade);
     const bool known = !anew && !drafter.pays && drafter.evaluated == drafter.history.num_added();
-    if (!known || ++drafter.stale > kMostStale) EvaluateDrafter(&drafter, num_requests);
-    const double needed = drafter.pays ? 1 : std::max(kMinGain, 1 + kDoubt * drafter.estimate.doubt);
+    if (!known || ++drafter.stale > kMostStale) EvaluateDrafter(&drafter);
+    const double needed =
+        drafter.pays ? 1 : 1 + std::max(kMinGain, kDoubt * drafter.estimate.doubt) * (1 - 2 * ledger_.fill());
     drafter.pays = drafter.gain > needed;
     const double rating = drafter.gain * (d == before ? kStay : 1);
     if (!drafter.pays || rating <= highest) continue;
     highest = rating;
     best_ = d;
   }
-  if (before != kPlain || best_ == kPlain) return;
-  checks_due_ = kChecks;
-  after_trial_ = true;  // use it first
+  run_left_ = kRunSteps - 1;
+  run_requests_ = num_requests_;
+  if (before == kPlain && best_ != kPlain) after_trial_ = true;  // use it first
 }
 
-double SpeculationController::CatchUpCost(const SpeculationRequest& request, int drafter) const {
-  const int64_t tokens = request.catch_up_tokens[drafter];
+double SpeculationController::CatchUpCost(int64_t tokens, int drafter) const {
   return tokens > DraftCosts::kLongCatchUp ? drafters_[drafter].costs.PerCatchUpToken() * static_cast<double>(tokens)
                                            : 0;
 }
 
-// The drafter that brings the request most over its next tokens, catching up first; kPlain: none brings anything.
-int SpeculationController::BestFor(const SpeculationRequest& request, int num_requests) const {
-  int best = kPlain;
-  double highest = 0;
-  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
-    const DrafterState& drafter = drafters_[d];
-    if (!drafter.pays || (request.drafter != kAnyDrafter && request.drafter != d)) continue;
-    const double tokens_per_step = drafter.estimate.tokens / run_requests_;
-    const double steps = std::min(static_cast<double>(request.tokens_left), reply_tokens_) / tokens_per_step;
-    const double gain = drafter.gain * (d == best_ ? kStay : 1) - 1;
-    const double value = gain * steps - CatchUpCost(request, d) * num_requests / plain_seconds_;
-    if (value <= highest) continue;
-    highest = value;
-    best = d;
-  }
-  return best;
+// Tokens that the drafter brings the request until it ends, catching up first; 0: better without.
+double SpeculationController::Value(const SpeculationRequest& request, int drafter) const {
+  const DrafterState& state = drafters_[drafter];
+  const bool may = request.drafter == kAnyDrafter || request.drafter == drafter;
+  if (!may || costs_nothing_[drafter] || !state.pays || request.max_nodes < 2) return 0;
+  const double tokens_per_step = state.estimate.tokens / run_requests_;
+  const double steps = std::min(static_cast<double>(request.tokens_left), reply_tokens_) / tokens_per_step;
+  const double reading = CatchUpCost(request.catch_up_tokens[drafter], drafter);
+  return std::max((state.gain - 1) * steps - reading * num_requests_ / plain_seconds_, 0.0);
+}
+
+bool SpeculationController::StillPays(int drafter, int num_asked) const {
+  const DrafterState& state = drafters_[drafter];
+  const int levels = static_cast<int>(std::lround(state.estimate.levels));
+  const double plain = num_requests_ / plain_seconds_;
+  const double before_drafting = state.gain - 1 + plain * state.costs.Seconds(num_requests_, levels) / num_requests_;
+  return num_asked * before_drafting > plain * state.costs.Seconds(num_asked, levels);
 }
 
 // rows: that the step has room for.
-SpeculationChoice SpeculationController::Use(int drafter, const SpeculationRequest& request, int num_requests,
-                                             int rows) const {
+SpeculationChoice SpeculationController::Use(int drafter, const SpeculationRequest& request, int rows) const {
   const DrafterState& state = drafters_[drafter];
-  const double price = std::max(price_, state.gain * num_requests / plain_seconds_);
-  const SpeculationStep step{run_requests_, price, verify_};
+  const double price = std::max(price_, state.gain * num_requests_ / plain_seconds_);
+  const SpeculationStep step{run_requests_, price, verify_, MostSeconds()};
   const auto stated = [&](double worth) {
     return static_cast<float>(std::clamp(worth * state.history.overstated(), 0.0, 1.0));
   };
@@ -218,136 +257,69 @@ SpeculationChoice SpeculationController::Use(int drafter, const SpeculationReque
           .gain = state.gain - 1};
 }
 
+int SpeculationController::UseBest(std::span<const SpeculationRequest> requests, int rows,
+                                   std::vector<SpeculationChoice>* choices) {
+  int best = kPlain;
+  double highest = 0;
+  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    double value = 0;
+    for (const SpeculationRequest& request : requests) value += request.drafter == kAnyDrafter ? Value(request, d) : 0;
+    if (d == best_) value *= kStay;
+    if (value <= highest) continue;
+    highest = value;
+    best = d;
+  }
+  std::vector<int> uses(requests.size(), kPlain), users(drafters_.size(), 0);
+  for (size_t r = 0; r < requests.size(); ++r) {
+    const int drafter = requests[r].drafter == kAnyDrafter ? best : requests[r].drafter;
+    if (drafter == kPlain || Value(requests[r], drafter) <= 0) continue;
+    uses[r] = drafter;
+    ++users[drafter];
+  }
+  for (size_t r = 0; r < requests.size(); ++r) {
+    const int share = rows / (num_requests_ - static_cast<int>(r));
+    if (uses[r] == kPlain || share < 1 || !StillPays(uses[r], users[uses[r]])) continue;
+    (*choices)[r] = Use(uses[r], requests[r], share);
+    price_ = std::max(price_, drafters_[uses[r]].gain * num_requests_ / plain_seconds_);
+    rows -= (*choices)[r].nodes - 1;
+  }
+  return rows;
+}
+
 std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const SpeculationRequest> requests,
                                                              int max_draft_rows) {
-  const int num_requests = static_cast<int>(requests.size());
+  ++step_;
+  num_requests_ = static_cast<int>(requests.size());
   std::vector<SpeculationChoice> choices(requests.size());
-  plain_seconds_ = step_costs_.Estimate(num_requests, num_requests);
-  const double plain = num_requests / plain_seconds_;
+  plain_seconds_ = step_costs_.Estimate(num_requests_, num_requests_);
+  const double plain = num_requests_ / plain_seconds_;
   price_ = 0;
+  drafting_ = false;
   if (!step_costs_.known() || !(plain > 0) || !std::isfinite(plain)) return choices;
+  price_ = plain;
 
   // Requests about to end, or that want no drafts, say nothing about what pays.
   int max_nodes = 1;
   for (const SpeculationRequest& request : requests) max_nodes = std::max(max_nodes, request.max_nodes);
   most_nodes_ = std::max(most_nodes_, max_nodes);
-  price_ = plain;
-  drafting_ = false;
   if (max_nodes == 1) return choices;
 
-  const bool other = num_requests > run_requests_ * kOtherCount || run_requests_ > num_requests * kOtherCount ||
+  const bool other = num_requests_ > run_requests_ * kOtherCount || run_requests_ > num_requests_ * kOtherCount ||
                      std::ssize(verify_) != most_nodes_;
   const bool evaluate = --run_left_ < 0 || other;
-  if (evaluate) {
-    Evaluate(num_requests, other);
-    run_left_ = kRunSteps - 1;
-    run_requests_ = num_requests;
+  if (evaluate) Evaluate(other);
+  closed_ = !ledger_.Open(num_requests_) || (closed_ && !evaluate);
+  EarnCredit();
+  if (closed_) {
+    trial_.steps_left = 0;
+    choices.assign(requests.size(), {.trial = true});
+    return choices;
   }
-  int rows_left = max_draft_rows;
-  for (int r = 0; r < num_requests; ++r) {
-    const int share = rows_left / (num_requests - r);
-    const int drafter = share > 0 && requests[r].max_nodes > 1 ? BestFor(requests[r], num_requests) : kPlain;
-    if (drafter == kPlain) continue;
-    choices[r] = Use(drafter, requests[r], num_requests, share);
-    price_ = std::max(price_, plain * drafters_[drafter].gain);
-    rows_left -= choices[r].nodes - 1;
-  }
-  EarnCredit(num_requests);
+  const int rows_left = UseBest(requests, max_draft_rows, &choices);
   if (evaluate && trial_.steps_left == 0 && !std::exchange(after_trial_, false)) StartTrial(requests, choices);
   if (trial_.steps_left > 0) ApplyTrial(requests, rows_left, &choices);
   drafting_ = std::any_of(choices.begin(), choices.end(), [](const auto& choice) { return choice.nodes > 1; });
   return choices;
-}
-
-void SpeculationController::EarnCredit(int num_requests) {
-  const auto ways = 1 + std::count(costs_nothing_.begin(), costs_nothing_.end(), false);  // plain decoding is one
-  const double share = num_requests == 1 ? kTrialShareOfOne : kTrialShare;
-  const double earned = share * plain_seconds_ / static_cast<double>(ways);
-  for (DrafterState& drafter : drafters_) drafter.credit = std::min(drafter.credit + earned, kMaxCredit);
-  plain_credit_ = std::min(plain_credit_ + earned, kMaxCredit);
-}
-
-// Seconds by which a step of the trial is expected to be worse than one of what is in use.
-double SpeculationController::TrialLoss(int drafter, int num_tried, int num_requests) const {
-  const double forgone = plain_seconds_ - num_requests / price_;  // all requests' gain with what is in use
-  if (drafter == kPlain) return std::max(forgone, kLeastLoss * plain_seconds_);
-  const DrafterState& state = drafters_[drafter];
-  const double tried = num_tried;
-  const double extra = state.costs.Seconds(num_tried, static_cast<int>(std::lround(state.estimate.levels))) +
-                       step_costs_.Estimate(num_requests + tried * std::max(state.estimate.nodes, 1.0), num_requests) -
-                       plain_seconds_;
-  const double loss =
-      extra - tried * (state.estimate.tokens / run_requests_ - 1) / price_ + forgone * tried / num_requests;
-  return std::max(loss, kLeastLoss * extra);
-}
-
-void SpeculationController::StartTrial(std::span<const SpeculationRequest> requests,
-                                       std::span<const SpeculationChoice> choices) {
-  const int num_requests = static_cast<int>(requests.size());
-  const bool drafting = std::any_of(choices.begin(), choices.end(), [](const auto& c) { return c.nodes > 1; });
-  const double loss = kRunSteps * TrialLoss(kPlain, 0, num_requests);
-  if (drafting && (plain_credit_ >= loss || checks_due_ > 0)) {
-    if (--checks_due_ < 0) plain_credit_ -= loss;
-    checks_due_ = std::max(checks_due_, 0);
-    trial_ = {kPlain, kRunSteps, {}};
-    after_trial_ = true;
-    return;
-  }
-  const int wanted = std::max(num_requests / kTriedShare, 1);
-  for (int i = 0; i < static_cast<int>(drafters_.size()); ++i) {
-    const int d = (turn_ + i) % static_cast<int>(drafters_.size());
-    if (costs_nothing_[d]) continue;
-    std::vector<int> tried;
-    double catch_up = 0;
-    for (const bool late : {false, true}) {
-      for (int n = 0; n < num_requests && std::ssize(tried) < wanted; ++n) {
-        const int r = (turn_ + n) % num_requests;
-        const SpeculationRequest& request = requests[r];
-        const bool may = request.drafter == kAnyDrafter || request.drafter == d;
-        const bool uses = choices[r].nodes > 1 && choices[r].drafter == d;
-        const double cost = CatchUpCost(request, d);
-        if (!may || uses || request.max_nodes < 2 || (cost > 0) != late) continue;
-        tried.push_back(r);
-        catch_up += cost;
-      }
-    }
-    if (tried.empty()) continue;
-    const double loss = catch_up + kRunSteps * TrialLoss(d, static_cast<int>(tried.size()), num_requests);
-    if (drafters_[d].trials_due > 0 && loss < (num_requests == 1 ? 1 : kCheapTrial) * kRunSteps * plain_seconds_) {
-      --drafters_[d].trials_due;
-    } else if (drafters_[d].credit >= loss) {
-      drafters_[d].credit -= loss;
-    } else {
-      continue;
-    }
-    trial_ = {d, kRunSteps, {}};
-    after_trial_ = true;
-    for (const int r : tried) trial_.sequences.push_back(requests[r].sequence_id);
-    turn_ += 1 + static_cast<int>(tried.size());
-    return;
-  }
-}
-
-void SpeculationController::ApplyTrial(std::span<const SpeculationRequest> requests, int rows,
-                                       std::vector<SpeculationChoice>* choices) {
-  const int num_requests = static_cast<int>(requests.size());
-  --trial_.steps_left;
-  if (trial_.drafter == kPlain) {
-    choices->assign(requests.size(), {.trial = true});
-    return;
-  }
-  bool tried = false;
-  for (int r = 0; r < num_requests; ++r) {
-    const uint64_t id = requests[r].sequence_id;
-    if (std::find(trial_.sequences.begin(), trial_.sequences.end(), id) == trial_.sequences.end()) continue;
-    SpeculationChoice& choice = (*choices)[r];
-    const int room = rows + choice.nodes - 1;
-    if (requests[r].max_nodes < 2 || room < 1) continue;
-    choice = Use(trial_.drafter, requests[r], num_requests, room);
-    choice.trial = tried = true;
-    rows = room - (choice.nodes - 1);
-  }
-  if (!tried) trial_.steps_left = 0;  // they ended
 }
 
 }  // namespace linspec

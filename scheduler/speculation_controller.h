@@ -17,10 +17,13 @@
 // corrected by that.
 //
 // **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
-// exceeds 1 by more than the doubt about it, and goes when it falls below 1. What is not in use may be wrong by now, so
-// it gets trials of a run: drafters with some of the requests, and plain steps, which tell whether what is in use still
-// pays. A trial costs what it is expected to lose, which is little just where two ways are hard to tell apart, and may cost
-// kTrialShare of the time.
+// exceeds 1 by more than the doubt about it, and goes when it falls below 1. Requests that may use any drafter use the same
+// one, since each costs its levels again. What is not in use may be wrong by now, so it gets trials of a run: drafters with
+// some of the requests, and plain steps, which tell whether what is in use still pays. How often is a matter of what a
+// trial is expected to lose, which is little just where two ways are hard to tell apart.
+//
+// **What may be lost** is limited by what was: speculation_ledger.h. And no step of several requests takes longer than
+// most_slowdown times a plain one, because a request that accepts nothing waits for the drafts of the others.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
@@ -34,6 +37,7 @@
 #include "scheduler/speculation_acceptance.h"
 #include "scheduler/speculation_costs.h"
 #include "scheduler/speculation_history.h"
+#include "scheduler/speculation_ledger.h"
 
 namespace linspec {
 
@@ -55,6 +59,7 @@ struct SpeculationChoice {
   float min_probability = 0;        // paths less likely than this are not worth verifying
   float min_level_probability = 0;  // nor are those worth computing first
   bool trial = false;               // of this drafter; without nodes: of plain decoding, so not even free drafts
+  int free_trial = kAnyDrafter;     // a drafter that costs nothing, whose draft is to be used whatever it promises
   double gain = 0;                  // tokens that drafting is expected to bring, less what it costs
 };
 
@@ -67,60 +72,83 @@ struct SpeculationProposal {
   bool cut_short = false;  // no deeper level was to be computed: what it would have held is unknown
 };
 
+// What a step brought and took, all told.
+struct SpeculationOutcome {
+  int rows = 0, requests = 0;  // verified
+  double tokens = 0;           // as plain decoding counts them: one for each request and step
+  int64_t prompt_tokens = 0;   // read beside
+  int64_t catch_up = 0;        // tokens that the drafter read
+  int drafter = kAnyDrafter;   // that costs something and was asked for most requests; kAnyDrafter: none, or a trial
+  double verify_seconds = 0;   // of verification, acceptance and commit
+  double draft_seconds = 0;    // spent on drafts
+  double seconds = 0;          // of the whole step
+  double expected_seconds = 0;
+};
+
 class SpeculationController {
  public:
   // costs_nothing: [num_drafters], as Drafter::costs_nothing. Choose leaves these out: whoever asks them uses what they
-  // propose where its Gain exceeds that of the choice.
-  explicit SpeculationController(std::vector<bool> costs_nothing)
-      : costs_nothing_(std::move(costs_nothing)),
-        acceptance_(costs_nothing_.size()),
-        drafters_(costs_nothing_.size()) {}
+  // propose where its Gain exceeds that of the choice. most_slowdown: 0: no limit.
+  explicit SpeculationController(std::vector<bool> costs_nothing, double most_slowdown = 0);
 
   StepCosts& step_costs() { return step_costs_; }
   DraftCosts& draft_costs(int drafter) { return drafters_[drafter].costs; }
   AcceptanceModel& acceptance() { return acceptance_; }
+  const SpeculationLedger& ledger() const { return ledger_; }
 
   // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not
   // counted.
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
+  // Whether a drafter that costs nothing is to be asked for all requests of the step, not only for those that try it.
+  bool AsksAll(int drafter) const { return drafters_[drafter].pays; }
+  // Whether asking a chosen drafter pays for so many of the step's requests; the others found something better.
+  bool StillPays(int drafter, int num_asked) const;
   // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the step
   // do as much.
   double Gain(const SpeculationProposal& proposal) const;
   double price() const { return price_; }  // lambda of the step
   // Remembers what was proposed, verified or not.
   void Learn(const SpeculationProposal& proposal);
+  // A drafter that costs nothing was asked for so many requests and proposed drafts worth `gains` tokens; used: one of them
+  // is verified.
+  void ObserveFree(int drafter, int num_asked, double gains, bool used, double seconds);
   // Cuts the trees down to the nodes that pay. Of a trial one node stays, so that something is learned. Trees with
-  // distributions stay whole: what is verified must not depend on what was drawn.
+  // distributions stay whole: what is verified must not depend on what was drawn. draft_seconds: that drafting took.
   // Returns the tokens that the rest is expected to bring.
-  double Prune(std::span<const SpeculationProposal> proposals, int num_requests) const;
+  double Prune(std::span<const SpeculationProposal> proposals, int num_requests, double draft_seconds);
   // A reply ended with so many tokens: over more, no drafter that has to catch up with a request can make up for it.
   void ObserveReply(int64_t tokens);
-  // What a step in which all requests used the drafter brought and took, all told.
-  void ObserveUse(int drafter, int num_requests, double tokens, double seconds);
-  // What a verify step took, and with it how the machine's costs change.
-  void ObserveStep(int rows, int requests, double seconds);
+  // After each step that Choose began.
+  void ObserveStep(const SpeculationOutcome& outcome);
 
  private:
   static constexpr int kCatchUpHorizon = 128;  // output tokens over which a drafter's catch-up has to pay off, at most
+  static constexpr int kRunSteps = 8;
   static constexpr int kTrialsAtStart = 2;
-  // What the use of a drafter came to, beside what it was expected to; decaying sums.
-  struct Outcome {
-    double steps = 0, tokens = 0, seconds = 0, expected_tokens = 0, expected_seconds = 0;
+  // What the use of a drafter came to beside plain decoding, and what it was expected to; decaying sums.
+  struct Record {
+    double steps = 0, worth = 0, expected_worth = 0;  // seconds
     void Fade(double share);
-    double Factor() const;  // of the expected rate, as far as it is sure
+    double Factor() const;  // of the expected gain, as far as it is sure
   };
   struct DrafterState {
     DraftCosts costs;
     ProposalHistory history;
-    Outcome outcome;
+    Record record;
     int64_t evaluated = -1;  // proposals of the history that the estimate knows
     int stale = 0;           // evaluations that kept it
     int max_levels = 2;      // what pays best
     ProposalHistory::Estimate estimate;
-    double gain = 1;  // rate over that of plain steps
+    double stated_gain = 1;  // rate over that of plain steps, by the estimates
+    double gain = 1;         // corrected by the record
     bool pays = false;
-    double credit = 0;                // seconds that its trials may lose
+    double credit = 0;                // seconds that its trials may be expected to lose
     int trials_due = kTrialsAtStart;  // whatever the credit: what was measured at start-up may be wrong
+    // Of one that costs nothing: tokens that its drafts bring a step, less what the time to look for them costs after all;
+    // who was asked when; steps without a draft of it.
+    double net = 0;
+    int64_t asked_step = 0;
+    int num_asked = 0, idle_steps = 0;
   };
   static constexpr int kPlain = -1;
   struct Trial {
@@ -129,31 +157,40 @@ class SpeculationController {
     std::vector<uint64_t> sequences;
   };
 
-  void Evaluate(int num_requests, bool anew);
-  void EvaluateDrafter(DrafterState* drafter, int num_requests) const;
-  SpeculationChoice Use(int drafter, const SpeculationRequest& request, int num_requests, int rows) const;
-  int BestFor(const SpeculationRequest& request, int num_requests) const;
-  double CatchUpCost(const SpeculationRequest& request, int drafter) const;
-  void EarnCredit(int num_requests);
+  void Evaluate(bool anew);
+  void EvaluateDrafter(DrafterState* drafter) const;
+  SpeculationChoice Use(int drafter, const SpeculationRequest& request, int rows) const;
+  // Lets requests use the best drafter; returns how many of the rows are left.
+  int UseBest(std::span<const SpeculationRequest> requests, int rows, std::vector<SpeculationChoice>* choices);
+  double Value(const SpeculationRequest& request, int drafter) const;
+  double CatchUpCost(int64_t tokens, int drafter) const;
+  double MostSeconds() const;
+  void EarnCredit();
   // Starts the trial that can be paid for, if any.
   void StartTrial(std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices);
-  double TrialLoss(int drafter, int num_tried, int num_requests) const;
+  bool StartTrialOf(int drafter, std::span<const SpeculationRequest> requests,
+                    std::span<const SpeculationChoice> choices);
+  double TrialLoss(int drafter, int num_tried) const;
   void ApplyTrial(std::span<const SpeculationRequest> requests, int rows, std::vector<SpeculationChoice>* choices);
 
   const std::vector<bool> costs_nothing_;
+  const double most_slowdown_;
   StepCosts step_costs_;
   AcceptanceModel acceptance_;
+  SpeculationLedger ledger_;
+  SpeculationLedger::Booking recent_{1e-9, 1e-9};  // of steps with drafts; decaying sums
   std::vector<DrafterState> drafters_;
   int best_ = kPlain;
+  int64_t step_ = 0;
+  int num_requests_ = 0;        // of the step
   double price_ = 0;            // lambda
   double plain_seconds_ = 0;    // of a step with these requests
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
-  double reply_tokens_ = kCatchUpHorizon;  // mean of those that ended lately
-  // Trials of plain steps, whatever the credit: what came into use just now may have been misjudged.
-  int checks_due_ = 0;
+  double reply_tokens_ = kCatchUpHorizon;           // mean of those that ended lately
   int most_nodes_ = 1;                              // of a tree, that any request could use so far
   int run_left_ = 0, run_requests_ = 0;             // steps until the next evaluation; what the last one was for
+  bool closed_ = false;                             // no drafts in the rest of the run
   bool drafting_ = false, drafted_before_ = false;  // in this step, in the last
   Trial trial_;
   bool after_trial_ = false;  // no trial in the next run

@@ -31,6 +31,8 @@ class StepCosts {
   // REQUIRES: rows >= requests. Returns by what factor the machine got slower, for costs that are not measured here.
   double Observe(int rows, int requests, double seconds);
   double Estimate(double rows, int requests) const;  // 0 while nothing is known
+  // Of a plain step, by start-up's measurements alone: how steps of different numbers of requests compare.
+  double Usual(int requests) const { return known_ == 0 ? 0 : Prior(requests, requests); }
   bool known() const { return known_ > 0; }
 
  private:

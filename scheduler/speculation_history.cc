@@ -108,7 +108,7 @@ void ProposalHistory::AddTo(Sums* sums, const Proposal& proposal, int levels, co
   double tokens = 0, best_value = 0, best_tokens = 0;
   size_t nodes = 0, best = 0;
   const auto consider = [&](float path) {
-    if (nodes + 1 >= step.verify.size()) return;
+    if (nodes + 1 >= step.verify.size() || draft + step.verify[nodes + 1] > step.most_seconds) return;
     tokens += path;
     ++nodes;
     const double value = tokens - step.price * (step.verify[nodes] - step.verify[0]) / step.num_requests;

@@ -19,6 +19,7 @@ struct SpeculationStep {
   int num_requests;
   double price;                    // tokens that a second has to bring
   std::span<const double> verify;  // [nodes beyond the root] seconds when each request has so many
+  double most_seconds;             // it may take, drafts included
 
   // Seconds of one row more beside some drafted ones: the first takes what it takes to verify drafts at all.
   double RowSeconds() const;

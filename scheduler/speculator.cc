@@ -25,12 +25,7 @@ DraftDraw DrawFor(AcceptanceMode mode) {
   }
 }
 
-constexpr double kNegligible = 0.01;  // of a step's time
-constexpr int kLongestPause = 16;     // steps
-constexpr int kProbedShare = 8;       // while free drafts do not pay, they are looked for in one of so many requests
-constexpr int kFreeTrialSteps = 64;   // without a free draft; then some requests try one, since they may pay by now
-constexpr double kGainSmoothing = 0.2;
-constexpr double kMostUse = 0.75;  // of the requests of a step that tells what the use of a drafter comes to
+constexpr double kMostUse = 0.5;  // of the requests of a step that tells what the use of a drafter comes to
 
 double SecondsSince(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
@@ -51,7 +46,7 @@ Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const Eng
     : drafters_(std::move(drafters)),
       options_(options),
       vocab_size_(vocab_size),
-      controller_(CostNothing(drafters_)),
+      controller_(CostNothing(drafters_), options.max_draft_slowdown),
       asked_(drafters_.size(), 0) {}
 
 int Speculator::FindDrafter(SpeculationMode mode) const {
@@ -77,20 +72,24 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
                                            int max_draft_rows, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
+  choices_.clear();
   if (drafters_.empty() || sequences.empty()) return trees;
   ++step_;
   const std::vector<SpeculationRequest> requests = Describe(sequences, deepest);
   choices_ = Choose(requests, max_draft_rows);
   drafted_.assign(sequences.size(), false);
   drafts_.clear();
-  used_ = kAnyDrafter;
+  asked_any_ = false;
+  draft_seconds_ = progress_ = 0;
+  catch_up_ = 0;
   if (!options_.calibrate) {
     AskChosenDrafters(sequences, requests, &trees, stats);
     return trees;
   }
+  const Clock::time_point start = Clock::now();
   int rows = max_draft_rows;
   for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
-  if (--pause_left_ < 0) AskFreeDrafters(sequences, requests, rows, &trees, stats);
+  AskFreeDrafters(sequences, requests, rows, &trees, stats);
   AskChosenDrafters(sequences, requests, &trees, stats);
   const Clock::time_point drafted = Clock::now();
   std::vector<SpeculationProposal> proposals;
@@ -100,48 +99,35 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     }
   }
   const int num_requests = static_cast<int>(trees.size());
-  stats->expected_tokens = num_requests + controller_.Prune(proposals, num_requests);
+  stats->expected_tokens = num_requests + controller_.Prune(proposals, num_requests, stats->expected_draft_s);
   int num_rows = 0;
   for (const DraftTree& tree : trees) num_rows += tree.num_nodes();
   stats->expected_verify_s = controller_.step_costs().Estimate(num_rows, num_requests);
   ObserveDrafts(SecondsSince(drafted));
+  if (asked_any_) draft_seconds_ = SecondsSince(start);
   return trees;
 }
 
 void Speculator::ObserveDrafts(double seconds) {
   double contexts = 0;
   for (const Asked& asked : drafts_) contexts += asked.contexts;
-  draft_seconds_ = 0;
   for (const Asked& asked : drafts_) {
-    const double all = asked.seconds + seconds * asked.contexts / contexts;
-    draft_seconds_ += all;
-    controller_.draft_costs(asked.drafter).Observe(asked.contexts, asked.levels, asked.catch_up, all);
+    controller_.draft_costs(asked.drafter)
+        .Observe(asked.contexts, asked.levels, asked.catch_up, asked.seconds + seconds * asked.contexts / contexts);
   }
-  if (drafts_.size() == 1) used_ = DrafterOfMost();
 }
 
 int Speculator::DrafterOfMost() const {
-  const int drafter = drafts_[0].drafter;
+  int drafter = kAnyDrafter;
   double used = 0;
   for (const SpeculationChoice& choice : choices_) {
     if (choice.trial) return kAnyDrafter;
-    used += choice.nodes > 1 && choice.drafter == drafter;
+    if (choice.nodes <= 1 || drafters_[choice.drafter]->costs_nothing()) continue;
+    if (drafter != kAnyDrafter && drafter != choice.drafter) return kAnyDrafter;
+    drafter = choice.drafter;
+    used += 1;
   }
   return used >= kMostUse * static_cast<double>(choices_.size()) ? drafter : kAnyDrafter;
-}
-
-void Speculator::PauseFreeDrafters(double gains, size_t num_asked, size_t num_requests, double seconds) {
-  // Whoever was not asked in the step before has to take in what was written since: that says nothing about the usual.
-  const bool warm = step_ - std::exchange(free_step_, step_) <= 1 && num_asked <= 2 * free_asked_;
-  free_asked_ = num_asked;
-  pause_left_ = 0;
-  if (!warm) return;
-  const double all = static_cast<double>(num_requests) / static_cast<double>(num_asked);
-  const double cost = controller_.price() * seconds * all;
-  free_gain_ += kGainSmoothing * (gains * all - cost - free_gain_);
-  const bool pause = free_gain_ < 0 && cost > kNegligible * static_cast<double>(num_requests);
-  pause_ = pause ? std::min(2 * pause_ + 1, kLongestPause) : 0;
-  pause_left_ = pause_;
 }
 
 std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences,
@@ -212,6 +198,8 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     seen.resize(drafters_.size(), 0);
     seen[drafter] = std::ssize(sequence.tokens());
   }
+  asked_any_ = true;
+  catch_up_ += catch_up;
   absl::StatusOr<std::vector<DraftTree>> proposed = drafters_[drafter]->Propose(contexts);
   if (!proposed.ok() || proposed->size() != contexts.size()) {
     ++stats->num_drafter_errors;
@@ -244,60 +232,54 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
   return trees;
 }
 
-// While they do not pay, always the same few of many requests, by their ids: an index of a request's text is made and
-// kept up only for those.
 std::vector<size_t> Speculator::RequestsForFree(int drafter, std::span<const SpeculationRequest> requests) const {
   std::vector<size_t> indices;
-  uint64_t probed = kProbedShare;
   for (size_t i = 0; i < requests.size(); ++i) {
-    const bool allowed = requests[i].drafter == kAnyDrafter || requests[i].drafter == drafter;
-    if (!allowed || requests[i].max_nodes <= 1 || choices_[i].trial) continue;
-    indices.push_back(i);
-    probed = std::min(probed, requests[i].sequence_id % kProbedShare);
-  }
-  if (pause_ > 0 && indices.size() >= kProbedShare) {
-    std::erase_if(indices, [&](size_t i) { return requests[i].sequence_id % kProbedShare != probed; });
+    const bool may = requests[i].drafter == kAnyDrafter || requests[i].drafter == drafter;
+    const bool asked = controller_.AsksAll(drafter) || choices_[i].free_trial == drafter;
+    if (may && asked && requests[i].max_nodes > 1 && !choices_[i].trial) indices.push_back(i);
   }
   return indices;
 }
 
+int Speculator::TakeFree(int drafter, size_t index, uint64_t sequence_id, DraftTree proposed, int rows, DraftTree* tree,
+                         double* gains) {
+  SpeculationChoice& choice = choices_[index];
+  // What the chosen drafter would have had is free again; it covers this draft, or the rest of the step does.
+  const int extra = proposed.num_nodes() - choice.nodes;
+  if (proposed.num_nodes() <= 1 || extra > rows) return 0;
+  const double gain = controller_.Gain({sequence_id, drafter, false, &proposed}) - choice.gain;
+  const bool trial = gain <= 0 && choice.free_trial == drafter;
+  if (gain <= 0 && !trial) return 0;
+  *gains += std::max(gain, 0.0);
+  choice = {
+      .drafter = drafter, .nodes = proposed.num_nodes(), .trial = trial, .gain = choice.gain + std::max(gain, 0.0)};
+  *tree = std::move(proposed);
+  drafted_[index] = true;
+  return extra;
+}
+
 void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                                  int rows, std::vector<DraftTree>* trees, StepStats* stats) {
-  const Clock::time_point start = Clock::now();
-  const int num_requests = static_cast<int>(requests.size());
-  double gains = 0;
-  size_t num_asked = 0;
-  if (step_ - free_used_ >= kFreeTrialSteps) {
-    free_used_ = step_;
-    free_trials_ = std::max(num_requests / kProbedShare, 1);
-  }
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     if (!drafters_[d]->costs_nothing()) continue;
     const std::vector<size_t> indices = RequestsForFree(d, requests);
     if (indices.empty()) continue;
+    const Clock::time_point start = Clock::now();
     std::vector<int> nodes;
     for (const size_t i : indices) nodes.push_back(requests[i].max_nodes);
-    num_asked += indices.size();
     std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
+    double gains = 0;
+    bool used = false;
     for (size_t i = 0; i < indices.size(); ++i) {
-      SpeculationChoice& choice = choices_[indices[i]];
-      // What the chosen drafter would have had is free again; it covers this draft, or the rest of the step does.
-      const int extra = proposed[i].num_nodes() - choice.nodes;
-      if (proposed[i].num_nodes() <= 1 || extra > rows) continue;
-      const double gain = controller_.Gain({sequences[indices[i]]->id(), d, false, &proposed[i]}) - choice.gain;
-      const bool trial = gain <= 0 && choice.nodes <= 1 && free_trials_ > 0;
-      if (gain <= 0 && !trial) continue;
-      free_trials_ -= trial;
-      if (!trial) free_used_ = step_;
-      gains += std::max(gain, 0.0);
-      rows -= extra;
-      choice = {
-          .drafter = d, .nodes = proposed[i].num_nodes(), .trial = trial, .gain = choice.gain + std::max(gain, 0.0)};
-      (*trees)[indices[i]] = std::move(proposed[i]);
-      drafted_[indices[i]] = true;
+      const size_t index = indices[i];
+      rows -= TakeFree(d, index, sequences[index]->id(), std::move(proposed[i]), rows, &(*trees)[index], &gains);
+      used |= drafted_[index];
     }
+    const double seconds = SecondsSince(start);
+    stats->expected_draft_s += seconds;
+    controller_.ObserveFree(d, static_cast<int>(indices.size()), gains, used, seconds);
   }
-  if (num_asked > 0) PauseFreeDrafters(gains, num_asked, requests.size(), SecondsSince(start));
 }
 
 void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
@@ -305,12 +287,18 @@ void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::sp
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
     std::vector<size_t> indices;
     std::vector<int> nodes;
+    bool pays = !options_.calibrate;
     for (size_t i = 0; i < requests.size(); ++i) {
       if (choices_[i].drafter != d || choices_[i].nodes <= 1 || drafted_[i]) continue;
       indices.push_back(i);
       nodes.push_back(choices_[i].nodes);
+      pays |= choices_[i].trial;
     }
     if (indices.empty()) continue;
+    if (!pays && !controller_.StillPays(d, static_cast<int>(indices.size()))) {
+      for (const size_t i : indices) choices_[i].nodes = 1;
+      continue;
+    }
     std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
     for (size_t i = 0; i < indices.size(); ++i) (*trees)[indices[i]] = std::move(proposed[i]);
   }
@@ -322,6 +310,7 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
   if (walk.finish_reason != FinishReason::kNone) {
     controller_.ObserveReply(std::ssize(sequence.tokens()) - sequence.num_prompt_tokens() + std::ssize(walk.tokens));
   }
+  progress_ += static_cast<double>(walk.path.size());
   if (choices_[index].nodes <= 1) return;
   const SpeculationChoice& choice = choices_[index];
   const int accepted = static_cast<int>(walk.path.size()) - 1;
@@ -343,10 +332,20 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
   for (int d = 0; d < std::min(accepted, tracked); ++d) ++stats->accepted_per_depth[d];
 }
 
-void Speculator::ObserveVerify(int rows, int requests, int tokens, double seconds) {
-  if (drafters_.empty()) return;
-  if (used_ != kAnyDrafter) controller_.ObserveUse(used_, requests, tokens, draft_seconds_ + seconds);
-  controller_.ObserveStep(rows, requests, seconds);
+void Speculator::ObserveStep(const Spent& spent, StepStats* stats) {
+  if (choices_.empty() || !options_.calibrate) return;
+  const double saved = controller_.ledger().saved();
+  controller_.ObserveStep({.rows = spent.rows,
+                           .requests = spent.requests,
+                           .tokens = progress_,
+                           .prompt_tokens = spent.prompt_tokens,
+                           .catch_up = catch_up_,
+                           .drafter = DrafterOfMost(),
+                           .verify_seconds = spent.verify_seconds,
+                           .draft_seconds = draft_seconds_,
+                           .seconds = spent.seconds,
+                           .expected_seconds = stats->expected_draft_s + stats->expected_verify_s});
+  stats->speculation_saved_s = controller_.ledger().saved() - saved;
 }
 
 void Speculator::Forget(uint64_t sequence_id) {

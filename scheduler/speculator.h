@@ -39,8 +39,15 @@ class Speculator {
                                  StepStats* stats);
   // After the walk over the tree that Propose returned for sequences[index].
   void ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk, StepStats* stats);
-  // After the step, whose verification, acceptance and commit took `seconds`.
-  void ObserveVerify(int rows, int requests, int tokens, double seconds);
+  // After the step. requests: of the batch that was verified, prompts that were scored among them; prompt_tokens: read
+  // beside. Seconds of verification, acceptance and commit, and of the whole step since Propose began. Fills the saved
+  // seconds of stats.
+  struct Spent {
+    int rows = 0, requests = 0;
+    int64_t prompt_tokens = 0;
+    double verify_seconds = 0, seconds = 0;
+  };
+  void ObserveStep(const Spent& spent, StepStats* stats);
   void Forget(uint64_t sequence_id);
 
  private:
@@ -57,10 +64,12 @@ class Speculator {
                          std::vector<DraftTree>* trees, StepStats* stats);
   // Those to ask, of a drafter that costs nothing.
   std::vector<size_t> RequestsForFree(int drafter, std::span<const SpeculationRequest> requests) const;
-  // gains: of what they proposed this step for so many requests; seconds: that it took to ask them.
-  void PauseFreeDrafters(double gains, size_t num_asked, size_t num_requests, double seconds);
+  // Takes what a free drafter proposed to the request at `index`, if it is better or on trial; returns the nodes it added.
+  int TakeFree(int drafter, size_t index, uint64_t sequence_id, DraftTree proposed, int rows, DraftTree* tree,
+               double* gains);
   // seconds: that the engine itself spent on the drafts of this step, shared among those who were asked for them.
   void ObserveDrafts(double seconds);
+  // Of the step under way, that costs something and was asked for most requests; kAnyDrafter: none, or a trial.
   int DrafterOfMost() const;
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
   absl::Status CalibrateRequests(Model* model, StatePool* pool, std::span<const StateSlot> slots);
@@ -78,20 +87,14 @@ class Speculator {
     int64_t catch_up;
     double seconds;
   };
-  int used_ = kAnyDrafter;     // the drafter of (nearly) all requests of the step under way; kAnyDrafter: none
-  double draft_seconds_ = 0;   // that its drafts took
-  std::vector<Asked> drafts_;  // of the step under way, whose cost is to be learned
-  std::vector<SpeculationChoice> choices_;                   // of the step under way
+  bool asked_any_ = false;     // in the step under way
+  double draft_seconds_ = 0;   // spent on drafts, then
+  double progress_ = 0;        // rows whose choice counted then; plain decoding has one for each request and step
+  int64_t catch_up_ = 0;       // tokens that drafters read in it
+  std::vector<Asked> drafts_;  // whose cost is to be learned
+  std::vector<SpeculationChoice> choices_;
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown
-  // Tokens that free drafts bring a step, less what the time to look for them costs after all. While it is negative,
-  // steps go without, more and more of them between two attempts, and of many requests only some are looked at.
-  double free_gain_ = 0;
-  int pause_ = 0, pause_left_ = 0;  // steps
-  int64_t free_step_ = 0;           // that asked for them last
-  int64_t free_used_ = 0;           // that used one, or whose trials began
-  int free_trials_ = 0;             // drafts that are still to be tried
-  size_t free_asked_ = 0;           // requests, then
 };
 
 }  // namespace linspec

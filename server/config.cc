@@ -140,6 +140,10 @@ void VisitSpeculationFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "adaptive-speculation",
                  "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
         o.adaptive_speculation);
+  visit(FlagInfo{g, "max-draft-slowdown",
+                 "times as long as a plain step that one of several requests may take by their drafts; 0: no limit", 0,
+                 1000},
+        o.max_draft_slowdown);
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
         o.draft_depth);
   visit(FlagInfo{g, "draft-top-k",

@@ -62,6 +62,7 @@ struct ServerConfig {
     int max_draft_nodes = 0;  // 0: what suits the machine
     std::string acceptance = "gumbel";
     bool adaptive_speculation = true;
+    double max_draft_slowdown = 2;
     double warm_up_s = 10;
     int draft_depth = 6;
     int draft_top_k = 0;  // 0: what suits the machine

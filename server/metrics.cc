@@ -140,6 +140,8 @@ struct Metrics::Impl {
   Gauge& waiting = MakeGauge("linspec_num_requests_waiting", "Requests in the queue");
   Gauge& waiting_tokens = MakeGauge("linspec_prompt_tokens_waiting", "Prompt tokens in the queue");
   Gauge& speculating = MakeGauge("linspec_speculation_on", "1 while the engine drafts");
+  Gauge& speculation_saved =
+      MakeGauge("linspec_speculation_saved_seconds", "Beside plain steps for the same tokens; negative: lost");
   Family<Gauge>& slots = prometheus::BuildGauge()
                              .Name("linspec_state_slots")
                              .Help("Recurrent-state slots")
@@ -341,6 +343,7 @@ std::string Metrics::Serialize(const EngineStats& stats) {
   m.waiting.Set(static_cast<double>(stats.num_waiting));
   m.waiting_tokens.Set(static_cast<double>(stats.waiting_tokens));
   m.speculating.Set(stats.speculation_on ? 1 : 0);
+  m.speculation_saved.Set(stats.speculation_saved_s);
   m.slots_free.Set(static_cast<double>(stats.slots_free));
   m.slots_running.Set(static_cast<double>(stats.slots_total - stats.slots_free));
   const double slots = static_cast<double>(stats.slots_total);

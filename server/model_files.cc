@@ -346,6 +346,7 @@ EngineOptions EngineOptionsOf(const ServerConfig& config) {
   if (engine.acceptance == "rejection") options.acceptance = AcceptanceMode::kRejection;
   if (engine.acceptance == "typical") options.acceptance = AcceptanceMode::kTypical;
   options.calibrate = engine.adaptive_speculation;
+  options.max_draft_slowdown = engine.max_draft_slowdown;
   options.warm_up_s = engine.warm_up_s;
   return options;
 }

@@ -92,6 +92,10 @@ TEST(EngineTest, CreateRejectsBadOptions) {
   auto engine = Engine::Create(std::make_unique<FakeModel>(), {}, options, nullptr);
   EXPECT_THAT(std::string(engine.status().message()), testing::HasSubstr("max_draft_nodes = 65"));
   options = TestEngine::StaticOptions();
+  options.max_draft_slowdown = 0.5;
+  engine = Engine::Create(std::make_unique<FakeModel>(), {}, options, nullptr);
+  EXPECT_THAT(std::string(engine.status().message()), testing::HasSubstr("max_draft_slowdown = 0.5"));
+  options = TestEngine::StaticOptions();
   options.speculation = SpeculationMode::kDraft;
   engine = Engine::Create(std::make_unique<FakeModel>(), {}, options, nullptr);
   EXPECT_EQ(engine.status().code(), absl::StatusCode::kInvalidArgument);

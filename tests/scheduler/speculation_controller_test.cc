@@ -31,6 +31,20 @@ SpeculationRequest Request(uint64_t id, int max_nodes = 8, std::vector<int64_t> 
           .tokens_left = 1000};
 }
 
+// Plain steps tell what a plain step costs; before, nothing is drafted.
+void Settle(SpeculationController* controller, int num_requests) {
+  const std::vector<SpeculationRequest> requests(num_requests, Request(1, 1, {0, 0}));
+  for (int step = 0; step < 8; ++step) {
+    controller->Choose(requests, 0);
+    const double seconds = controller->step_costs().Estimate(num_requests, num_requests);
+    controller->ObserveStep({.rows = num_requests,
+                             .requests = num_requests,
+                             .tokens = static_cast<double>(num_requests),
+                             .verify_seconds = seconds,
+                             .seconds = seconds});
+  }
+}
+
 // A chain whose drafter states the same probability for each token.
 DraftTree Chain(int nodes, float stated) {
   DraftTree tree = DraftTree::Root(0);
@@ -69,6 +83,7 @@ TEST(SpeculationControllerTest, NoticesThatADrafterBecameGood) {
 
 TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
   SpeculationController controller = Calibrated(Machine(0, 0.1));
+  Settle(&controller, 4);
   std::vector<SpeculationRequest> requests;
   for (int r = 0; r < 4; ++r) requests.push_back(Request(r + 1, r == 0 ? 1 : 8));
   const auto drafted = [](const std::vector<SpeculationChoice>& choices) {
@@ -97,7 +112,7 @@ TEST(SpeculationControllerTest, NodesGoToTheRequestThatAcceptsThem) {
   controller.Choose(requests, 100);
   std::vector<DraftTree> trees = {Chain(8, 0.7f), Chain(8, 0.7f)};
   const std::vector<SpeculationProposal> proposals = {{1, 0, false, &trees[0]}, {2, 0, false, &trees[1]}};
-  controller.Prune(proposals, 2);
+  controller.Prune(proposals, 2, 0);
   EXPECT_GT(trees[0].num_nodes(), 4);
   EXPECT_LE(trees[1].num_nodes(), 2);
 }
@@ -114,7 +129,7 @@ TEST(SpeculationControllerTest, PruningKeepsTheLikeliestPathsOfATree) {
   const SpeculationProposal proposal{1, 0, false, &tree};
   const double row = 0.4 / 1.4;  // of a plain step
   EXPECT_NEAR(controller.Gain(proposal), 0.8 + 0.7 - 2 * row, 1e-6);
-  controller.Prune({&proposal, 1}, 1);
+  controller.Prune({&proposal, 1}, 1, 0);
   EXPECT_EQ(tree.tokens, (std::vector<int32_t>{5, 1, 3}));
   EXPECT_EQ(tree.parents, (std::vector<int32_t>{-1, 0, 1}));
   EXPECT_EQ(tree.probabilities, (std::vector<float>{1.0f, 0.8f, 0.7f}));
@@ -129,7 +144,7 @@ TEST(SpeculationControllerTest, OfATrialOneNodeStaysAndIndependentDrawsStayWhole
     DraftTree tree = Chain(4, 0.2f);
     if (!trial) tree.distributions.resize(4);
     const SpeculationProposal proposal{1, 0, trial, &tree};
-    controller.Prune({&proposal, 1}, 1);
+    controller.Prune({&proposal, 1}, 1, 0);
     EXPECT_EQ(tree.num_nodes(), trial ? 2 : 4);
   }
 }
@@ -139,6 +154,7 @@ TEST(SpeculationControllerTest, PicksTheBetterDrafter) {
   machine.drafters.push_back(machine.drafters[0]);
   machine.drafters[1].first_ms = machine.drafters[1].level_ms = 0.025;
   SpeculationController controller = Calibrated(machine);
+  Settle(&controller, 1);
   const SpeculationRequest request = Request(1, 8, {3, 3});
   const auto chosen = [&] {
     for (int step = 0; step < 16; ++step) controller.Choose({&request, 1}, 100);
@@ -155,10 +171,12 @@ TEST(SpeculationControllerTest, PicksTheBetterDrafter) {
 TEST(SpeculationControllerTest, ADrafterThatCostsNothingIsLeftToWhoeverAsksIt) {
   SpeculationController controller({true, false});
   for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
+  Settle(&controller, 1);
   const SpeculationRequest request = Request(1, 8, {3, 3});
   EXPECT_EQ(controller.Choose({&request, 1}, 100)[0].drafter, 1);
   SpeculationController alone(std::vector<bool>{true});
   for (int rows = 1; rows <= 64; rows *= 2) alone.step_costs().Calibrate(rows, 1e-3 + 1e-5 * rows);
+  Settle(&alone, 1);
   const SpeculationRequest only = Request(1);
   EXPECT_EQ(alone.Choose({&only, 1}, 100)[0].nodes, 1);
   DraftTree tree = Chain(4, 0.9f);
@@ -167,6 +185,7 @@ TEST(SpeculationControllerTest, ADrafterThatCostsNothingIsLeftToWhoeverAsksIt) {
 
 TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
   SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  Settle(&controller, 1);
   SpeculationRequest request = Request(1);
   request.catch_up_tokens = {4};
   EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
@@ -177,6 +196,7 @@ TEST(SpeculationControllerTest, ALongCatchUpMustPayOff) {
 // Whatever a request may still produce: most replies end by themselves.
 TEST(SpeculationControllerTest, ACatchUpMustPayOffBeforeRepliesUsuallyEnd) {
   SpeculationController controller = Calibrated(Machine(0.1, 0.1));
+  Settle(&controller, 1);
   const SpeculationRequest request = Request(1, 8, {600});
   EXPECT_GT(controller.Choose({&request, 1}, 100)[0].nodes, 1);
   for (int i = 0; i < 60; ++i) controller.ObserveReply(3);
@@ -187,6 +207,7 @@ TEST(SpeculationControllerTest, TrialsAreRunsAndCostTheirShare) {
   const SimulatedMachine machine = Machine(0.1, 0.5);
   SpeculationController controller = Calibrated(machine);
   Watch(&controller, 0, 200, [](int) { return 0; });  // it is no good
+  Settle(&controller, 1);
   const SpeculationRequest request = Request(1);
   std::vector<int> runs = {0};
   const int steps = 20000;
@@ -196,12 +217,85 @@ TEST(SpeculationControllerTest, TrialsAreRunsAndCostTheirShare) {
     ASSERT_TRUE(choice.nodes == 1 || choice.trial);
     runs.back() += choice.trial;
     tried += choice.trial;
+    const double plain = controller.step_costs().Usual(1), seconds = choice.trial ? 1.5 * plain : plain;
+    controller.ObserveStep({.rows = 1, .requests = 1, .tokens = 1, .verify_seconds = plain, .seconds = seconds});
     if (!choice.trial && runs.back() > 0) runs.push_back(0);
   }
   ASSERT_GT(runs.size(), 5u);
   runs.pop_back();
   EXPECT_EQ(runs, std::vector<int>(runs.size(), 8));
   EXPECT_LT(0.5 * tried, 0.01 * 1.1 * steps);  // a trial loses at least its level
+}
+
+SpeculationLedger::Step PlainStep(double seconds) {
+  return {.requests = 4, .tokens = 4, .seconds = seconds, .usual_seconds = 1};
+}
+
+SpeculationLedger::Step DraftedStep(double tokens, double seconds) {
+  return {.requests = 4,
+          .tokens = tokens,
+          .drafted = true,
+          .seconds = seconds,
+          .draft_seconds = 0.1,
+          .expected_seconds = seconds,
+          .usual_seconds = 1};
+}
+
+TEST(SpeculationLedgerTest, LossesEndWithWhatWasAllowedAndStepsEarnItAgain) {
+  SpeculationLedger ledger;
+  EXPECT_FALSE(ledger.Open(4));  // no price yet
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  EXPECT_TRUE(ledger.Open(4));
+  EXPECT_FALSE(ledger.Open(64));
+  const double before = ledger.saved();
+  while (ledger.Open(4)) ledger.Book(DraftedStep(4, 2.5));  // as many tokens in 2.5 s as plainly in 2
+  const double lost = before - ledger.saved();
+  EXPECT_GT(lost, 4);
+  EXPECT_LT(lost, 10);  // of 16, five plain steps at most
+  int steps = 0;
+  for (; !ledger.Open(4); ++steps) ledger.Book(PlainStep(2));
+  EXPECT_GT(steps, 30);
+  EXPECT_LT(steps, 120);
+}
+
+TEST(SpeculationLedgerTest, GainsAreCreditedUpToALimit) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  for (int i = 0; i < 100; ++i) {
+    const SpeculationLedger::Booking booking = ledger.Book(DraftedStep(12, 3));
+    EXPECT_NEAR(booking.worth, 6, 1e-9);
+    EXPECT_NEAR(booking.cost, 3, 1e-9);
+  }
+  EXPECT_NEAR(ledger.saved(), 300, 1e-6);
+  EXPECT_EQ(ledger.fill(), 1);
+  int steps = 0;
+  for (; ledger.Open(4); ++steps) ledger.Book(DraftedStep(4, 3));
+  EXPECT_LT(steps, 20);  // eight plain steps of 2 s, a loss of 1 s each
+}
+
+TEST(SpeculationLedgerTest, APriceGrowsOld) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 8; ++i) ledger.Book(PlainStep(2));
+  int steps = 0;
+  for (; ledger.Open(4); ++steps) ledger.Book(DraftedStep(12, 3));
+  EXPECT_GT(steps, 200);
+  EXPECT_LT(steps, 600);
+}
+
+// A device reads prompts beside the step, which is longer for it.
+TEST(SpeculationLedgerTest, PromptsAreNotChargedToDrafts) {
+  SpeculationLedger ledger;
+  for (int i = 0; i < 40; ++i) {
+    SpeculationLedger::Step step = PlainStep(2 + 0.01 * (i % 3 * 50));
+    step.prompt_tokens = i % 3 * 50;
+    ledger.Book(step);
+  }
+  ledger.Book(DraftedStep(8, 3));
+  SpeculationLedger::Step step = DraftedStep(8, 4);
+  step.prompt_tokens = 100;
+  const SpeculationLedger::Booking booking = ledger.Book(step);
+  EXPECT_NEAR(booking.worth, 4, 1e-6);
+  EXPECT_NEAR(booking.cost, 3, 1e-6);
 }
 
 TEST(CalibrationTest, BelievesTheDrafterUntilItKnowsBetter) {
@@ -236,7 +330,11 @@ TEST(StepCostsTest, WhatIsNotMeasuredFollowsTheMachine) {
   SpeculationController controller({false});
   for (int rows = 1; rows <= 64; rows *= 2) controller.step_costs().Calibrate(rows, 1.0);
   controller.draft_costs(0).Observe(1, 2, 0, 0.4);
-  for (int i = 0; i < 300; ++i) controller.ObserveStep(1, 1, 2.0);
+  const SpeculationRequest request = Request(1);
+  for (int i = 0; i < 300; ++i) {
+    controller.Choose({&request, 1}, 0);
+    controller.ObserveStep({.rows = 1, .requests = 1, .tokens = 1, .verify_seconds = 2, .seconds = 2});
+  }
   EXPECT_NEAR(controller.draft_costs(0).Seconds(1, 2), 0.8, 2e-2);
 }
 

@@ -72,7 +72,7 @@ class SimulationTest : public testing::TestWithParam<Case> {
     double best = Plain();
     for (int drafter = 0; drafter < 2; ++drafter) {
       for (const int nodes : {2, 3, 4, 8}) {
-        best = std::max(best, Simulator(7).RunFixed(drafter, nodes, Steps(2000), text).rate());
+        best = std::max(best, Simulator(7).RunFixed(drafter, nodes, Steps(8000), text).rate());
       }
     }
     return best;
@@ -80,18 +80,21 @@ class SimulationTest : public testing::TestWithParam<Case> {
 };
 
 TEST_P(SimulationTest, NearTheBestFixedDrafterAndNeverSlowerThanPlain) {
+  constexpr uint32_t kSeeds = 4;
   for (int text = 0; text < std::ssize(kTexts); ++text) {
     const double plain = Plain(), best = BestFixed(text);
-    for (const uint32_t seed : {1u, 2u}) {
+    double mean = 0;
+    for (uint32_t seed = 1; seed <= kSeeds; ++seed) {
       SpeculationSimulator simulator = Simulator(seed);
       SpeculationController controller({false, false});
       simulator.Calibrate(&controller, 0.1);
       const double start = simulator.Run(&controller, 300, text).rate();
       const double rate = simulator.Run(&controller, std::max(Steps(4000), 1000), text).rate();
-      EXPECT_GT(start, 0.92 * plain) << "text " << text << " seed " << seed;
+      EXPECT_GT(start, 0.93 * plain) << "text " << text << " seed " << seed;
       EXPECT_GT(rate, 0.985 * plain) << "text " << text << " seed " << seed;
-      EXPECT_GT(rate, 0.94 * best) << "text " << text << " seed " << seed;
+      mean += rate / kSeeds;
     }
+    EXPECT_GT(mean, 0.94 * best) << "text " << text;
   }
 }
 
@@ -120,6 +123,85 @@ TEST(HiddenCostTest, DraftsThatLoseByWhatIsNotSeenAreGivenUp) {
       simulator.Run(&controller, 600, text);
       EXPECT_GT(simulator.Run(&controller, 3000, text).rate(), 0.955 * plain) << "batch " << batch << " text " << text;
     }
+  }
+}
+
+// A GPU whose drafters compute all levels in one launch.
+SimulatedMachine Chains() {
+  SimulatedMachine machine = Gpu();
+  machine.prompt_ms = 0.0004;
+  machine.drafters = {{.name = "draft",
+                       .first_ms = 0.06,
+                       .level_ms = 0.008,
+                       .more_contexts = 0.06,
+                       .catch_up_ms = 0.001,
+                       .decay = 0.9,
+                       .siblings = 2},
+                      {.name = "recurrent", .first_ms = 0.06, .level_ms = 0.008, .more_contexts = 0.05, .siblings = 2}};
+  return machine;
+}
+
+// Short replies come and go, each with a prompt that the device works off beside a step and that one drafter has to read,
+// and drafts take 1.4 times what start-up measured.
+TEST(ChurnTest, ShortRepliesAndDearDraftsLoseLittle) {
+  SimulatedMachine machine = Chains();
+  machine.draft_surprise = 1.4;
+  for (const int batch : {1, 2, 4, 16, 64}) {
+    for (const int reply : {14, 28, 60, 100}) {
+      for (int text = 0; text < std::ssize(kTexts); ++text) {
+        SpeculationSimulator simulator(machine, kTexts, batch, reply, 3);
+        simulator.max_nodes = 16;
+        SpeculationController controller({false, false});
+        simulator.Calibrate(&controller, 0.1);
+        const double plain = SpeculationSimulator(machine, kTexts, batch, reply, 7).RunFixed(-1, 1, 1000).rate();
+        EXPECT_GT(simulator.Run(&controller, 300, text).rate(), 0.95 * plain) << batch << " " << reply << " " << text;
+        EXPECT_GT(simulator.Run(&controller, 2000, text).rate(), 0.98 * plain) << batch << " " << reply << " " << text;
+      }
+    }
+  }
+}
+
+SimulatedMachine Copying() {
+  SimulatedMachine machine = Gpu();
+  machine.row_ms = {0.18, 0.182, 0.185, 0.19, 0.21, 0.26, 0.34, 0.44, 0.7, 1.3, 2.5};
+  machine.drafters = {
+      {.name = "ngram", .first_ms = 0.001, .more_contexts = 1, .decay = 1, .free = true, .stated = 0.8}};
+  return machine;
+}
+
+// Replies that copied nothing for a while, although it looked as if they did, do so now.
+TEST(FreeDraftsTest, AreTriedAgainForLittle) {
+  const std::vector<SimulatedText> texts = {{0.05}, {0.85}};
+  for (const int batch : {1, 4, 16, 64}) {
+    SpeculationSimulator simulator(Copying(), texts, batch, 100, 3);
+    simulator.max_nodes = 16;
+    SpeculationController controller(simulator.Free());
+    simulator.Calibrate(&controller, 0.1);
+    const double plain = SpeculationSimulator(Copying(), texts, batch, 100, 7).RunFixed(-1, 1, 1000).rate();
+    EXPECT_GT(simulator.Run(&controller, 300, 0).rate(), 0.95 * plain) << batch;
+    EXPECT_GT(simulator.Run(&controller, 2000, 0).rate(), 0.985 * plain) << batch;
+    simulator.Run(&controller, 1000, 1);
+    EXPECT_GT(simulator.Run(&controller, 500, 1).rate(), 1.15 * plain) << batch;
+  }
+}
+
+TEST(SlowdownTest, NoRequestWaitsLongForTheDraftsOfOthers) {
+  const std::vector<SimulatedText> texts = {{0.05}, {0.85}};
+  for (const int batch : {16, 64}) {
+    const auto slowest = [&](double most) {
+      SimulatedMachine machine = Copying();
+      machine.noise = machine.drift = machine.interruptions = 0;
+      machine.any_draft = 1;
+      machine.padded = {};
+      SpeculationSimulator simulator(machine, texts, batch, 100, 3);
+      simulator.max_nodes = 16;
+      SpeculationController controller(simulator.Free(), most);
+      simulator.Calibrate(&controller, 0);
+      simulator.Run(&controller, 500, -1);
+      return simulator.Run(&controller, 500, -1).slowest;
+    };
+    EXPECT_GT(slowest(0), 1.6) << batch;
+    EXPECT_LT(slowest(1.5), 1.55) << batch;
   }
 }
 

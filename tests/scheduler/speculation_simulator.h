@@ -7,6 +7,7 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "scheduler/speculation_controller.h"
@@ -21,6 +22,8 @@ struct SimulatedDrafter {
   double decay = 0.85;                // acceptance of a level beside that of the level above
   int siblings = 0;                   // tokens beside each of the chain, as the second guess
   int depth = 6;
+  bool free = false;  // asked before the others, for what it promises
+  double stated = 0;  // of each token, whatever the truth; 0: somewhat more than the truth
 
   double Ms(int contexts, int levels) const {
     return (first_ms + level_ms * (levels - 1)) * (1 + more_contexts * (contexts - 1));
@@ -36,6 +39,8 @@ struct SimulatedMachine {
   double interruptions = 0.01;          // share of steps that take three times as long
   double hidden_ms = 0;                 // of each request drafted for, which no observation of a draft shows
   double drift = 0.002;                 // per step, of the logarithm of the machine's speed
+  double prompt_ms = 0;                 // of reading a token of a prompt, which delays the step beside it
+  double draft_surprise = 1;            // what drafts take beside what was measured at start-up
   std::vector<SimulatedDrafter> drafters;
 
   double VerifyMs(int rows, int requests) const {
@@ -53,7 +58,7 @@ using SimulatedText = std::vector<double>;
 class SpeculationSimulator {
  public:
   struct Totals {
-    double ms = 0, tokens = 0;
+    double ms = 0, tokens = 0, slowest = 0;  // slowest: step beside a plain one, prompts aside
     int64_t drafts = 0;
     double rate() const { return tokens / ms; }
   };
@@ -94,6 +99,12 @@ class SpeculationSimulator {
     return totals;
   }
 
+  std::vector<bool> Free() const {
+    std::vector<bool> free;
+    for (const SimulatedDrafter& drafter : machine_.drafters) free.push_back(drafter.free);
+    return free;
+  }
+
   // One drafter always, with so many nodes; drafter -1: plain.
   Totals RunFixed(int drafter, int nodes, int steps, int text = -1) {
     Totals totals;
@@ -125,7 +136,10 @@ class SpeculationSimulator {
     while (std::ssize(running_) < batch_) {
       const size_t which = text >= 0 ? text : next_id_ % texts_.size();
       const int tokens = running_.empty() || batch_ == 1 ? max_tokens_ : 1 + static_cast<int>(random_() % max_tokens_);
-      running_.push_back({next_id_++, &texts_[which], tokens, std::vector<int64_t>(machine_.drafters.size(), 80)});
+      running_.push_back(
+          {next_id_++, &texts_[which], tokens, std::vector<int64_t>(machine_.drafters.size(), prompt_tokens)});
+      prompts_ms_ += machine_.prompt_ms * static_cast<double>(prompt_tokens);
+      prompt_tokens_ += prompt_tokens;
     }
   }
 
@@ -163,7 +177,8 @@ class SpeculationSimulator {
       ++*levels;
       const double spread = 0.9 * std::min(mean, 1 - mean);
       const double p = mean + spread * (2 * Uniform() - 1);
-      const double stated = std::pow(p, 0.7);  // drafters are too sure of themselves
+      const double stated =
+          drafter.stated > 0 ? drafter.stated : std::pow(p, 0.7);  // drafters are too sure of themselves
       const int above = parent;
       if (path * stated < choice.min_probability) break;
       parent = static_cast<int>(nodes.size());
@@ -206,48 +221,105 @@ class SpeculationSimulator {
     return path;
   }
 
-  void Step(std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices,
+  // What a step spends on drafts; seconds: as the controller sees it, but for what is hidden.
+  struct Drafting {
+    std::vector<DraftTree> trees;
+    std::vector<SpeculationProposal> proposals;
+    double ms = 0, seconds = 0, expected_seconds = 0, contexts = 0;
+    int64_t catch_up = 0;
+  };
+
+  // As Speculator does: those that cost nothing first, for what they promise.
+  void AskFree(int d, std::span<const SpeculationRequest> requests, std::vector<SpeculationChoice>* choices,
+               SpeculationController* controller, Drafting* drafting) {
+    const SimulatedDrafter& drafter = machine_.drafters[d];
+    int asked = 0;
+    double gains = 0;
+    bool used = false;
+    for (size_t r = 0; r < requests.size(); ++r) {
+      SpeculationChoice& choice = (*choices)[r];
+      const bool wanted = controller->AsksAll(d) || choice.free_trial == d;
+      if (!wanted || choice.trial || requests[r].max_nodes < 2) continue;
+      ++asked;
+      int levels = 0;
+      DraftTree tree = Draft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels);
+      if (tree.num_nodes() < 2) continue;
+      const double gain = controller->Gain({requests[r].sequence_id, d, false, &tree}) - choice.gain;
+      const bool trial = gain <= 0 && choice.free_trial == d;
+      if (gain <= 0 && !trial) continue;
+      used = true;
+      gains += std::max(gain, 0.0);
+      choice = {.drafter = d, .nodes = tree.num_nodes(), .trial = trial};
+      drafting->trees[r] = std::move(tree);
+    }
+    if (asked == 0) return;
+    const double ms = drafter.Ms(asked, 1);
+    drafting->ms += ms;
+    drafting->seconds += 1e-3 * ms;
+    drafting->expected_seconds += 1e-3 * ms;
+    controller->ObserveFree(d, asked, gains, used, 1e-3 * ms);
+  }
+
+  void Ask(int d, std::span<const SpeculationRequest> requests, std::span<const SpeculationChoice> choices,
+           SpeculationController* controller, Drafting* drafting) {
+    const SimulatedDrafter& drafter = machine_.drafters[d];
+    int levels = 0;
+    int64_t catch_up = 0;
+    std::vector<int> drafted;
+    bool trial = controller == nullptr;
+    for (size_t r = 0; r < requests.size(); ++r) {
+      if (choices[r].nodes <= 1 || choices[r].drafter != d) continue;
+      drafted.push_back(static_cast<int>(r));
+      trial |= choices[r].trial;
+    }
+    const int contexts = static_cast<int>(drafted.size());
+    if (contexts == 0 || (!trial && !controller->StillPays(d, contexts))) return;
+    for (const int r : drafted) {
+      int own = 0;
+      drafting->trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
+      levels = std::max(levels, own);
+      catch_up += requests[r].catch_up_tokens[d];
+      running_[r].unseen[d] = 0;
+    }
+    const double ms = machine_.draft_surprise * drafter.Ms(contexts, levels) +
+                      drafter.catch_up_ms * static_cast<double>(catch_up) + std::exchange(prompts_ms_, 0);
+    drafting->ms += ms;
+    drafting->contexts += contexts;
+    drafting->catch_up += catch_up;
+    if (controller == nullptr) return;
+    for (const int r : drafted) {
+      DraftTree* tree = &drafting->trees[r];
+      controller->Learn({requests[r].sequence_id, d, choices[r].trial, tree, tree->Depth() >= choices[r].max_levels});
+    }
+    const double seconds = 1e-3 * ms * Noise();
+    drafting->seconds += seconds;
+    drafting->expected_seconds += controller->draft_costs(d).Seconds(contexts, levels);
+    controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
+  }
+
+  void Step(std::span<const SpeculationRequest> requests, std::vector<SpeculationChoice> choices,
             SpeculationController* controller, Totals* totals) {
     const int batch = static_cast<int>(requests.size());
-    std::vector<DraftTree> trees(batch, DraftTree::Root(0));
-    std::vector<SpeculationProposal> proposals;
-    double draft_ms = 0, draft_s = 0, drafted_contexts = 0;  // draft_s: as the controller sees it
-    for (int d = 0; d < static_cast<int>(machine_.drafters.size()); ++d) {
-      const SimulatedDrafter& drafter = machine_.drafters[d];
-      int contexts = 0, levels = 0;
-      int64_t catch_up = 0;
-      std::vector<int> drafted, computed;
-      for (int r = 0; r < batch; ++r) {
-        if (choices[r].nodes <= 1 || choices[r].drafter != d) continue;
-        int own = 0;
-        trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
-        levels = std::max(levels, own);
-        ++contexts;
-        catch_up += requests[r].catch_up_tokens[d];
-        running_[r].unseen[d] = 0;
-        drafted.push_back(r);
+    Drafting drafting;
+    drafting.trees.assign(batch, DraftTree::Root(0));
+    std::vector<DraftTree>& trees = drafting.trees;
+    for (const bool free : {true, false}) {
+      for (int d = 0; d < static_cast<int>(machine_.drafters.size()); ++d) {
+        if (machine_.drafters[d].free != free) continue;
+        if (free && controller != nullptr) AskFree(d, requests, &choices, controller, &drafting);
+        if (!free || controller == nullptr) Ask(d, requests, choices, controller, &drafting);
       }
-      if (contexts == 0) continue;
-      const double ms = drafter.Ms(contexts, levels) + drafter.catch_up_ms * static_cast<double>(catch_up);
-      draft_ms += ms;
-      drafted_contexts += contexts;
-      if (controller == nullptr) continue;
-      for (const int r : drafted) {
-        controller->Learn(
-            {requests[r].sequence_id, d, choices[r].trial, &trees[r], trees[r].Depth() >= choices[r].max_levels});
-        if (trees[r].num_nodes() > 1) proposals.push_back({requests[r].sequence_id, d, choices[r].trial, &trees[r]});
-      }
-      const double seconds = 1e-3 * ms * Noise();
-      draft_s += seconds;
-      controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
     }
-    if (controller != nullptr) controller->Prune(proposals, batch);
+    for (int r = 0; r < batch && controller != nullptr; ++r) {
+      if (trees[r].num_nodes() < 2) continue;
+      drafting.proposals.push_back({requests[r].sequence_id, choices[r].drafter, choices[r].trial, &trees[r]});
+    }
+    if (controller != nullptr) controller->Prune(drafting.proposals, batch, drafting.expected_seconds);
     int rows = 0, step_tokens = 0;
     for (int r = 0; r < batch; ++r) {
       rows += trees[r].num_nodes();
       const std::vector<int32_t> path = Walk(trees[r]);
       const int tokens = std::min<int>(static_cast<int>(path.size()), running_[r].tokens_left);
-      totals->tokens += tokens;
       step_tokens += tokens;
       totals->drafts += trees[r].num_nodes() > 1;
       running_[r].tokens_left -= tokens;
@@ -256,30 +328,42 @@ class SpeculationSimulator {
       controller->acceptance().Observe(
           {requests[r].sequence_id, choices[r].drafter, &trees[r], path, running_[r].tokens_left > 0});
     }
-    const int used = UsedByMost(choices);
+    totals->tokens += step_tokens;
     // Noise and drift mislead the controller; what counts is what the steps take without them.
-    const double verify_ms = machine_.VerifyMs(rows, batch);
-    const double hidden_ms = machine_.hidden_ms * drafted_contexts;
-    totals->ms += verify_ms + draft_ms + hidden_ms;
+    const double plain_ms = machine_.VerifyMs(batch, batch), verify_ms = machine_.VerifyMs(rows, batch);
+    const double prompts_ms = std::exchange(prompts_ms_, 0), hidden_ms = machine_.hidden_ms * drafting.contexts;
+    const double ms = verify_ms + prompts_ms + drafting.ms + hidden_ms;
+    totals->ms += ms;
+    totals->slowest = std::max(totals->slowest, (verify_ms + drafting.ms) / plain_ms);
+    const int64_t prompt_tokens = std::exchange(prompt_tokens_, 0);
     if (controller == nullptr) return;
-    const double seconds = 1e-3 * verify_ms * Noise();
-    if (used >= 0) {
-      controller->ObserveUse(used, batch, step_tokens, seconds + draft_s + 1e-3 * hidden_ms * std::exp(speed_));
-    }
-    controller->ObserveStep(rows, batch, seconds);
+    const double seconds = 1e-3 * (verify_ms + prompts_ms) * Noise();
+    const double draft_seconds = drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
+    controller->ObserveStep(
+        {.rows = rows,
+         .requests = batch,
+         .tokens = static_cast<double>(step_tokens),
+         .prompt_tokens = prompt_tokens,
+         .catch_up = drafting.catch_up,
+         .drafter = UsedByMost(choices),
+         .verify_seconds = seconds,
+         .draft_seconds = draft_seconds,
+         .seconds = seconds + draft_seconds,
+         .expected_seconds = drafting.expected_seconds + controller->step_costs().Estimate(rows, batch)});
   }
 
-  // The drafter of at least three quarters of the requests, none of them on trial; -1: none.
-  static int UsedByMost(std::span<const SpeculationChoice> choices) {
+  // The drafter of at least half of the requests, none of them on trial; -1: none.
+  int UsedByMost(std::span<const SpeculationChoice> choices) const {
     double used = 0;
-    int drafter = -1;
+    int drafter = kAnyDrafter;
     for (const SpeculationChoice& choice : choices) {
-      if (choice.trial || (choice.nodes > 1 && drafter >= 0 && drafter != choice.drafter)) return -1;
-      if (choice.nodes <= 1) continue;
+      if (choice.trial) return kAnyDrafter;
+      if (choice.nodes <= 1 || machine_.drafters[choice.drafter].free) continue;
+      if (drafter != kAnyDrafter && drafter != choice.drafter) return kAnyDrafter;
       drafter = choice.drafter;
       used += 1;
     }
-    return used >= 0.75 * static_cast<double>(choices.size()) ? drafter : -1;
+    return used >= 0.5 * static_cast<double>(choices.size()) ? drafter : kAnyDrafter;
   }
 
   double Noise() {
@@ -290,6 +374,7 @@ class SpeculationSimulator {
 
  public:
   int max_nodes = 8;
+  int prompt_tokens = 80;
 
  private:
   const SimulatedMachine machine_;
@@ -298,7 +383,9 @@ class SpeculationSimulator {
   std::mt19937 random_;
   std::vector<Running> running_;
   uint64_t next_id_ = 1;
-  double speed_ = 0;  // logarithm
+  double speed_ = 0;       // logarithm
+  double prompts_ms_ = 0;  // of reading the prompts of requests that are new
+  int64_t prompt_tokens_ = 0;
 };
 
 }  // namespace linspec
