@@ -1,10 +1,13 @@
 // Requests of one layer shape for the tests of the attention kernels: random rows and trees, what the definition says of
-// them, and one call of a kernel over all of them. One thread each; several fixtures may call at the same time.
+// them, and one call of a kernel over all of them. One thread each; several fixtures may call at the same time, but the
+// device works for one after the other: how much shared memory a kernel may take is a setting of the process, which each
+// launch makes for its own shape.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <mutex>
 #include <random>
 #include <vector>
 
@@ -105,6 +108,8 @@ class Fixture {
       max_rows = std::max(max_rows, count);
     }
     tasks.push_back({0, -1, 0, 1, 0, 1});
+    static std::mutex device;
+    const std::lock_guard<std::mutex> lock(device);
     const DeviceArray<float> device_states(states), device_qkv(qkv), gain(layer_.gain), taps(layer_.taps),
         decay(layer_.decay), out(static_cast<size_t>(rows) * layer_.heads * layer_.d);
     const DeviceArray<uint64_t> device_ancestors(ancestors);
