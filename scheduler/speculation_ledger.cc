@@ -45,8 +45,9 @@ double SpeculationLedger::Price::Ratio() const {
   return count > 0 ? std::max(y - PerToken() * x, 0.0) / count : kAtFirst;
 }
 
-// Interruptions would have met a plain step as well, so they count for little on either side. A step that mostly read prompts
-// says nothing. The first plain step after drafts finds caches that a drafter displaced: it is charged to the drafts.
+// Interruptions would have met a plain step as well, so they count for little on either side. A step that mostly read
+// prompts says nothing. The first plain step after drafts finds caches that a drafter displaced: it is charged to the
+// drafts.
 SpeculationLedger::Booking SpeculationLedger::Book(const Step& step) {
   if (!(step.usual_seconds > 0)) return {};
   Price& price = prices_[Bucket(step.requests)];

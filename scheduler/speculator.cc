@@ -80,7 +80,7 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   drafted_.assign(sequences.size(), false);
   drafts_.clear();
   asked_any_ = false;
-  draft_seconds_ = progress_ = 0;
+  draft_seconds_ = reading_seconds_ = progress_ = 0;
   catch_up_ = 0;
   if (!options_.calibrate) {
     AskChosenDrafters(sequences, requests, &trees, stats);
@@ -100,6 +100,7 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   }
   const int num_requests = static_cast<int>(trees.size());
   stats->expected_tokens = num_requests + controller_.Prune(proposals, num_requests, stats->expected_draft_s);
+  stats->expected_draft_s += reading_seconds_;
   int num_rows = 0;
   for (const DraftTree& tree : trees) num_rows += tree.num_nodes();
   stats->expected_verify_s = controller_.step_costs().Estimate(num_rows, num_requests);
@@ -224,6 +225,9 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
   const int count = static_cast<int>(contexts.size());
   const DraftCosts& costs = controller_.draft_costs(drafter);
   stats->expected_draft_s += costs.Seconds(count, levels);
+  if (catch_up > DraftCosts::kLongCatchUp * count) {
+    reading_seconds_ += costs.PerCatchUpToken() * static_cast<double>(catch_up);
+  }
   // A drafter that was not asked in the step before finds cold caches, which says nothing about using it.
   const bool warm = step_ - std::exchange(asked_[drafter], step_) <= 1;
   if (warm || catch_up > DraftCosts::kLongCatchUp * count || !costs.Knows(count)) {

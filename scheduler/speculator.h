@@ -87,11 +87,12 @@ class Speculator {
     int64_t catch_up;
     double seconds;
   };
-  bool asked_any_ = false;     // in the step under way
-  double draft_seconds_ = 0;   // spent on drafts, then
-  double progress_ = 0;        // rows whose choice counted then; plain decoding has one for each request and step
-  int64_t catch_up_ = 0;       // tokens that drafters read in it
-  std::vector<Asked> drafts_;  // whose cost is to be learned
+  bool asked_any_ = false;      // in the step under way
+  double draft_seconds_ = 0;    // spent on drafts, then
+  double reading_seconds_ = 0;  // expected of drafters that read what they had not seen, then
+  double progress_ = 0;         // rows whose choice counted then; plain decoding has one for each request and step
+  int64_t catch_up_ = 0;        // tokens that drafters read in it
+  std::vector<Asked> drafts_;   // whose cost is to be learned
   std::vector<SpeculationChoice> choices_;
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown

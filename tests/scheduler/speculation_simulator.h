@@ -225,7 +225,7 @@ class SpeculationSimulator {
   struct Drafting {
     std::vector<DraftTree> trees;
     std::vector<SpeculationProposal> proposals;
-    double ms = 0, seconds = 0, expected_seconds = 0, contexts = 0;
+    double ms = 0, seconds = 0, expected_seconds = 0, reading_seconds = 0, contexts = 0;
     int64_t catch_up = 0;
   };
 
@@ -294,6 +294,9 @@ class SpeculationSimulator {
     const double seconds = 1e-3 * ms * Noise();
     drafting->seconds += seconds;
     drafting->expected_seconds += controller->draft_costs(d).Seconds(contexts, levels);
+    if (catch_up > DraftCosts::kLongCatchUp * contexts) {
+      drafting->reading_seconds += controller->draft_costs(d).PerCatchUpToken() * static_cast<double>(catch_up);
+    }
     controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
   }
 
@@ -339,17 +342,17 @@ class SpeculationSimulator {
     if (controller == nullptr) return;
     const double seconds = 1e-3 * (verify_ms + prompts_ms) * Noise();
     const double draft_seconds = drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
-    controller->ObserveStep(
-        {.rows = rows,
-         .requests = batch,
-         .tokens = static_cast<double>(step_tokens),
-         .prompt_tokens = prompt_tokens,
-         .catch_up = drafting.catch_up,
-         .drafter = UsedByMost(choices),
-         .verify_seconds = seconds,
-         .draft_seconds = draft_seconds,
-         .seconds = seconds + draft_seconds,
-         .expected_seconds = drafting.expected_seconds + controller->step_costs().Estimate(rows, batch)});
+    controller->ObserveStep({.rows = rows,
+                             .requests = batch,
+                             .tokens = static_cast<double>(step_tokens),
+                             .prompt_tokens = prompt_tokens,
+                             .catch_up = drafting.catch_up,
+                             .drafter = UsedByMost(choices),
+                             .verify_seconds = seconds,
+                             .draft_seconds = draft_seconds,
+                             .seconds = seconds + draft_seconds,
+                             .expected_seconds = drafting.expected_seconds + drafting.reading_seconds +
+                                                 controller->step_costs().Estimate(rows, batch)});
   }
 
   // The drafter of at least half of the requests, none of them on trial; -1: none.
