@@ -3,11 +3,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
+#include <memory>
 #include <numeric>
 #include <thread>
 #include <vector>
 
 #include "kernels/check.h"
+#include "kernels/cpu/weight_arena.h"
 
 namespace linspec {
 namespace {
@@ -162,11 +165,13 @@ double MeasureReadBandwidth(Isa isa, int num_threads, int64_t bytes) {
   const Reader reader = ReaderFor(isa);
   const int64_t share = std::max<int64_t>(256, bytes / num_threads / 256 * 256);
   return SumOverThreads(isa, num_threads, [reader, share, kDuration](int thread) {
-    const std::vector<uint8_t> buffer(share, static_cast<uint8_t>(thread + 1));
+    cpu::WeightArena arena;  // on the same pages as weights
+    const std::shared_ptr<uint8_t> buffer = arena.Allocate(share);
+    std::memset(buffer.get(), thread + 1, share);
     int64_t read = 0;
     const auto begin = Clock::now();
     while (Clock::now() - begin < kDuration) {
-      reader(buffer.data(), share);
+      reader(buffer.get(), share);
       read += share;
     }
     return static_cast<double>(read) / Seconds(Clock::now() - begin);
