@@ -140,15 +140,11 @@ void VisitSpeculationFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "adaptive-speculation",
                  "draft only what pays by measured costs; false: always max-draft-nodes, whatever it costs"},
         o.adaptive_speculation);
-  visit(FlagInfo{g, "max-draft-slowdown",
-                 "times as long as a plain step that one of several requests may take by their drafts; 0: no limit", 0,
-                 1000},
+  visit(FlagInfo{g, "max-draft-slowdown", "times that drafts may lengthen a step of several requests; 0: any", 0, 1000},
         o.max_draft_slowdown);
   visit(FlagInfo{g, "draft-depth", "tokens the draft model or the recurrent head looks ahead, at most", 1, 63},
         o.draft_depth);
-  visit(FlagInfo{g, "draft-top-k",
-                 "children of a node of their trees; 1: chains; 0: 1 on a CPU, 4 on a GPU, where rows are nearly free",
-                 0, 63},
+  visit(FlagInfo{g, "draft-top-k", "children of a node of their trees; 1: chains; 0: 1 on a CPU, 4 on a GPU", 0, 63},
         o.draft_top_k);
   visit(FlagInfo{g,
                  "medusa-tree",
