@@ -1,9 +1,9 @@
 // An NVIDIA GPU through liblinspec_cuda.so, which is looked for at run time: without plugin, driver or GPU the rest of
 // linspec works as if CUDA did not exist. The only door from C++ to kernels/cuda.
 //
-// Errors: NOT_FOUND (no plugin), FAILED_PRECONDITION (no driver or GPU), RESOURCE_EXHAUSTED (device memory), UNIMPLEMENTED
-// (a shape or type without a kernel), INTERNAL (a fault on the device). After a fault every call fails; health() tells.
-// Threads: Open and calls of one device by one thread at a time; health() from any.
+// Errors: NOT_FOUND (no plugin), FAILED_PRECONDITION (no driver or GPU), RESOURCE_EXHAUSTED (device memory),
+// UNIMPLEMENTED (a shape or type without a kernel), INTERNAL (a fault on the device). After a fault every call fails;
+// health() tells. Threads: Open and calls of one device by one thread at a time; health() from any.
 #pragma once
 
 #include <atomic>

@@ -6,7 +6,8 @@
 #include <cmath>
 #include <limits>
 
-// Loops below are written so that the compiler vectorises them; the loader picks the widest clone that the processor runs.
+// Loops below are written so that the compiler vectorises them; the loader picks the widest clone that the processor
+// runs.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #define LINSPEC_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
@@ -156,8 +157,9 @@ LINSPEC_CLONES void NoiseChunkBits(const NoiseKey& key, int32_t begin, uint32_t*
   }
 }
 
-// With E = -log(1 - u) >= u >= 2^-(leading zeros + 1) the noise -log E is at most (leading zeros + 1) ln 2. The zeros are
-// read from the exponent of the upper 24 bits, which a float holds exactly; of fewer bits it takes too many, never too few.
+// With E = -log(1 - u) >= u >= 2^-(leading zeros + 1) the noise -log E is at most (leading zeros + 1) ln 2. The zeros
+// are read from the exponent of the upper 24 bits, which a float holds exactly; of fewer bits it takes too many, never
+// too few.
 LINSPEC_CLONES bool NoisyScoreMayReach(const float* scores, const uint32_t* bits, int count, float floor) {
   int32_t any = 0;
   for (int i = 0; i < count; ++i) {

@@ -37,10 +37,11 @@ class PackedWeight {
   virtual int64_t bytes() const = 0;  // what one matmul streams from memory
 };
 
-// y[m, n] = sum_k x'[m, k] w[n, k]  (+ y[m, n] if accumulate), where x' is x, or RmsNorm(x) if norm_weight is given. For
-// kI8 weights x' is quantised per row to 8 bits (symmetric), the dot is exact in int32, so every Isa gives the same bits.
-inline constexpr int64_t kOutputBlock = 16;
+inline constexpr int64_t kOutputBlock = 16;  // outputs of MatmulParams::output_blocks
 
+// y[m, n] = sum_k x'[m, k] w[n, k]  (+ y[m, n] if accumulate), where x' is x, or RmsNorm(x) if norm_weight is given.
+// For kI8 weights x' is quantised per row to 8 bits (symmetric), the dot is exact in int32, so every Isa gives the same
+// bits.
 struct MatmulParams {
   const float* x;         // [num_rows, K]
   const PackedWeight* w;  // [N, K]
@@ -49,7 +50,8 @@ struct MatmulParams {
   bool accumulate = false;
   const float* norm_weight = nullptr;  // [K]
   float norm_eps = 0;
-  // Matmul only: of the N outputs those of these blocks of kOutputBlock, ascending; the rest of y is left alone. Empty: all.
+  // Matmul only: of the N outputs those of these blocks of kOutputBlock, ascending; the rest of y is left alone. Empty:
+  // all.
   std::span<const int32_t> output_blocks = {};
 };
 
@@ -69,7 +71,8 @@ struct SiluMulParams {   // out = silu(gate) * up
   int64_t dim;
 };
 
-// In place on q and k of a fused qkv row: RoPE (rotate halves, fp32 angles from position), then x / sqrt(sum x^2 + eps).
+// In place on q and k of a fused qkv row: RoPE (rotate halves, fp32 angles from position), then x / sqrt(sum x^2 +
+// eps).
 struct RopeNormalizeParams {
   float* qkv;                // [num_rows, (H + 2 Hkv) * d]: q heads, k heads, v heads
   const int64_t* positions;  // [num_rows]
@@ -105,8 +108,8 @@ struct AttentionLayer {
 // One request's state in one layer, all of it in one dtype. Ring slot of position t is t mod G. S holds the completed
 // groups.
 //
-// kBF16: k and v of a token are rounded to nearest before anything reads them, whether from the ring or from the rows of
-// a call; sums and products are fp32; S is rounded once, at the end of a fold (state_rounding.h).
+// kBF16: k and v of a token are rounded to nearest before anything reads them, whether from the ring or from the rows
+// of a call; sums and products are fp32; S is rounded once, at the end of a fold (state_rounding.h).
 struct LayerState {
   void* s;                    // [Hkv, d_k, d_v]
   void* ring_k;               // [Hkv, G, d]  normalised keys

@@ -1,5 +1,5 @@
-// How the sum of a fold becomes the 16 bits of a stored S: to one of the two neighbours, at random, so that the error is
-// zero on average.
+// How the sum of a fold becomes the 16 bits of a stored S: to one of the two neighbours, at random, so that the error
+// is zero on average.
 //
 // Rounded to nearest, a sum that grew past 256 times what a group adds would stop growing, and one that decays by less
 // than 1/512 a fold would stop decaying. The randomness is a hash of layer, group and element: the same whoever folds

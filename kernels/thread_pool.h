@@ -1,11 +1,12 @@
 // A fixed set of workers that run one parallel loop at a time; the caller works along.
 //
-// Loops are microseconds apart while a model runs, so workers spin a little, then yield, before they sleep. A loop is cut
-// into one contiguous share per thread and each share into a few pieces. Threads claim pieces of their own share first,
-// which keeps what an index reads and writes in the same cache from loop to loop, then of the others': a worker that the
-// system has not scheduled costs nothing. Which thread runs an index is therefore not fixed; what the index computes must
-// not depend on it.
-// Threads: ParallelFor is called by one thread at a time and returns when all indices are done; the body must not throw.
+// Loops are microseconds apart while a model runs, so workers spin a little, then yield, before they sleep. A loop is
+// cut into one contiguous share per thread and each share into a few pieces. Threads claim pieces of their own share
+// first, which keeps what an index reads and writes in the same cache from loop to loop, then of the others': a worker
+// that the system has not scheduled costs nothing. Which thread runs an index is therefore not fixed; what the index
+// computes must not depend on it.
+// Threads: ParallelFor is called by one thread at a time and returns when all indices are done; the body must not
+// throw.
 #pragma once
 
 #include <atomic>
@@ -62,8 +63,8 @@ class ThreadPool {
   int64_t num_grains_ = 0, grain_ = 1, count_ = 0;
   int64_t num_pieces_ = 0;  // all shares together
 
-  // Loop number in the high half, pieces of the share not yet claimed in the low half: a late worker cannot take a piece
-  // of a loop that it has not seen.
+  // Loop number in the high half, pieces of the share not yet claimed in the low half: a late worker cannot take a
+  // piece of a loop that it has not seen.
   struct alignas(64) Tickets {
     std::atomic<uint64_t> left{0};
   };

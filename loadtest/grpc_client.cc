@@ -107,8 +107,8 @@ class GrpcClient : public Client {
  public:
   GrpcClient(asio::io_context* loop, Target target, const Options* options)
       : loop_(loop), target_(std::move(target)), options_(options) {
-    // Streams share a connection up to the server's limit, often 100 to a few thousand: spread them over several. A pool
-    // of its own keeps gRPC from merging the channels again.
+    // Streams share a connection up to the server's limit, often 100 to a few thousand: spread them over several. A
+    // pool of its own keeps gRPC from merging the channels again.
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
     for (int i = 0; i < kChannels; ++i) {

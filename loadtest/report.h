@@ -1,4 +1,5 @@
-// The figures of a run: numbers under the field names of `vllm bench serve`, a table for the terminal, and an HTML page.
+// The figures of a run: numbers under the field names of `vllm bench serve`, a table for the terminal, and an HTML
+// page.
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>

@@ -43,7 +43,8 @@ std::string RandomPrompt(int num_words, Random* random) {
   return prompt;
 }
 
-// Mean `length` whatever the distribution; at least 1, at most 64 means (a heavy tail must not ask for a million tokens).
+// Mean `length` whatever the distribution; at least 1, at most 64 means (a heavy tail must not ask for a million
+// tokens).
 template <typename Random>
 int RandomLength(int length, const Options& options, Random* random) {
   const double ratio = options.random_range_ratio;

@@ -18,7 +18,8 @@ class ChatTemplate {
   static absl::StatusOr<std::unique_ptr<ChatTemplate>> Parse(std::string_view source);
   virtual ~ChatTemplate() = default;
   // context_json: an object with messages, add_generation_prompt, bos_token, eos_token, tools, ...
-  // INVALID_ARGUMENT: the template called raise_exception or met a type error; RESOURCE_EXHAUSTED: over its work budget.
+  // INVALID_ARGUMENT: the template called raise_exception or met a type error; RESOURCE_EXHAUSTED: over its work
+  // budget.
   virtual absl::StatusOr<std::string> Render(std::string_view context_json) const = 0;
 };
 

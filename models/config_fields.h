@@ -1,5 +1,5 @@
-// Typed access to the JSON files beside a model's weights. A private part of model_config.cc and generation_config.cc; it
-// includes nlohmann's JSON.
+// Typed access to the JSON files beside a model's weights. A private part of model_config.cc and generation_config.cc;
+// it includes nlohmann's JSON.
 //
 // Threads: one reader, one thread.
 #pragma once

@@ -9,8 +9,8 @@ namespace linspec {
 namespace {
 
 constexpr int64_t kMostSlots = 1 << 20;
-// Of device memory when slots fill it, for what is not scratch: kernels, which load when first launched, graphs, and the
-// inputs of steps.
+// Of device memory when slots fill it, for what is not scratch: kernels, which load when first launched, graphs, and
+// the inputs of steps.
 constexpr int64_t kSystemBytes = int64_t{256} << 20;
 
 }  // namespace

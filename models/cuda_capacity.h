@@ -14,8 +14,8 @@ inline constexpr int64_t kPrefillRows = 2048, kPrefillGroups = 48;
 class PrefillPassSize {
  public:
   bool full() const { return rows_ == kPrefillRows || groups_ == kPrefillGroups; }
-  // How many of the next `left` tokens of a sequence, `length` of which are committed, still fit: at least one unless the
-  // pass is full. Counts them.
+  // How many of the next `left` tokens of a sequence, `length` of which are committed, still fit: at least one unless
+  // the pass is full. Counts them.
   int64_t Take(int64_t length, int64_t left, int64_t group_size);
 
  private:

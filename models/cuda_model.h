@@ -16,8 +16,8 @@
 
 namespace linspec {
 
-// Loads source into the device. options.target: bf16, int8 or fp8 (F32: UNIMPLEMENTED); state_dtype: kF32, or kBF16 where
-// the kernels have it (docs/cuda.md; else UNIMPLEMENTED). Errors as BuildTransformer, and
+// Loads source into the device. options.target: bf16, int8 or fp8 (F32: UNIMPLEMENTED); state_dtype: kF32, or kBF16
+// where the kernels have it (docs/cuda.md; else UNIMPLEMENTED). Errors as BuildTransformer, and
 // those of the device.
 absl::StatusOr<std::unique_ptr<Model>> BuildCudaModel(const ModelConfig& config, WeightSource* source,
                                                       std::shared_ptr<CudaDevice> device, BuildOptions options,

@@ -47,7 +47,8 @@ std::optional<IndependentDraw> DrawIndependently(std::span<const float> logits, 
       TokenDistribution(logits, {.params = &shape, .history = nullptr, .banned = {}, .position = position});
   if (draw.distribution.empty()) return std::nullopt;
   const int32_t token = DrawToken(draw.distribution, sampling.seed, position, NoiseStream::kDraft);
-  // Its peak stands in for how often the target agrees: of two sharp distributions more is shared than of two flat ones.
+  // Its peak stands in for how often the target agrees: of two sharp distributions more is shared than of two flat
+  // ones.
   float top = 0;
   for (const TokenProbability& item : draw.distribution) top = std::max(top, item.probability);
   draw.candidate = {token, top};

@@ -22,14 +22,15 @@ class DraftChains {
   virtual ~DraftChains() = default;
   virtual int max_levels() const = 0;
   virtual int max_top_k() const = 0;
-  // known: of each context the tokens that its slot lacks, as a chain that ends with the pending one. Level n guesses the
-  // token n + 1 after it, each level after the best guess of the level before, by LikelyChoices of the context's sampling.
-  // Writes no state. REQUIRES: at most 5 tokens a request, which are none of independent draws; levels and top_k in range.
+  // known: of each context the tokens that its slot lacks, as a chain that ends with the pending one. Level n guesses
+  // the token n + 1 after it, each level after the best guess of the level before, by LikelyChoices of the context's
+  // sampling. Writes no state. REQUIRES: at most 5 tokens a request, which are none of independent draws; levels and
+  // top_k in range.
   virtual absl::StatusOr<DraftGuesses> Guess(const VerifyBatch& known, const StatePool& pool,
                                              std::span<const DraftContext* const> contexts, int num_levels,
                                              int top_k) = 0;
-  // looked_at: LookedAt of the last Guess: behind each request's tokens its best guesses but for the last level's. Paths as
-  // for Model::Commit. Once for each Guess.
+  // looked_at: LookedAt of the last Guess: behind each request's tokens its best guesses but for the last level's.
+  // Paths as for Model::Commit. Once for each Guess.
   virtual absl::Status Commit(const VerifyBatch& looked_at, std::span<const std::vector<int32_t>> paths,
                               StatePool* pool) = 0;
 };

@@ -1,5 +1,6 @@
-// A draft tree that grows level by level along the likeliest paths, for drafters that ask a model for one level's logits
-// after the other. It knows candidates and their probabilities; whoever grows it knows where the logits come from.
+// A draft tree that grows level by level along the likeliest paths, for drafters that ask a model for one level's
+// logits after the other. It knows candidates and their probabilities; whoever grows it knows where the logits come
+// from.
 //
 // Ownership: borrows the context. Threads: engine thread only.
 #pragma once
@@ -45,8 +46,8 @@ class DraftGrowth {
   void AddChildren(int parent, std::span<const float> logits);
   // The same by its likely choices, best first. REQUIRES: a context that is not drawn for independently.
   void AddChoices(int parent, std::span<const DraftCandidate> choices);
-  // The likeliest candidates of this depth, best first, at most top_k and `room`: those whose children promise to be worth
-  // the level.
+  // The likeliest candidates of this depth, best first, at most top_k and `room`: those whose children promise to be
+  // worth the level.
   // Empty: the tree is as deep as it may be, or nothing is likely enough.
   std::vector<int> NextLevel(int depth, int room) const;
   // The most probable candidates that the budget allows, as a tree. The growth is used up.

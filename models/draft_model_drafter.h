@@ -1,6 +1,6 @@
-// Drafts with a small linear-attention model: a chain, or a tree grown level by level along the likeliest paths. Of a model
-// that makes chains itself (DraftChains) it asks for all levels at once, as many as the deepest tree of the last call
-// had and one more, and the tree is that chain with the other choices beside each of its nodes.
+// Drafts with a small linear-attention model: a chain, or a tree grown level by level along the likeliest paths. Of a
+// model that makes chains itself (DraftChains) it asks for all levels at once, as many as the deepest tree of the last
+// call had and one more, and the tree is that chain with the other choices beside each of its nodes.
 //
 // The draft model's state only ever holds tokens that the target has committed. A drafted level is verified on top of
 // the levels before it (Model::Extend), so a chain of n tokens costs n forwards of one row, and neither copies a state

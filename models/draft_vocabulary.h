@@ -1,10 +1,10 @@
 // The part of the vocabulary that drafters on a CPU look at for greedy requests: the frequent half, as FR-Spec does
-// (arXiv 2502.14856), and the tokens of the text so far, which replies repeat. The unembedding is most of what a level of
-// a draft costs there. What is left out is never drafted; it costs acceptance, not correctness.
+// (arXiv 2502.14856), and the tokens of the text so far, which replies repeat. The unembedding is most of what a level
+// of a draft costs there. What is left out is never drafted; it costs acceptance, not correctness.
 //
-// Frequent are low numbers: tokenizers made of merges number their tokens from the most frequent pair on. Requests with
-// a temperature draw from the tail too, so for them everything counts (docs/speculation.md has the figures).
-// Threads: one at a time.
+// Frequent are low numbers: tokenizers made of merges number their tokens from the most frequent pair on. SentencePiece
+// puts single characters last, so commas and digits of such a model come with the text. Requests with a temperature
+// draw from the tail too, so for them everything counts (docs/speculation.md has the figures). Threads: one at a time.
 #pragma once
 
 #include <cstdint>

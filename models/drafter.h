@@ -18,7 +18,7 @@ namespace linspec {
 // How a drafter picks the tokens of a sampled request.
 enum class DraftDraw : uint8_t {
   kCoupled,      // with the target's noise, so that both tend to pick the same
-  kIndependent,  // for rejection sampling: drawn with NoiseStream::kDraft from DraftTree::distributions, or without noise
+  kIndependent,  // for rejection sampling: drawn with NoiseStream::kDraft from DraftTree::distributions, or no noise
   kLikeliest,    // the likeliest tokens, without noise
 };
 

@@ -1,9 +1,9 @@
-// Drafts with heads that follow their own best guess from token to token and guess all levels in one go: the tree is that
-// chain, and beside each of its nodes the other tokens that the heads thought possible there.
+// Drafts with heads that follow their own best guess from token to token and guess all levels in one go: the tree is
+// that chain, and beside each of its nodes the other tokens that the heads thought possible there.
 //
-// Levels are computed before anybody sees how sure the first ones are, so it asks for as many as the deepest tree of the
-// last call had, and one more. Keeps nothing per sequence; sequences whose hidden state is not known yet (before their
-// first step) are not drafted for.
+// Levels are computed before anybody sees how sure the first ones are, so it asks for as many as the deepest tree of
+// the last call had, and one more. Keeps nothing per sequence; sequences whose hidden state is not known yet (before
+// their first step) are not drafted for.
 //
 // Ownership: owns what guesses. Threads: engine thread only.
 #pragma once

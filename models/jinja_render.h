@@ -11,8 +11,8 @@
 
 namespace linspec::jinja {
 
-// What the template prints with these variables. Throws Error: raise_exception, a type error, or RESOURCE_EXHAUSTED over
-// the budget of work, output or depth.
+// What the template prints with these variables. Throws Error: raise_exception, a type error, or RESOURCE_EXHAUSTED
+// over the budget of work, output or depth.
 std::string Render(const std::vector<Node>& nodes, Dict globals);
 
 }  // namespace linspec::jinja

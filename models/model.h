@@ -105,7 +105,8 @@ class Model {
   virtual int64_t free_device_bytes() const { return -1; }  // -1: not a device's
   // Not OK once the device has failed: no call will succeed any more. Any thread.
   virtual absl::Status health() const { return absl::OkStatus(); }
-  // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the engine's.
+  // What a device backend holds and does, for the metrics; empty on a CPU. Any thread, and must not wait for the
+  // engine's.
   virtual std::vector<DeviceStats> device_stats() const { return {}; }
   virtual CudaHandle cuda() const { return {}; }  // null members on a CPU
   virtual std::string Describe() const = 0;       // one line for the start-up print: parameters, dtype, instruction set
@@ -135,7 +136,8 @@ class Model {
   // The token embeddings [tokens, D], for drafters that share them. Optional.
   virtual absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out);
   // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
-  // share it: hidden [rows, D], result [rows, V]. logit_blocks as in VerifyBatch. Leaves the verified batch alone. Optional.
+  // share it: hidden [rows, D], result [rows, V]. logit_blocks as in VerifyBatch. Leaves the verified batch alone.
+  // Optional.
   virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden,
                                                          std::span<const int32_t> logit_blocks);
 

@@ -1,7 +1,7 @@
 // Drafts with the recurrent head: a chain, or a tree grown level by level along the likeliest paths.
 //
-// Costs one small forward per level; keeps nothing per sequence, so a sequence never has to be caught up with. Sequences
-// whose hidden state is not known yet (before their first step) are not drafted for.
+// Costs one small forward per level; keeps nothing per sequence, so a sequence never has to be caught up with.
+// Sequences whose hidden state is not known yet (before their first step) are not drafted for.
 //
 // Ownership: owns the head, borrows the target for embedding and unembedding. Threads: engine thread only.
 #pragma once

@@ -169,7 +169,8 @@ void KeepTypical(float mass, std::vector<Scored>* kept) {
   kept->resize(count);
 }
 
-// A heap instead of a sort: usually a few tokens of a large vocabulary hold the mass. target: mass times the sum of all.
+// A heap instead of a sort: usually a few tokens of a large vocabulary hold the mass. target: mass times the sum of
+// all.
 void KeepTopP(double target, std::vector<Scored>* kept) {
   const auto worse = [](const Scored& a, const Scored& b) { return Better(b, a); };
   std::make_heap(kept->begin(), kept->end(), worse);

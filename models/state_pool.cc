@@ -61,7 +61,8 @@ absl::StatusOr<std::unique_ptr<StateMemory>> StatePool::AllocateOnHost(int64_t b
   const int64_t whole_pages = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   auto* data = static_cast<std::byte*>(std::aligned_alloc(kHugePage, whole_pages));
   if (data == nullptr) return absl::ResourceExhaustedError(fmt::format("cannot allocate {} bytes", bytes));
-  // A step streams whole states; small pages would miss the TLB on the way. A hint: without it that is all that happens.
+  // A step streams whole states; small pages would miss the TLB on the way. A hint: without it that is all that
+  // happens.
   madvise(data, whole_pages, MADV_HUGEPAGE);
   return std::make_unique<HostMemory>(data);
 }

@@ -3,9 +3,9 @@
 //   gumbel     the tokens that plain decoding would choose ("sample then match"): drafts change how many tokens a step
 //              yields and nothing else. The default.
 //   rejection  speculative sampling (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), child after
-//              child where a node has several: a child drawn from q is kept with probability min(1, p / q), else what is
-//              left of p is sampled. Tokens follow the exact distribution, but which ones a seed gives depends on the
-//              drafts. Accepts a little more than gumbel on chains.
+//              child where a node has several: a child drawn from q is kept with probability min(1, p / q), else
+//              what is left of p is sampled. Tokens follow the exact distribution, but which ones a seed gives
+//              depends on the drafts. Accepts a little more than gumbel on chains.
 //   typical    Medusa's typical acceptance (arXiv 2401.10774): a child is kept when it is likely enough,
 //              p > min(0.09, 0.3 exp(-entropy)). CHANGES THE DISTRIBUTION, towards likelier text. At temperature 0
 //              greedy.

@@ -6,8 +6,8 @@ namespace linspec {
 
 namespace {
 
-// A named tenant may hold at most this many times as much as stays free: three quarters of the queue and seven eighths of
-// the slots for one that floods, and of what it left the same for the next.
+// A named tenant may hold at most this many times as much as stays free: three quarters of the queue and seven eighths
+// of the slots for one that floods, and of what it left the same for the next.
 constexpr int64_t kQueueShare = 3, kSlotShare = 7;
 
 }  // namespace

@@ -1,13 +1,15 @@
 // How likely the target is to follow each path of a draft tree: what the drafter states, corrected by what came true.
 //
-//   path(node) = trust(drafter) * product over the path of  min(1, calibrated(drafter, depth, stated) * habit(request, drafter))
+//   path(node) = trust(drafter) * product over the path of
+//                min(1, calibrated(drafter, depth, stated) * habit(request, drafter))
 //
-// `calibrated` is how often children that were stated that likely, at that depth, were followed. `habit` is how this request
-// compares with all. Both look at single children, of trees that were cut to what looked best; and what looks best is, on
-// average, looked at too kindly. So `trust` compares what whole verified trees promised with what they brought.
+// `calibrated` is how often children that were stated that likely, at that depth, were followed. `habit` is how this
+// request compares with all. Both look at single children, of trees that were cut to what looked best; and what looks
+// best is, on average, looked at too kindly. So `trust` compares what whole verified trees promised with what they
+// brought.
 //
-// The requests of a step may all be wrong for the same reason (they begin together, each with a text that its drafter takes
-// for a copy of the prompt), so a step of many counts for no more than one of a few.
+// The requests of a step may all be wrong for the same reason (they begin together, each with a text that its drafter
+// takes for a copy of the prompt), so a step of many counts for no more than one of a few.
 //
 // Threads: engine thread only.
 #pragma once

@@ -124,8 +124,8 @@ void SpeculationController::ObserveReply(int64_t tokens) {
   reply_tokens_ += kReplySmoothing * (counted - reply_tokens_);
 }
 
-// A drafter displaces the target's weights from caches. So the first step without one is slower than those that follow, and
-// the first with one faster; and a step whose drafts came to nothing is no plain step.
+// A drafter displaces the target's weights from caches. So the first step without one is slower than those that follow,
+// and the first with one faster; and a step whose drafts came to nothing is no plain step.
 void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
   if (num_requests_ == 0) return;
   if (outcome.requests == num_requests_) {

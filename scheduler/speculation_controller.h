@@ -1,26 +1,27 @@
-// Decides which drafter a decoding request uses in a step, and after drafting which of the drafted nodes are verified, so
-// that tokens per second are highest; none at all when drafting does not pay.
+// Decides which drafter a decoding request uses in a step, and after drafting which of the drafted nodes are verified,
+// so that tokens per second are highest; none at all when drafting does not pay.
 //
 // **The price of time.** Let lambda be the tokens per second that the engine makes in the best way it knows. A second
 // spent must bring lambda tokens. So of the nodes of all requests, likeliest first, those are verified that make
 //
 //   sum of path probabilities - lambda * (seconds of the step with them - without them)
 //
-// largest, and a level is drafted while it promises more than lambda times what it takes. A drafter's rate is that of doing
-// so with each of its latest proposals: sum of tokens / sum of seconds, with lambda equal to the result (Dinkelbach), so its
+// largest, and a level is drafted while it promises more than lambda times what it takes. A drafter's rate is that of
+// doing so with each of its latest proposals: sum of tokens / sum of seconds, with lambda equal to the result
+// (Dinkelbach), so its
 // *gain*, its rate over that of plain steps, less 1 is what it brings a request in a step, in tokens.
 //
-// **Estimates** come from three things that are measured: step and draft costs (speculation_costs.h), how likely paths are
-// (speculation_acceptance.h), and the latest proposals of each drafter (speculation_history.h). When these suddenly promise
-// more or less than the older ones, because the text changed, the older ones are forgotten. And since all this may be
-// wrong in the same direction, what the use of a drafter comes to is set beside what it was expected to, and its gain
-// corrected by that.
+// **Estimates** come from three things that are measured: step and draft costs (speculation_costs.h), how likely paths
+// are (speculation_acceptance.h), and the latest proposals of each drafter (speculation_history.h). When these suddenly
+// promise more or less than the older ones, because the text changed, the older ones are forgotten. And since all this
+// may be wrong in the same direction, what the use of a drafter comes to is set beside what it was expected to, and its
+// gain corrected by that.
 //
 // **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
-// exceeds 1 by more than the doubt about it, and goes when it falls below 1. Requests that may use any drafter use the same
-// one, since each costs its levels again. What is not in use may be wrong by now, so it gets trials of a run: drafters with
-// some of the requests, and plain steps, which tell whether what is in use still pays. How often is a matter of what a
-// trial is expected to lose, which is little just where two ways are hard to tell apart.
+// exceeds 1 by more than the doubt about it, and goes when it falls below 1. Requests that may use any drafter use the
+// same one, since each costs its levels again. What is not in use may be wrong by now, so it gets trials of a run:
+// drafters with some of the requests, and plain steps, which tell whether what is in use still pays. How often is a
+// matter of what a trial is expected to lose, which is little just where two ways are hard to tell apart.
 //
 // **What may be lost** is limited by what was: speculation_ledger.h. And no step of several requests takes longer than
 // most_slowdown times a plain one, because a request that accepts nothing waits for the drafts of the others.
@@ -103,14 +104,14 @@ class SpeculationController {
   bool AsksAll(int drafter) const { return drafters_[drafter].pays; }
   // Whether asking a chosen drafter pays for so many of the step's requests; the others found something better.
   bool StillPays(int drafter, int num_asked) const;
-  // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the step
-  // do as much.
+  // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the
+  // step do as much.
   double Gain(const SpeculationProposal& proposal) const;
   double price() const { return price_; }  // lambda of the step
   // Remembers what was proposed, verified or not.
   void Learn(const SpeculationProposal& proposal);
-  // A drafter that costs nothing was asked for so many requests and proposed drafts worth `gains` tokens; used: one of them
-  // is verified.
+  // A drafter that costs nothing was asked for so many requests and proposed drafts worth `gains` tokens; used: one of
+  // them is verified.
   void ObserveFree(int drafter, int num_asked, double gains, bool used, double seconds);
   // Cuts the trees down to the nodes that pay. Of a trial one node stays, so that something is learned. Trees with
   // distributions stay whole: what is verified must not depend on what was drawn. draft_seconds: that drafting took.
@@ -144,8 +145,8 @@ class SpeculationController {
     bool pays = false;
     double credit = 0;                // seconds that its trials may be expected to lose
     int trials_due = kTrialsAtStart;  // whatever the credit: what was measured at start-up may be wrong
-    // Of one that costs nothing: tokens that its drafts bring a step, less what the time to look for them costs after all;
-    // who was asked when; steps without a draft of it.
+    // Of one that costs nothing: tokens that its drafts bring a step, less what the time to look for them costs after
+    // all; who was asked when; steps without a draft of it.
     double net = 0;
     int64_t asked_step = 0;
     int num_asked = 0, idle_steps = 0;

@@ -146,8 +146,8 @@ void DraftCosts::Observe(int contexts, int levels, int64_t catch_up_tokens, doub
     costs.per_level *= factor;
     return;
   }
-  // A drafter may hide a long catch-up in an ordinary call: outliers count at most double. The line gives way towards the
-  // observation, most where it was made (normalised least mean squares).
+  // A drafter may hide a long catch-up in an ordinary call: outliers count at most double. The line gives way towards
+  // the observation, most where it was made (normalised least mean squares).
   const double expected = Seconds(contexts, levels), further = levels - 1;
   const double step = kDraftSmoothing * (std::min(seconds, 2 * expected) - expected) / (1 + Squared(further));
   costs.first = std::max(costs.first + step, 0.2 * costs.first);

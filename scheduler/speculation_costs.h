@@ -1,18 +1,19 @@
 // What speculation costs on this machine with these models: verify steps and drafts, measured at start-up and followed
 // ever after.
 //
-// Only ratios matter: is a step with drafts worth what it takes longer than a plain one? And the machine gets faster and
-// slower all the time (other work, clock, where its processors run), usually while only one kind of step is seen. Who
-// averages each kind for itself compares today's with yesterday's; who scales everything by what is seen never notices
-// that the kinds' ratio is wrong. So StepCosts keeps apart what the machine does and what a size costs beside the plain
-// step, and how sure it is of either (a Kalman filter on logarithms, one for each power of two of requests):
+// Only ratios matter: is a step with drafts worth what it takes longer than a plain one? And the machine gets faster
+// and slower all the time (other work, clock, where its processors run), usually while only one kind of step is seen.
+// Who averages each kind for itself compares today's with yesterday's; who scales everything by what is seen never
+// notices that the kinds' ratio is wrong. So StepCosts keeps apart what the machine does and what a size costs beside
+// the plain step, and how sure it is of either (a Kalman filter on logarithms, one for each power of two of requests):
 //
 //   log seconds(rows, requests) = log prior(rows, requests) + machine + [rows > requests] size(rows / requests) + noise
 //
-// `machine` wanders from step to step, `size` (at 1+, 2, 4, ... 64 rows a request, linear in the logarithm between) hardly.
-// While only drafts are verified the two cannot be told apart and their sum is learned; the plain steps that the controller
-// puts in between then correct the ratio by as much as is unsure about it. A size of its own for "a little more than one
-// row a request" is there because a device rounds rows up to what its kernels and graphs are made for.
+// `machine` wanders from step to step, `size` (at 1+, 2, 4, ... 64 rows a request, linear in the logarithm between)
+// hardly. While only drafts are verified the two cannot be told apart and their sum is learned; the plain steps that
+// the controller puts in between then correct the ratio by as much as is unsure about it. A size of its own for "a
+// little more than one row a request" is there because a device rounds rows up to what its kernels and graphs are made
+// for.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once

@@ -1,5 +1,5 @@
-// What a drafter proposed lately, and what its use would bring by that: each remembered proposal is made to every request
-// of a step, cut to the nodes that pay, and averaged.
+// What a drafter proposed lately, and what its use would bring by that: each remembered proposal is made to every
+// request of a step, cut to the nodes that pay, and averaged.
 //
 // Threads: engine thread only.
 #pragma once
@@ -33,8 +33,8 @@ class ProposalHistory {
 
   ProposalHistory() { onward_.fill(kUnknown); }
 
-  // paths: [num_nodes] corrected probabilities. cut_short: no deeper level was to be computed, so what it would have held
-  // is unknown.
+  // paths: [num_nodes] corrected probabilities. cut_short: no deeper level was to be computed, so what it would have
+  // held is unknown.
   void Add(const DraftTree& tree, std::span<const double> paths, bool cut_short);
   // Forgets the older proposals when the recent ones promise something else: the text changed.
   void NoticeChange();

@@ -1,12 +1,12 @@
 // What speculation gained or lost beside plain decoding, in measured seconds, and whether it may go on.
 //
-// A step with drafts is credited with what its tokens would have cost plainly and charged with what it took, drafting and
-// the engine's own work for drafts included. What the balance may fall by is what was gained before, up to a limit, and a
-// small share of the time that passes. Once that is used up, drafts are over until the balance has grown again. So
-// whatever the estimates promise, a wrong one costs no more than this.
+// A step with drafts is credited with what its tokens would have cost plainly and charged with what it took, drafting
+// and the engine's own work for drafts included. What the balance may fall by is what was gained before, up to a limit,
+// and a small share of the time that passes. Once that is used up, drafts are over until the balance has grown again.
+// So whatever the estimates promise, a wrong one costs no more than this.
 //
-// A plain step's price is measured by plain steps, for each power of two of requests. Prompts that are read beside make a
-// step longer where a device works them off asynchronously, so the price has a second part, for a token of a prompt.
+// A plain step's price is measured by plain steps, for each power of two of requests. Prompts that are read beside make
+// a step longer where a device works them off asynchronously, so the price has a second part, for a token of a prompt.
 // A price grows old: without plain steps from time to time drafts are over as well.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact. Seconds throughout.

@@ -64,7 +64,8 @@ class Speculator {
                          std::vector<DraftTree>* trees, StepStats* stats);
   // Those to ask, of a drafter that costs nothing.
   std::vector<size_t> RequestsForFree(int drafter, std::span<const SpeculationRequest> requests) const;
-  // Takes what a free drafter proposed to the request at `index`, if it is better or on trial; returns the nodes it added.
+  // Takes what a free drafter proposed to the request at `index`, if it is better or on trial; returns the nodes it
+  // added.
   int TakeFree(int drafter, size_t index, uint64_t sequence_id, DraftTree proposed, int rows, DraftTree* tree,
                double* gains);
   // seconds: that the engine itself spent on the drafts of this step, shared among those who were asked for them.

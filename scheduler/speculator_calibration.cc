@@ -31,8 +31,8 @@ DraftTree SomeChain(int rows, int64_t vocab_size) {
   return chain;
 }
 
-// Seconds of verifying and committing `rows` rows for each slot, as the engine does it; the second fastest of a few times,
-// since interruptions only add.
+// Seconds of verifying and committing `rows` rows for each slot, as the engine does it; the second fastest of a few
+// times, since interruptions only add.
 absl::StatusOr<double> TimeStep(Model* model, StatePool* pool, std::span<const StateSlot> slots, int rows) {
   VerifyBatch batch;
   const DraftTree chain = SomeChain(rows, model->config().vocab_size);

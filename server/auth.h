@@ -33,8 +33,8 @@ class Authenticator {
   // Calls watcher with the number of keys, now and after each rereading. At most one, set before requests come.
   void WatchKeys(std::function<void(size_t)> watcher);
   bool IsPublicRoute(std::string_view path) const;
-  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never the
-  // key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
+  // authorization: the header's value, "Bearer <key>". Returns the tenant's name (a prefix of the key's hash), never
+  // the key. UNAUTHENTICATED otherwise. Takes the same time whichever key matches.
   absl::StatusOr<std::string> Check(std::string_view authorization);
 
  private:

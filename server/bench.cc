@@ -134,7 +134,8 @@ absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, i
   auto pool = model_->CreatePool(batch_size);
   if (!pool.ok()) return pool.status();
   const int group = model_->config().linear_attention.group_size;
-  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not computed.
+  // The state has one size whatever it has seen: a short prompt fills it, the rest of the context is counted, not
+  // computed.
   const int computed = std::min(context, 4 * group);
   const std::vector<int32_t> prompt = Prompt(computed);
   std::vector<StateSlot> slots;

@@ -35,9 +35,9 @@ class Candidates {
   static absl::StatusOr<std::unique_ptr<Candidates>> Start(Service* service, GenerateCall call,
                                                            std::function<void()> notify);
 
-  // What is new of one choice; false when nothing is. Every choice gets its turn. With best_of > n a choice comes whole,
-  // after all candidates have ended. An error ends the call: ABORTED, UNAVAILABLE (shutting down), DEADLINE_EXCEEDED,
-  // RESOURCE_EXHAUSTED (the consumer was too slow), INTERNAL.
+  // What is new of one choice; false when nothing is. Every choice gets its turn. With best_of > n a choice comes
+  // whole, after all candidates have ended. An error ends the call: ABORTED, UNAVAILABLE (shutting down),
+  // DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED (the consumer was too slow), INTERNAL.
   absl::StatusOr<bool> Next(Choice* choice);
   size_t size() const { return candidates_.size(); }  // prompts x best_of
   bool finished() const;                              // every choice was returned to its end

@@ -20,8 +20,8 @@ std::string Payload(const absl::Status& status, const char* key) {
   return payload.has_value() ? std::string(*payload) : std::string();
 }
 
-// Debian's absl::string_view is not std's, and Cord's constructor from std::string is a template that clang and g++ mangle
-// differently.
+// Debian's absl::string_view is not std's, and Cord's constructor from std::string is a template that clang and g++
+// mangle differently.
 void SetPayload(const char* key, const std::string& value, absl::Status* status) {
   status->SetPayload(key, absl::Cord(absl::string_view(value.data(), value.size())));
 }

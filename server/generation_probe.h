@@ -1,6 +1,6 @@
 // "Can generate", beside "alive" (/health) and "takes requests" (/ready): a thread that looks every few seconds whether
-// tokens came out of the engine; when none did it asks for one, and a token that has not come by the next look means no.
-// The finding goes to /health_generate, GetStats and the gauge linspec_can_generate.
+// tokens came out of the engine; when none did it asks for one, and a token that has not come by the next look means
+// no. The finding goes to /health_generate, GetStats and the gauge linspec_can_generate.
 //
 // Threads: one of its own. While the server drains it asks for nothing and leaves the finding as it is.
 #pragma once

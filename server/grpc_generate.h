@@ -20,8 +20,8 @@
 
 namespace linspec {
 
-// A thread between engine and gRPC: starting a write may touch the socket, which the engine must never wait for. The engine
-// posts all of a step, and wakes it once.
+// A thread between engine and gRPC: starting a write may touch the socket, which the engine must never wait for. The
+// engine posts all of a step, and wakes it once.
 class Pump {
  public:
   Pump() : thread_([this] { Run(); }) {}

@@ -1,5 +1,5 @@
-// Counts one gRPC call of our service by method and status code, and times it. Health checks and reflection are not counted.
-// No interceptor does it: with one, gRPC takes every write of a stream through its completion queue twice.
+// Counts one gRPC call of our service by method and status code, and times it. Health checks and reflection are not
+// counted. No interceptor does it: with one, gRPC takes every write of a stream through its completion queue twice.
 //
 // Threads: one at a time.
 #pragma once

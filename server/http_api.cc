@@ -227,8 +227,9 @@ absl::StatusOr<HttpReply> HttpApi::Version(const HttpRequest&) const {
   return HttpReply{.body = fmt::format("{{\"version\":\"{}\"}}", kVersion)};
 }
 
-// What clients of llama.cpp look up: how long a prompt may be, how many slots there are, the template. n_ctx: there is no
-// context window, so it is the longest prompt. A path on this machine is nobody's business: the model goes by its name.
+// What clients of llama.cpp look up: how long a prompt may be, how many slots there are, the template. n_ctx: there is
+// no context window, so it is the longest prompt. A path on this machine is nobody's business: the model goes by its
+// name.
 absl::StatusOr<HttpReply> HttpApi::Props(const HttpRequest&) const {
   SamplingParams defaults;
   service_->generation().sampling.Apply(&defaults);

@@ -251,8 +251,8 @@ class Connection : public ConnectionBase, public std::enable_shared_from_this<Co
     if (sent < data.size()) Write(std::string(data.substr(sent)), &Connection::Advance);
   }
 
-  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. Returns how
-  // much it took; what is left (an error too) is Write's.
+  // The usual case of a stream's piece: the kernel has room for it, and no completion needs to be waited for. Returns
+  // how much it took; what is left (an error too) is Write's.
   size_t SendAtOnce(std::string_view data) {
     if constexpr (std::is_same_v<Stream, TlsStream>) return 0;
     const auto start = SteadyClock::now();

@@ -1,7 +1,7 @@
-// Connections with news from the engine, on their way to the I/O threads. The engine appends all of a step, then wakes the
-// I/O threads, once each; tasks there take connections in batches. Were they woken by the first, they would catch up with
-// the engine before the second, take its processor, and sleep again: with two cores and 500 streams, ten to twenty times a
-// step. Of a long step one thread gets a head start. A private part of http_server.cc; it includes Asio.
+// Connections with news from the engine, on their way to the I/O threads. The engine appends all of a step, then wakes
+// the I/O threads, once each; tasks there take connections in batches. Were they woken by the first, they would catch
+// up with the engine before the second, take its processor, and sleep again: with two cores and 500 streams, ten to
+// twenty times a step. Of a long step one thread gets a head start. A private part of http_server.cc; it includes Asio.
 //
 // Threads: every method from any. After Close nothing reaches the io_context, which may then end.
 #pragma once

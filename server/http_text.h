@@ -20,8 +20,8 @@ std::string OriginForm(std::string target);
 std::string PercentDecoded(const std::string& text);
 
 inline constexpr size_t kChunkHead = 18;  // 16 digits and CRLF: the longest head of a chunk
-// frame: kChunkHead bytes of room, then the bytes of a chunk. Writes its head so that it ends where they begin, and CRLF after
-// them. Returns where the head begins.
+// frame: kChunkHead bytes of room, then the bytes of a chunk. Writes its head so that it ends where they begin, and
+// CRLF after them. Returns where the head begins.
 size_t FrameChunk(std::string* frame);
 
 }  // namespace linspec

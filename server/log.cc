@@ -21,8 +21,8 @@ namespace {
 
 constexpr size_t kQueuedLines = 8192;
 
-// write(2), because spdlog's own sinks ignore a failed write, and never a wait without end: a pipe that nobody reads would
-// otherwise keep the process from ending.
+// write(2), because spdlog's own sinks ignore a failed write, and never a wait without end: a pipe that nobody reads
+// would otherwise keep the process from ending.
 class DescriptorSink : public spdlog::sinks::base_sink<spdlog::details::null_mutex> {
  public:
   explicit DescriptorSink(int descriptor) : descriptor_(descriptor) {}

@@ -1,8 +1,8 @@
-// Prometheus metrics: linspec_* with the suffixes, labels and bucket edges that vLLM's users know, and finer edges below
-// 10 ms. Label values come from fixed lists, never from what a client sends.
+// Prometheus metrics: linspec_* with the suffixes, labels and bucket edges that vLLM's users know, and finer edges
+// below 10 ms. Label values come from fixed lists, never from what a client sends.
 //
-// Threads: every method from any thread. OnStep is called by the engine and only touches atomics and short mutexes that a
-// scrape holds for one metric at a time; Serialize never waits for the engine.
+// Threads: every method from any thread. OnStep is called by the engine and only touches atomics and short mutexes that
+// a scrape holds for one metric at a time; Serialize never waits for the engine.
 #pragma once
 
 #include <functional>

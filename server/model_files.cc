@@ -28,7 +28,8 @@ absl::Status InFile(const std::string& path, const absl::Status& status) {
   return absl::Status(status.code(), fmt::format("{}: {}", path, std::string(status.message())));
 }
 
-// Whether there is something to read, or something in the way that reading will name: a loop of links, a forbidden folder.
+// Whether there is something to read, or something in the way that reading will name: a loop of links, a forbidden
+// folder.
 bool MayExist(const fs::path& path) {
   std::error_code error;
   return fs::exists(path, error) || error;
@@ -134,8 +135,8 @@ int MaxRequests(const ServerConfig& config, const Model& model) {
                  : static_cast<int>(std::clamp<int64_t>(fit * 9 / 10 - config.engine.prefix_cache, 1, kMostOnGpu));
 }
 
-// Shape of draft trees when nobody said. Rows are nearly free on a GPU: beside the likeliest path, the other tokens that a
-// drafter thought possible are worth verifying.
+// Shape of draft trees when nobody said. Rows are nearly free on a GPU: beside the likeliest path, the other tokens
+// that a drafter thought possible are worth verifying.
 int DraftTopK(const ServerConfig& config, const Machine& machine) {
   constexpr int kOnCpu = 1, kOnGpu = 4;
   if (config.engine.draft_top_k > 0) return config.engine.draft_top_k;

@@ -29,7 +29,8 @@ struct Machine {
   std::shared_ptr<CpuOps> ops;
   std::shared_ptr<CudaDevice> cuda;  // null: everything runs on the CPU
 };
-// --device auto takes a GPU if there is one, and says on standard error why not where the plugin is; cuda insists on it.
+// --device auto takes a GPU if there is one, and says on standard error why not where the plugin is; cuda insists on
+// it.
 absl::StatusOr<Machine> OpenMachine(const ServerConfig::ModelOptions& options);
 
 // Token budget of a step: the configured one, or what keeps the machine busy without making others wait long.

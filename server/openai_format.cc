@@ -1,4 +1,5 @@
-// Answers of /v1/completions and /v1/chat/completions: by hand, because a chunk is written for every token of every stream.
+// Answers of /v1/completions and /v1/chat/completions: by hand, because a chunk is written for every token of every
+// stream.
 #include <fmt/format.h>
 
 #include <algorithm>

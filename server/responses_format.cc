@@ -1,4 +1,5 @@
-// Answers of /v1/responses: one message of one text part, plain or as the events that OpenAI's clients assemble it from.
+// Answers of /v1/responses: one message of one text part, plain or as the events that OpenAI's clients assemble it
+// from.
 #include <fmt/format.h>
 
 #include <iterator>

@@ -1,8 +1,8 @@
 // How a row finds its window. The arithmetic is in the tables; here are positions, ancestors and folds.
 //
-// A row at position p sees the positions max(0, min(group start of p, p - conv_kernel + 1)) .. p. Committed positions come
-// from the ring, newer ones from the rows of the call; either way they enter the sum at the same place. Rows of one group
-// are computed in tiles that load what their windows share once.
+// A row at position p sees the positions max(0, min(group start of p, p - conv_kernel + 1)) .. p. Committed positions
+// come from the ring, newer ones from the rows of the call; either way they enter the sum at the same place. Rows of
+// one group are computed in tiles that load what their windows share once.
 #include "kernels/cpu/cpu_attention.h"
 
 #include <algorithm>

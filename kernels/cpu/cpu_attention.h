@@ -22,8 +22,8 @@ struct AttentionScratch {
 
 void VerifyKvHead(const IsaTable& table, const AttentionLayer& layer, const WindowRequest& request, const float* qkv,
                   float* out, int kv_head, AttentionScratch* scratch);
-// Asks for the part of the state that VerifyKvHead will read. States of a batch come from memory, in pieces too short for
-// the processor's own prefetching.
+// Asks for the part of the state that VerifyKvHead will read. States of a batch come from memory, in pieces too short
+// for the processor's own prefetching.
 void PrefetchKvHead(const AttentionLayer& layer, const WindowRequest& request, int kv_head);
 void CommitKvHead(const IsaTable& table, const AttentionLayer& layer, const CommitRequest& request, const float* qkv,
                   int kv_head, AttentionScratch* scratch);

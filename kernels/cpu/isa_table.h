@@ -1,7 +1,7 @@
 // The innermost loops, one table per instruction set; CpuOpsImpl (cpu_ops.cc) does blocking and threads around them.
 //
-// Every table gives the same bits: floating-point reductions run in 16 logical lanes with fused multiply-adds and a fixed
-// tree at the end, int8 dots are exact. The scalar table is the readable reference.
+// Every table gives the same bits: floating-point reductions run in 16 logical lanes with fused multiply-adds and a
+// fixed tree at the end, int8 dots are exact. The scalar table is the readable reference.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,9 @@ struct QuantizedRows {
   int64_t stride;
 };
 
-// Up to kMaxQueryRows query rows of one head whose positions lie in one group. A row sees the shared tokens from `first`
-// on, then tokens of its own (ancestors in the call, itself last), in ascending position. Shared ones are loaded once.
-// T: what keys, values and S are held in, float or the bits of bf16 (uint16_t).
+// Up to kMaxQueryRows query rows of one head whose positions lie in one group. A row sees the shared tokens from
+// `first` on, then tokens of its own (ancestors in the call, itself last), in ascending position. Shared ones are
+// loaded once. T: what keys, values and S are held in, float or the bits of bf16 (uint16_t).
 inline constexpr int kMaxQueryRows = 4;
 template <typename T>
 struct QueryRow {

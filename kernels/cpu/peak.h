@@ -11,12 +11,12 @@
 
 namespace linspec {
 
-// Multiply-adds per second of num_threads >= 1 threads together, on registers alone, with the instructions that isa uses
-// for products with weights of `dtype` (kI8: 8-bit integers; else fp32).
+// Multiply-adds per second of num_threads >= 1 threads together, on registers alone, with the instructions that isa
+// uses for products with weights of `dtype` (kI8: 8-bit integers; else fp32).
 double MeasureMultiplyAddPeak(Isa isa, DType dtype, int num_threads);
 
-// Bytes/s that the threads together read, each going over its share of `bytes` again and again, on the pages that weights
-// lie on: what an op with that working set could reach, be it in cache or in memory.
+// Bytes/s that the threads together read, each going over its share of `bytes` again and again, on the pages that
+// weights lie on: what an op with that working set could reach, be it in cache or in memory.
 double MeasureReadBandwidth(Isa isa, int num_threads, int64_t bytes);
 
 }  // namespace linspec

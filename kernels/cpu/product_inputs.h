@@ -1,9 +1,9 @@
 // The rows that a product multiplies with: after RmsNorm and, for int8 weights, quantised.
 //
-// Few rows are prepared by every thread for itself: that takes no longer than one thread doing it while the others wait,
-// needs no barrier, and leaves nothing that two processors share; taking back a line that another one has read costs
-// tens of nanoseconds where they have no cache in common. Many rows are prepared once, all threads sharing the work.
-// Private to kernels/. Threads: Begin by the caller of a loop, Get inside it.
+// Few rows are prepared by every thread for itself: that takes no longer than one thread doing it while the others
+// wait, needs no barrier, and leaves nothing that two processors share; taking back a line that another one has read
+// costs tens of nanoseconds where they have no cache in common. Many rows are prepared once, all threads sharing the
+// work. Private to kernels/. Threads: Begin by the caller of a loop, Get inside it.
 #pragma once
 
 #include <cstdint>

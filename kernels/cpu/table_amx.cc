@@ -1,8 +1,8 @@
 // AMX table (Sapphire Rapids and later): the AVX-512 table with int8 products of several rows in tile registers.
 //
-// A packed block is a tile operand as it stands: a line of 64 bytes holds four k of 16 outputs, 16 lines make the B tile of
-// 64 k. The other operand, A, is up to 16 rows of x, unsigned plus 128 as vpdpbusd takes them. Sums are exact integers, so
-// the bits are those of the other tables.
+// A packed block is a tile operand as it stands: a line of 64 bytes holds four k of 16 outputs, 16 lines make the B
+// tile of 64 k. The other operand, A, is up to 16 rows of x, unsigned plus 128 as vpdpbusd takes them. Sums are exact
+// integers, so the bits are those of the other tables.
 #include <immintrin.h>
 
 #include "kernels/cpu/isa_table.h"
@@ -49,8 +49,8 @@ void ConfigureTwoHalves(int64_t rows) {
   Configure(config);
 }
 
-// Asks for the lines that the next kBlocks blocks have at the same place: the processor follows the streams on its own, but
-// stops at the end of each page.
+// Asks for the lines that the next kBlocks blocks have at the same place: the processor follows the streams on its own,
+// but stops at the end of each page.
 template <int kBlocks>
 inline void PrefetchNext(const int8_t* data, int64_t block_bytes) {
   for (int b = 0; b < kBlocks; ++b) {
@@ -129,8 +129,8 @@ struct Product {
   int64_t block_bytes() const { return x.stride * kLanes; }
   const int8_t* weights(int64_t block) const { return static_cast<const int8_t*>(w.data) + block * block_bytes(); }
   const uint8_t* row(int64_t m) const { return x.values + m * x.stride; }
-  // Sums of rows [m, m + rows), `blocks` blocks from `block` on, to y. The inputs carry +128: 128 times the row's weights
-  // comes off.
+  // Sums of rows [m, m + rows), `blocks` blocks from `block` on, to y. The inputs carry +128: 128 times the row's
+  // weights comes off.
   void Store(const Sums& sums, int64_t m, int64_t rows, int64_t block, int blocks) const {
     for (int b = 0; b < blocks; ++b) {
       const int64_t n = (block + b) * kLanes, left = w.rows - n;

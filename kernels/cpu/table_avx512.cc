@@ -40,8 +40,8 @@ float ReduceAdd(V v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
 
-// dots[i] = ReduceAdd(a[i]): the same additions, for all sixteen at once. Written out, because a loop over `a` would keep
-// it, and with it the accumulators of the caller's loop, in memory.
+// dots[i] = ReduceAdd(a[i]): the same additions, for all sixteen at once. Written out, because a loop over `a` would
+// keep it, and with it the accumulators of the caller's loop, in memory.
 V AddHalves(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); }
 V AddQuarters(V a, V b) { return Add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xDD)); }
 V AddPairs(V a, V b) { return Add(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE)); }

@@ -1,7 +1,8 @@
-// A thread block cluster: blocks that run at the same time on neighbouring multiprocessors, wait for each other and read each
-// other's shared memory. Where there are none (below sm_90) a block is alone, and the same code runs.
+// A thread block cluster: blocks that run at the same time on neighbouring multiprocessors, wait for each other and
+// read each other's shared memory. Where there are none (below sm_90) a block is alone, and the same code runs.
 //
-// A block may not end while another can still read its shared memory. Threads: all of the cluster call Sync, Leave and End.
+// A block may not end while another can still read its shared memory. Threads: all of the cluster call Sync, Leave and
+// End.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,9 +1,9 @@
 // Appends accepted rows to the rings and folds S where a group fills, for one layer or all layers in one launch.
 //
 // As many blocks as fit take turns: first at heads of requests that fill a group, of all layers, then at the others'
-// rows, all heads of a layer at a time where there are enough. A fold stages a head's group (ring slots, then accepted rows) in shared memory, folds
-// in registers (state_fragment.h) and writes S. Floor per head at d = 128, fp32: a row 1 KB read and written, a fold
-// 128 KB read and 64 KB written. Reached: docs/cuda_attention.md.
+// rows, all heads of a layer at a time where there are enough. A fold stages a head's group (ring slots, then accepted
+// rows) in shared memory, folds in registers (state_fragment.h) and writes S. Floor per head at d = 128, fp32: a row 1
+// KB read and written, a fold 128 KB read and 64 KB written. Reached: docs/cuda_attention.md.
 #include <algorithm>
 
 #include "kernels/cuda/attention_kernels.h"

@@ -17,9 +17,9 @@ namespace linspec::cuda {
 
 class CublasGemm {
  public:
-  // Loads libcublasLt.so.13: `folder` if given, else the dynamic loader's own search (LD_LIBRARY_PATH, ld.so.cache), then
-  // the toolkit's and Python packages' usual folders. Null with `why` set, naming what was tried, if none is usable on
-  // the current device: callers then use LaunchTiledGemm and say so in their log.
+  // Loads libcublasLt.so.13: `folder` if given, else the dynamic loader's own search (LD_LIBRARY_PATH, ld.so.cache),
+  // then the toolkit's and Python packages' usual folders. Null with `why` set, naming what was tried, if none is
+  // usable on the current device: callers then use LaunchTiledGemm and say so in their log.
   static std::unique_ptr<CublasGemm> Open(const std::string& folder, std::string* why);
   CublasGemm() = default;
   CublasGemm(const CublasGemm&) = delete;

@@ -1,7 +1,7 @@
-// Chains of a draft model, all levels in one graph. The first level takes each task's known tokens, every further one the
-// token chosen before it, one row a task. What the levels leave in kept_kv_ stands as a verified tree of those tokens
-// would: a task's rows in a row, its first level's and then one of each level, so that attention sees a chain and commit
-// takes any beginning of it. Everything that differs between calls of one size is data in one block.
+// Chains of a draft model, all levels in one graph. The first level takes each task's known tokens, every further one
+// the token chosen before it, one row a task. What the levels leave in kept_kv_ stands as a verified tree of those
+// tokens would: a task's rows in a row, its first level's and then one of each level, so that attention sees a chain
+// and commit takes any beginning of it. Everything that differs between calls of one size is data in one block.
 #include <algorithm>
 
 #include "kernels/cuda/device_model.h"

@@ -2,7 +2,8 @@
 // host in between. The step's rows go up in one small block and the candidates come down in another; graphs are kept
 // for each bucket of (rows, levels, candidates).
 //
-// Threads: one at a time per context. Ownership: owns its scratch; weights are the caller's; the target must outlive it.
+// Threads: one at a time per context. Ownership: owns its scratch; weights are the caller's; the target must outlive
+// it.
 #pragma once
 
 #include <cstdint>

@@ -141,8 +141,8 @@ class DeviceModel {
   std::vector<LinspecCudaLayer> layers_;
   Products products_;
 
-  // Scratch [rows, ...]: residual stream, inputs of products, sums of squares for norms, what lives only within a layer or
-  // at a step's end, and of the last verify or chains k and v of every layer, and the states after the final norm.
+  // Scratch [rows, ...]: residual stream, inputs of products, sums of squares for norms, what lives only within a layer
+  // or at a step's end, and of the last verify or chains k and v of every layer, and the states after the final norm.
   Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_;
   int hidden_rows_ = 0;
   int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds

@@ -1,5 +1,5 @@
-// Draft heads: a block per row, but a cluster of blocks for the choice (row_cluster.h), which reads a row's logits twice; a
-// thread holds its four best in registers, so that nearly no round of the selection computes scores again.
+// Draft heads: a block per row, but a cluster of blocks for the choice (row_cluster.h), which reads a row's logits
+// twice; a thread holds its four best in registers, so that nearly no round of the selection computes scores again.
 //
 // Floor of a choice: 8 V bytes a row, from L2, and V / 4 Philox blocks for noisy rows.
 #include <climits>
@@ -105,7 +105,8 @@ struct ChooseShared {
 };
 static_assert(kMostClusterBlocks <= kClusterWarps && kMostClusterBlocks * kMostRivals <= kClusterThreads);
 
-// What a row's tokens are chosen by, four tokens at a time: the logits, or for a noisy row the tempered ones and the noise.
+// What a row's tokens are chosen by, four tokens at a time: the logits, or for a noisy row the tempered ones and the
+// noise.
 struct Scores {
   const float* logits;
   int vocab;
@@ -179,8 +180,8 @@ __device__ void MergeLists(const ScoredToken (&lists)[kClusterWarps][kMostRivals
   }
 }
 
-// The `count` best scores of the row, best first: lane i of the cluster's first warp gets the i-th. Each warp picks its own,
-// then the warps' lists are merged, then the blocks'. The thread has left the cluster afterwards.
+// The `count` best scores of the row, best first: lane i of the cluster's first warp gets the i-th. Each warp picks its
+// own, then the warps' lists are merged, then the blocks'. The thread has left the cluster afterwards.
 __device__ ScoredToken SelectBest(const RowCluster& cluster, const Scores& scores, OwnBest mine, int count,
                                   ChooseShared& shared) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, i = threadIdx.x % kMostRivals;

@@ -1,20 +1,21 @@
 // Up to 8 tokens: weights reach shared memory by the bulk copy engine, so that loads never wait for the arithmetic.
 //
 // The 8 warps of a block are the kSplit ranges of k of one tile of 16 weight rows. Each warp has its own ring of slots
-// (16 rows by up to 8 steps, 512 consecutive bytes of each row) with one mbarrier each: 16 lanes order one copy per row,
-// all multiply, and the slot is ordered again for a later tile; warps meet only where the ranges of a finished tile are
-// added, in order. x's slice of a range stays in the warp's shared memory for the whole launch. The rings are filled
-// before the kernel ahead has ended (pdl.h).
+// (16 rows by up to 8 steps, 512 consecutive bytes of each row) with one mbarrier each: 16 lanes order one copy per
+// row, all multiply, and the slot is ordered again for a later tile; warps meet only where the ranges of a finished
+// tile are added, in order. x's slice of a range stays in the warp's shared memory for the whole launch. The rings are
+// filled before the kernel ahead has ended (pdl.h).
 //
 // Rows of a slot, and tokens, are padded so that 8 lanes reading 16 bytes each (two rows, four slices) meet 32 banks.
 //
 // The RMSNorm in front of a product can be its prologue (launch.h): each warp makes its slice of x from that of the
-// residual stream and of the norm's weight, which it asked for before the kernel ahead had ended, and the warps' sums of
-// squares meet where the ranges of the first tile do. A step of one request on an H100: bf16 4.66 ms for 4.95 with norms
-// launched, fp8 2.74 for 2.99 with sums of squares left by the product ahead, which all warps of the next one read.
+// residual stream and of the norm's weight, which it asked for before the kernel ahead had ended, and the warps' sums
+// of squares meet where the ranges of the first tile do. A step of one request on an H100: bf16 4.66 ms for 4.95 with
+// norms launched, fp8 2.74 for 2.99 with sums of squares left by the product ahead, which all warps of the next one
+// read.
 //
-// Blocks have their x 3 to 6 us after the last write of the kernel ahead: what asks for it waits behind the first copies of
-// weights. The memory is busy with those so long, and the whole launch takes 1 to 4 us over its bytes (bf16; H100).
+// Blocks have their x 3 to 6 us after the last write of the kernel ahead: what asks for it waits behind the first
+// copies of weights. The memory is busy with those so long; a launch takes 1 to 4 us over its bytes (bf16, H100).
 //
 // All products of a 7B step, share of the read bandwidth measured in the same run (2026-11-27; more: docs/cuda.md):
 //   rows             1       2
@@ -24,10 +25,10 @@
 //   fp8,  H100      83      82
 //   int8, H100      83      82
 // Rejected: 256-byte pieces of a row (75 %); 128-byte TMA boxes (78 %) and 512-byte ones (91 % at best, 77 % at
-// 4096 x 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share scoreboards);
-// ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into the L2 ahead:
-// the launch's own (5 points worse), or 4 to 32 MB of the next product's (0.5 to 9 points worse, with other kernels
-// between the products too).
+// 4096 x 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share
+// scoreboards); ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into
+// the L2 ahead: the launch's own (5 points worse), or 4 to 32 MB of the next product's (0.5 to 9 points worse, with
+// other kernels between the products too).
 #include <algorithm>
 
 #include "kernels/cuda/gemm_ring.h"

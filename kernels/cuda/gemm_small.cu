@@ -1,6 +1,6 @@
 // Products of small matrices, up to a few hundred rows: the weights stay in the L2, so reading them again for each 64
-// tokens costs little, and what counts is that nothing waits. A block is 16 weight rows times up to 64 tokens, its 8 warps
-// the 8 ranges of k; tokens come straight from the L2 in fragment order, and the ranges meet in shared memory. No
+// tokens costs little, and what counts is that nothing waits. A block is 16 weight rows times up to 64 tokens, its 8
+// warps the 8 ranges of k; tokens come straight from the L2 in fragment order, and the ranges meet in shared memory. No
 // workspace, no order between blocks, and the grid grows with the tokens instead of the time.
 // The RMSNorm in front can be the prologue (launch.h): each value of x is read by one lane of a block, which multiplies
 // it by the norm's weight on the way; the sums of squares meet where the ranges do.

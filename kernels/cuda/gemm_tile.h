@@ -114,8 +114,8 @@ __device__ __forceinline__ uint16_t Bf16Bits(float value) {
 
 __device__ __forceinline__ float Silu(float x) { return x / (1.0f + __expf(-x)); }
 
-// Of the RMSNorm in front of a product (launch.h): four values of x times its weight in bf16, and their squares added in
-// order.
+// Of the RMSNorm in front of a product (launch.h): four values of x times its weight in bf16, and their squares added
+// in order.
 __device__ __forceinline__ uint2 NormFour(const float4& x, const float4& weight, float& squares) {
   squares = fmaf(x.w, x.w, fmaf(x.z, x.z, fmaf(x.y, x.y, fmaf(x.x, x.x, squares))));
   const __nv_bfloat162 low = __floats2bfloat162_rn(x.x * weight.x, x.y * weight.y);
@@ -126,8 +126,8 @@ __device__ __forceinline__ float InverseRms(float squares, int64_t dim, float ep
   return 1.0f / sqrtf(squares / static_cast<float>(dim) + eps);
 }
 
-// The sum over k is always taken in kSplit contiguous ranges of steps, each from zero in order of k, and the ranges added
-// in order: the same bits whichever kernel runs and however many tokens ride along.
+// The sum over k is always taken in kSplit contiguous ranges of steps, each from zero in order of k, and the ranges
+// added in order: the same bits whichever kernel runs and however many tokens ride along.
 inline constexpr int kSplit = 8;
 
 __host__ __device__ inline int NumSteps(const LinspecCudaMatrix& w) {
@@ -136,8 +136,8 @@ __host__ __device__ inline int NumSteps(const LinspecCudaMatrix& w) {
 }
 __host__ __device__ inline int RangeBegin(int steps, int range) { return steps * range / kSplit; }
 
-// What a lane's four finished sums become. sums: {row, token}, {row, token + 1}, {row + 8, token}, {row + 8, token + 1};
-// row % 16 < 8; `old` are the values of y that `accumulate` adds to.
+// What a lane's four finished sums become. sums: {row, token}, {row, token + 1}, {row + 8, token}, {row + 8, token +
+// 1}; row % 16 < 8; `old` are the values of y that `accumulate` adds to.
 // Tokens count from the first row of y.
 struct OutputTile {
   const GemmParams& p;

@@ -1,8 +1,8 @@
 // The parts of a block of the warpgroup product (gemm_wgmma.cu): its share of the work, its ring in shared memory, and
 // the warp that orders what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
 //
-// A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of four
-// warps multiplies 64 of the rows.
+// A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of
+// four warps multiplies 64 of the rows.
 #pragma once
 
 #include <cuda.h>

@@ -1,7 +1,8 @@
 // What the warps that multiply do in a block of the warpgroup product (gemm_wgmma.cu). sm_90a only.
 //
-// bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to bf16 in registers: a lane brings
-// two bytes at a time in the order of k, so it reads the words that hold them, half of whose bytes are its neighbour's.
+// bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to bf16 in registers: a lane
+// brings two bytes at a time in the order of k, so it reads the words that hold them, half of whose bytes are its
+// neighbour's.
 #pragma once
 
 #include "kernels/cuda/gemm_wgmma_epilogue.h"
@@ -34,8 +35,8 @@ struct Consumer {
   __device__ static int Group() { return static_cast<int>(threadIdx.x) / kGroupThreads; }
 
   __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
-  // When all lanes have read. for_sums: sums come into this slot next, by a plain bulk copy; racecheck sees those, unlike
-  // copies of tiles, and takes an arrival to follow the reads of that lane alone.
+  // When all lanes have read. for_sums: sums come into this slot next, by a plain bulk copy; racecheck sees those,
+  // unlike copies of tiles, and takes an arrival to follow the reads of that lane alone.
   __device__ __forceinline__ void Release(int stage, bool for_sums) const {
     if constexpr (kWidens) {
       if (for_sums) return BarrierArrive(&ring.empty[stage], 1);

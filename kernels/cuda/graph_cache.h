@@ -1,6 +1,6 @@
-// CUDA graphs of pieces of work that come again and again in a few sizes: captured the first time, then replayed. Kernels
-// are loaded when they are first launched, which a capture is not for: a size whose kernels may be new is launched kernel
-// by kernel once, and captured the second time.
+// CUDA graphs of pieces of work that come again and again in a few sizes: captured the first time, then replayed.
+// Kernels are loaded when they are first launched, which a capture is not for: a size whose kernels may be new is
+// launched kernel by kernel once, and captured the second time.
 //
 // A graph remembers addresses. `stamp` stands for all that it may point into; when it changes, every graph is dropped.
 // Threads: one at a time per context.
@@ -24,8 +24,8 @@ class GraphCache {
   GraphCache(const GraphCache&) = delete;
   GraphCache& operator=(const GraphCache&) = delete;
 
-  // enqueue: () -> code, queues the work on the context's stream and does nothing else. kernels: the same number for work
-  // that launches the same kernels.
+  // enqueue: () -> code, queues the work on the context's stream and does nothing else. kernels: the same number for
+  // work that launches the same kernels.
   template <typename Enqueue>
   int32_t Run(const Key& key, int kernels, uint64_t stamp, Enqueue enqueue) {
     if (stamp != stamp_) Drop();

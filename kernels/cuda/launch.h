@@ -25,8 +25,8 @@ void LaunchPrefill(const AttentionParams& params, int num_tasks, cudaStream_t st
 void LaunchCommitLayers(const LayerParams& shape, bool bf16, const AttentionParams* layers, int num_layers,
                         int num_tasks, cudaStream_t stream);
 
-// Whether verify may get AttentionParams::raw, for rows that LaunchRopeNormalize has not seen: what that would have done
-// happens inside, to the same bits. Tasks of one row each; row_begin < rows of the call.
+// Whether verify may get AttentionParams::raw, for rows that LaunchRopeNormalize has not seen: what that would have
+// done happens inside, to the same bits. Tasks of one row each; row_begin < rows of the call.
 bool VerifyTakesRawRows(const LayerParams& layer, int num_tasks, int max_rows);
 // Layer shapes whose states may be bf16.
 bool SupportsBf16States(const LayerParams& layer);
@@ -108,8 +108,8 @@ struct GemmParams {
   void* workspace = nullptr;
   NormAfter norm_after = {};  // needs accumulate
   NormBefore norm_before = {};
-  // If rope.qkv is set, w is qkv of heads of 128, y is rope.qkv, and the result is what LaunchRopeNormalize leaves, to the
-  // same bits: warpgroup products (gemm_wgmma.h).
+  // If rope.qkv is set, w is qkv of heads of 128, y is rope.qkv, and the result is what LaunchRopeNormalize leaves, to
+  // the same bits: warpgroup products (gemm_wgmma.h).
   RopeRows rope = {};
 };
 // Which row of [gate; up] (each `intermediate` rows, a multiple of 8) is row r of w for silu_mul: 8 rows of gate, the
@@ -123,7 +123,8 @@ int64_t StreamingGemmWorkspaceBytes();
 void LaunchStreamingGemm(const GemmParams& params, int rows, cudaStream_t stream);
 // A matrix that fits in the L2, up to a few hundred rows: the same product and bits, without a workspace.
 void LaunchSmallGemm(const GemmParams& params, int rows, cudaStream_t stream);
-// x * weight in bf16 [rows, K] and 1 / rms [rows] of norm.x, for products by w, with the bits of a small one's prologue.
+// x * weight in bf16 [rows, K] and 1 / rms [rows] of norm.x, for products by w, with the bits of a small one's
+// prologue.
 void LaunchNormForSmall(const NormBefore& norm, const LinspecCudaMatrix& w, uint16_t* out, float* scales, int rows,
                         cudaStream_t stream);
 // Many rows (from about 128): the same product and bits, bound by arithmetic.

@@ -186,9 +186,9 @@ typedef struct LinspecCudaDraftStep {
 } LinspecCudaDraftStep;
 
 // A draft model's chains: after the known tokens of each task, num_levels tokens that it chooses itself, each the best
-// candidate of the level before. Nothing is written to the states. Commit then takes the same tasks and reads their rows
-// in order: those of task r begin after the num_rows + num_levels - 1 rows of each task before it (the last token chosen
-// was never looked at).
+// candidate of the level before. Nothing is written to the states. Commit then takes the same tasks and reads their
+// rows in order: those of task r begin after the num_rows + num_levels - 1 rows of each task before it (the last token
+// chosen was never looked at).
 typedef struct LinspecCudaChainStep {
   LinspecCudaStates states;
   const LinspecCudaTask*
@@ -225,8 +225,8 @@ typedef struct LinspecCudaApi {
   int32_t (*create_model)(LinspecCudaContext*, const LinspecCudaShape*, const LinspecCudaWeights*,
                           int32_t deterministic, LinspecCudaModel**);
   void (*destroy_model)(LinspecCudaModel*);
-  // Device memory that steps of up to this size take beyond what the model holds; and taking it, so that none of them can
-  // run out. Larger steps take more when they come.
+  // Device memory that steps of up to this size take beyond what the model holds; and taking it, so that none of them
+  // can run out. Larger steps take more when they come.
   int32_t (*scratch_bytes)(LinspecCudaModel*, const LinspecCudaStepSize*, int64_t* bytes);
   int32_t (*reserve)(LinspecCudaModel*, const LinspecCudaStepSize*);
   int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);

@@ -3,8 +3,8 @@
 //
 // The walk is the only serial part: it folds K^T V of 64 tokens a step, in the arithmetic of commit and decode
 // (state_fragment.h), so states have the bits of token-by-token decoding. It writes S before each group to a scratch of
-// 64 KB per (group, kv head) at d = 128, which the groups read. Bytes per token and layer at 32 heads: q, k, v, out 64 KB;
-// scratch 32 KB written and read.
+// 64 KB per (group, kv head) at d = 128, which the groups read. Bytes per token and layer at 32 heads: q, k, v, out 64
+// KB; scratch 32 KB written and read.
 #include "kernels/cuda/attention_kernels.h"
 #include "kernels/cuda/prefill_group.h"
 #include "kernels/cuda/state_fragment.h"

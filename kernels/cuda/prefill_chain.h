@@ -20,8 +20,8 @@ __device__ __forceinline__ int GroupsBefore(const AttentionParams& p, int end) {
   return __reduce_add_sync(0xFFFFFFFFu, count);
 }
 
-// The tokens of a call: ring slots first (T: type of the states), then its rows. Index 0 is the first position of the open
-// group.
+// The tokens of a call: ring slots first (T: type of the states), then its rows. Index 0 is the first position of the
+// open group.
 template <typename T>
 struct Chain {
   const AttentionParams& p;

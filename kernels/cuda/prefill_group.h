@@ -1,9 +1,9 @@
 // Outputs of one group of 64 tokens and one query head, S before the group given: y = W V + scale (Q S), with W the
 // masked local and convolution weights [64 rows][32 tokens before the group, 64 of it].
 //
-// Rows stand at their place in the group whatever part of it the call brings, and weights of absent tokens are 0, so the
-// bits of a row do not depend on how the prompt was cut. kExact: three tf32 products for each, error 2^-21; else one of
-// rounded operands, error 2^-12: well below the bf16 rounding of the activations that follow.
+// Rows stand at their place in the group whatever part of it the call brings, and weights of absent tokens are 0, so
+// the bits of a row do not depend on how the prompt was cut. kExact: three tf32 products for each, error 2^-21; else
+// one of rounded operands, error 2^-12: well below the bf16 rounding of the activations that follow.
 #pragma once
 
 #include <type_traits>

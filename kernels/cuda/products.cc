@@ -44,8 +44,8 @@ int64_t Products::bytes_to_reserve() const {
   return workspace_.as<void>() != nullptr ? 0 : StreamingGemmWorkspaceBytes();
 }
 
-// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend on
-// the number of rows.
+// Where the library's kernels are faster than ours, measured on an H200 (docs/cuda.md). They make a row's bits depend
+// on the number of rows.
 bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
   if (deterministic_ || context_->cublas() == nullptr || IsSmall(w, rows)) return false;
   if (w.type != kLinspecCudaBf16 && WgmmaGemmRuns()) return rows > kMaxOwnRowsWidened;
@@ -59,7 +59,8 @@ bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
 }
 
-// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of matrices where it is for any.
+// x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of matrices where it is for
+// any.
 bool Products::NormIsPrologue(const LinspecCudaMatrix& w, int rows) const {
   if (TakesNormsAsSmall(w)) return rows <= (w.type == kLinspecCudaBf16 ? kMostPrologueRows : kMostPrologueRows8Bit);
   return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorm(w, rows);

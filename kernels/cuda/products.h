@@ -1,7 +1,7 @@
 // Which kernel computes a matrix product of how many rows: our own, or cuBLASLt where it may be used and is faster.
 //
-// deterministic: no bit of a row depends on the number of rows beside it (docs/cuda.md). Owns the workspace of the split
-// products, one for everything on the context's stream. Threads: one at a time per context.
+// deterministic: no bit of a row depends on the number of rows beside it (docs/cuda.md). Owns the workspace of the
+// split products, one for everything on the context's stream. Threads: one at a time per context.
 #pragma once
 
 #include <cstdint>

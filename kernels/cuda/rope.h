@@ -1,5 +1,5 @@
-// One head of q or k in the registers of a warp: RoPE, then the L2 norm. Used by the kernel that does all rows of a step
-// and by tree_verify where it takes rows as the product left them: the same instructions, so the same bits.
+// One head of q or k in the registers of a warp: RoPE, then the L2 norm. Used by the kernel that does all rows of a
+// step and by tree_verify where it takes rows as the product left them: the same instructions, so the same bits.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,8 @@ __device__ __forceinline__ float WarpSum(float value) {
   return value;
 }
 
-// A lane's at most two pairs of a head. kWide: of a head of 128, whose lanes have two consecutive ones, for 8-byte loads.
+// A lane's at most two pairs of a head. kWide: of a head of 128, whose lanes have two consecutive ones, for 8-byte
+// loads.
 template <bool kWide>
 struct RopeLane {
   float low[2], high[2];

@@ -1,7 +1,7 @@
 // One row of logits for several blocks: a cluster that works as one block of kClusterThreads * size threads.
 //
-// Reductions combine the blocks' values in the order of their ranks, so a result depends on the row alone. All threads of
-// the cluster take part in each of them, and call Sync last (cluster.h).
+// Reductions combine the blocks' values in the order of their ranks, so a result depends on the row alone. All threads
+// of the cluster take part in each of them, and call Sync last (cluster.h).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -47,7 +47,8 @@ __device__ inline ScoredToken WarpBest(const ScoredToken& mine) {
 struct RowClusterShared {
   ScoredToken best[kClusterWarps];
   double sums[kClusterWarps];
-  // What the other blocks read, in turns: a block that is ahead by one reduction does not overwrite what others still read.
+  // What the other blocks read, in turns: a block that is ahead by one reduction does not overwrite what others still
+  // read.
   ScoredToken block_best[2];
   double block_sum[2];
 };

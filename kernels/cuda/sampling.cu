@@ -1,10 +1,10 @@
 // token = argmax_v (logit_v - max) / T + G(seed, position, v) over the tokens that truncation keeps; T = 0: argmax.
 //
-// One cluster of blocks per row (row_cluster.h); the logits (4 V bytes) are read from L2 once per pass: edits, maximum, and
-// the draw; with top_k or top_p a bisection over the 32 bits of an ordered key on top, one pass a bit. Truncated sets are
-// prefixes of the order (score descending, id ascending), so a cut (score, id) describes them: min_p, top_k and top_p each
-// lower it. Sums are taken per thread over a fixed stride and then in a fixed order, so a row's token depends on that row
-// alone.
+// One cluster of blocks per row (row_cluster.h); the logits (4 V bytes) are read from L2 once per pass: edits, maximum,
+// and the draw; with top_k or top_p a bisection over the 32 bits of an ordered key on top, one pass a bit. Truncated
+// sets are prefixes of the order (score descending, id ascending), so a cut (score, id) describes them: min_p, top_k
+// and top_p each lower it. Sums are taken per thread over a fixed stride and then in a fixed order, so a row's token
+// depends on that row alone.
 //
 // Floor: 4 V bytes a row, from L2: 128 KB at V = 32,000; 256 rows 33 MB.
 #include <climits>

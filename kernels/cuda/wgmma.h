@@ -1,8 +1,8 @@
 // Warpgroup matrix instructions (wgmma, sm_90a): 64 weight rows times kTokens tokens, 16 of k, bf16 with fp32 sums.
-// Tokens, and weights that need no widening, lie in shared memory with k innermost in the copy engine's 128-byte swizzle:
-// rows of 128 bytes, 8 of them 1,024 bytes. Weights from registers: lane 4 g + c of the group's warp w brings rows
-// 16 w + g and + 8, k = 2 c, 2 c + 1 (words 0 and 1) and 8 further (words 2 and 3). A thread's sums[j] are rows g, g + 8
-// of its warp's 16 and tokens 8 j + 2 c, + 1: what OutputTile (gemm_tile.h) takes.
+// Tokens, and weights that need no widening, lie in shared memory with k innermost in the copy engine's 128-byte
+// swizzle: rows of 128 bytes, 8 of them 1,024 bytes. Weights from registers: lane 4 g + c of the group's warp w brings
+// rows 16 w + g and + 8, k = 2 c, 2 c + 1 (words 0 and 1) and 8 further (words 2 and 3). A thread's sums[j] are rows g,
+// g + 8 of its warp's 16 and tokens 8 j + 2 c, + 1: what OutputTile (gemm_tile.h) takes.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
-// Requests of one layer shape for the tests of the attention kernels: random rows and trees, what the definition says of
-// them, and one call of a kernel over all of them. One thread each; several fixtures may call at the same time, but the
-// device works for one after the other: how much shared memory a kernel may take is a setting of the process, which each
-// launch makes for its own shape.
+// Requests of one layer shape for the tests of the attention kernels: random rows and trees, what the definition says
+// of them, and one call of a kernel over all of them. One thread each; several fixtures may call at the same time, but
+// the device works for one after the other: how much shared memory a kernel may take is a setting of the process, which
+// each launch makes for its own shape.
 #pragma once
 
 #include <algorithm>

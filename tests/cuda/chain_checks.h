@@ -1,5 +1,5 @@
-// The draft model's chains on a device against one forward a level with the choice on the host: the same tokens, and the
-// same states after a commit.
+// The draft model's chains on a device against one forward a level with the choice on the host: the same tokens, and
+// the same states after a commit.
 #pragma once
 
 #include <fmt/format.h>
@@ -16,7 +16,8 @@
 
 namespace linspec {
 
-// Requests with prompts of different lengths, in two pools of the same states, and tokens that the model has not seen yet.
+// Requests with prompts of different lengths, in two pools of the same states, and tokens that the model has not seen
+// yet.
 struct ChainFixture {
   ChainFixture(Model* model, int count) : vocab(model->config().vocab_size), sampling(count) {
     std::mt19937 random(count);

@@ -1,5 +1,6 @@
-// The choice of drafts and of tokens from rows of logits, against models/draft_candidates.h and models/sampler.h: vocabularies
-// of one and of several blocks, rows with less to choose from than is asked for, and logits that no token may come from.
+// The choice of drafts and of tokens from rows of logits, against models/draft_candidates.h and models/sampler.h:
+// vocabularies of one and of several blocks, rows with less to choose from than is asked for, and logits that no token
+// may come from.
 #pragma once
 
 #include <algorithm>

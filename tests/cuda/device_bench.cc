@@ -1,7 +1,7 @@
-// Matrix products at LLaMA-2-7B shapes: the share of the read bandwidth measured in this run, for each shape and for the
-// products of a whole step, own kernels beside cuBLASLt (attention: attention_bench.cc). Every time is of a captured
-// graph of products over different weights, so that nothing is served from the L2 and launches overlap as they do in a
-// model; medians of event times.
+// Matrix products at LLaMA-2-7B shapes: the share of the read bandwidth measured in this run, for each shape and for
+// the products of a whole step, own kernels beside cuBLASLt (attention: attention_bench.cc). Every time is of a
+// captured graph of products over different weights, so that nothing is served from the L2 and launches overlap as they
+// do in a model; medians of event times.
 #include <cstdint>
 #include <memory>
 #include <string>

@@ -1,6 +1,6 @@
 // Row operations against the scalar CpuOps, over odd sizes, and the choice of tokens against the host's (attention:
-// attention_test.cc, matrix products: gemm_test.cc). A plain program: prints one line per check, a summary last, and exits 0
-// only if all passed.
+// attention_test.cc, matrix products: gemm_test.cc). A plain program: prints one line per check, a summary last, and
+// exits 0 only if all passed.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -87,7 +87,8 @@ void TestRows(CpuOps& ops) {
   }
 }
 
-// Verification of rows as the product left them: outputs, and k and v that are kept, have the bits of RoPE's own launch.
+// Verification of rows as the product left them: outputs, and k and v that are kept, have the bits of RoPE's own
+// launch.
 void TestRawRows(int d, int length, int num_tasks, bool bf16) {
   const int heads = 3, group = 16, conv = 5, width = 3 * heads * d;
   std::mt19937 random(17);

@@ -1,5 +1,5 @@
-// Drafting on the GPU: guesses against the CPU's heads, and speculation that changes no text. A plain program that exits 0
-// only if every check passed.
+// Drafting on the GPU: guesses against the CPU's heads, and speculation that changes no text. A plain program that
+// exits 0 only if every check passed.
 // usage: cuda_draft_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN [--quick]]
 #include <fmt/format.h>
 
@@ -26,8 +26,8 @@
 namespace linspec {
 namespace {
 
-// Logits of the CPU's head at one level, from the hidden state [D] and the tokens before: the pending one and a guess for
-// each level above.
+// Logits of the CPU's head at one level, from the hidden state [D] and the tokens before: the pending one and a guess
+// for each level above.
 using ReferenceLogits =
     std::function<std::vector<float>(std::span<const float> hidden, std::span<const int32_t> chain)>;
 

@@ -73,8 +73,8 @@ std::vector<int> PathTo(const DraftTree& tree, int node) {
 }
 
 // A node's logits in a tree equal those of feeding its path token by token: bit for bit up to a group's end. Past it a
-// fold rounds differently from the terms it replaces, and now and then a bf16 activation falls the other way; the engine
-// cuts trees there.
+// fold rounds differently from the terms it replaces, and now and then a bf16 activation falls the other way; the
+// engine cuts trees there.
 void TreeEqualsSequence(const std::string& name, Model* model) {
   const int group = model->config().linear_attention.group_size;
   const auto vocab = static_cast<size_t>(model->config().vocab_size);

@@ -1,5 +1,6 @@
 // One block per (kv head, request), 256 threads: thread t owns rows [t / 32 * 16, +16) and columns 4 (t % 32) of S.
-// Per node: moves (1 + nodes) * 64 KB per head: S read once, every node's state written. Eager: 128 KB per head and call.
+// Per node: moves (1 + nodes) * 64 KB per head: S read once, every node's state written. Eager: 128 KB per head and
+// call.
 #include "kernels/cuda/block.h"
 #include "tests/cuda/per_node.h"
 

@@ -1,5 +1,6 @@
-// Yardsticks: verification with one state per tree node, as servers do that snapshot, and states that take every accepted
-// token at once, against which the saving of one S a tree and of folding by groups is measured; and a plain read of memory.
+// Yardsticks: verification with one state per tree node, as servers do that snapshot, and states that take every
+// accepted token at once, against which the saving of one S a tree and of folding by groups is measured; and a plain
+// read of memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,8 +14,8 @@ namespace linspec::cuda {
 void LaunchPerNodeVerify(const float* states, float* node_states, const float* qkv, float* out, int requests, int nodes,
                          int kv_heads, cudaStream_t stream);
 
-// Eager commit: S of each request, a matrix [kv_heads, 128, 128] every `stride` floats, += k v^T of each of the `tokens`
-// rows of qkv that every request has, token by token: what the fold of a group does once, without decay.
+// Eager commit: S of each request, a matrix [kv_heads, 128, 128] every `stride` floats, += k v^T of each of the
+// `tokens` rows of qkv that every request has, token by token: what the fold of a group does once, without decay.
 void LaunchEagerCommit(float* states, int64_t stride, const float* qkv, int requests, int tokens, int kv_heads,
                        cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// The checks of one device program: a line each, or one for each that fails, then a summary and the program's exit code.
-// One thread.
+// The checks of one device program: a line each, or one for each that fails, then a summary and the program's exit
+// code. One thread.
 #pragma once
 
 #include <cstdio>

@@ -1,5 +1,5 @@
-// Figures of the front door with an engine that costs nothing (docs/reliability.md): the real server in this process, its
-// clients in a child, so that memory and processor time are the server's alone.
+// Figures of the front door with an engine that costs nothing (docs/reliability.md): the real server in this process,
+// its clients in a child, so that memory and processor time are the server's alone.
 //
 //   bench_front_door SCENARIO [--server linspec|beast|grpc|socket] [--protocol rest|grpc] [--streams N] [--tokens N]
 //                    [--pace-us N] [--seconds N] [--rate N] [any flag of `linspec serve`]

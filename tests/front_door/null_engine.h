@@ -1,5 +1,5 @@
-// The parts of a server whose engine costs nothing: a model that keeps a fixed pace and always says which step it is at,
-// so that a client on the same machine knows how old each token is.
+// The parts of a server whose engine costs nothing: a model that keeps a fixed pace and always says which step it is
+// at, so that a client on the same machine knows how old each token is.
 #pragma once
 
 #include <array>

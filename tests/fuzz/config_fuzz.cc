@@ -1,5 +1,5 @@
-// Any bytes as config.json: refused, or a shape whose sizes can be computed without overflow. And as generation_config.json:
-// refused, or defaults that a request could ask for.
+// Any bytes as config.json: refused, or a shape whose sizes can be computed without overflow. And as
+// generation_config.json: refused, or defaults that a request could ask for.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

@@ -1,6 +1,6 @@
-// Bytes that a client sends to a real connection over a socket, on one thread without a clock: the connection may answer
-// and may close, but what it writes must be HTTP, and the requests that reach the handler must be complete, and the same
-// wherever the bytes were parted on their way.
+// Bytes that a client sends to a real connection over a socket, on one thread without a clock: the connection may
+// answer and may close, but what it writes must be HTTP, and the requests that reach the handler must be complete, and
+// the same wherever the bytes were parted on their way.
 #include <sys/socket.h>
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// A request body, after a first byte that says which route it came to. Whatever is accepted must obey the limits; what is
-// refused must be an INVALID_ARGUMENT whose answer is valid JSON.
+// A request body, after a first byte that says which route it came to. Whatever is accepted must obey the limits; what
+// is refused must be an INVALID_ARGUMENT whose answer is valid JSON.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>

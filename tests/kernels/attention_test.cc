@@ -194,8 +194,8 @@ TEST_P(AttentionTest, PrefillInAnyChunkingEqualsTokenByToken) {
   }
 }
 
-// A random tree of 24 rows at every phase of the group, some crossing two boundaries: each node has the bits of decoding
-// its path token by token, the state is untouched, and committing a path equals feeding it.
+// A random tree of 24 rows at every phase of the group, some crossing two boundaries: each node has the bits of
+// decoding its path token by token, the state is untouched, and committing a path equals feeding it.
 TEST_P(AttentionTest, TreeVerifyEqualsSequentialOnEveryPathAndPhase) {
   const int nodes = 24;
   for (int prefix = 0; prefix <= 2 * shape().group + 1; ++prefix) {

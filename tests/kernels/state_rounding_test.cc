@@ -42,8 +42,8 @@ TEST(StateRoundingTest, WhatFitsStays) {
   }
 }
 
-// 16,384 groups, a million tokens: to nearest, the sum stops at 256 times what a group adds, and a decay of 1/1,024 a fold
-// does nothing at all.
+// 16,384 groups, a million tokens: to nearest, the sum stops at 256 times what a group adds, and a decay of 1/1,024 a
+// fold does nothing at all.
 TEST(StateRoundingTest, LongSumsAndSlowDecaysAreNotLost) {
   float nearest = 0, decayed_nearest = 1;
   double sum = 0, decayed = 0;

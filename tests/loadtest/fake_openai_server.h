@@ -1,5 +1,5 @@
-// A server that streams canned tokens at a fixed pace over HTTP/1.1: what the load tester itself is measured against. One
-// thread, epoll, no JSON: it costs so little that a client can be driven to its own limit.
+// A server that streams canned tokens at a fixed pace over HTTP/1.1: what the load tester itself is measured against.
+// One thread, epoll, no JSON: it costs so little that a client can be driven to its own limit.
 #pragma once
 
 #include <arpa/inet.h>

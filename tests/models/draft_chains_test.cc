@@ -1,4 +1,5 @@
-// A drafter that asks its model for whole chains proposes the trees, and keeps the state, of one that asks level by level.
+// A drafter that asks its model for whole chains proposes the trees, and keeps the state, of one that asks level by
+// level.
 #include "models/draft_chains.h"
 
 #include <algorithm>

@@ -96,8 +96,8 @@ class RepeatingModel final : public NullModel {
   }
 };
 
-// Host time of a step in which range(0) requests, which come and go, look their drafts up in their own text; without the
-// model's.
+// Host time of a step in which range(0) requests, which come and go, look their drafts up in their own text; without
+// the model's.
 void BM_SpeculativeStep(benchmark::State& state) {
   EngineOptions options;
   options.max_requests = static_cast<int>(state.range(0));

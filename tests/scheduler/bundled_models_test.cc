@@ -1,5 +1,5 @@
-// The bundled models with every drafter say, to the bit, what the target says alone: greedy and sampled, drafting always
-// and drafting what pays, alone and beside requests that come, go and are cancelled.
+// The bundled models with every drafter say, to the bit, what the target says alone: greedy and sampled, drafting
+// always and drafting what pays, alone and beside requests that come, go and are cancelled.
 #include <map>
 #include <memory>
 #include <string>
@@ -17,8 +17,8 @@
 namespace linspec {
 namespace {
 
-// Either way a group's end is crossed while tokens are generated. Under ThreadSanitizer, where every load of a weight is
-// checked, most of the group is prompt, which is read in blocks, and only all drafters together meet the crowd.
+// Either way a group's end is crossed while tokens are generated. Under ThreadSanitizer, where every load of a weight
+// is checked, most of the group is prompt, which is read in blocks, and only all drafters together meet the crowd.
 #ifdef __SANITIZE_THREAD__
 constexpr int kTokens = 12, kTurns = 2;
 constexpr size_t kMinPromptTokens = 58;

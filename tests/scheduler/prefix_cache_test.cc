@@ -139,7 +139,8 @@ TEST_F(PrefixCacheTest, TheLeastRecentlyUsedGoesAndWhatWasNeverAskedForGoesFirst
   EXPECT_EQ(Restore(Upward(1, 100)), 64);
   EXPECT_EQ(Restore(Upward(3, 100)), 64);
   EXPECT_EQ(Restore(Upward(9, 100)), 64);
-  // All three may stay, but the fourth place is for what is new: asked for as well, it sends the oldest back among them.
+  // All three may stay, but the fourth place is for what is new: asked for as well, it sends the oldest back among
+  // them.
   EXPECT_EQ(Restore(Upward(8, 100)), 64);
   cache_.Keep("", Upward(10, 64), Holding(Upward(10, 64)));
   EXPECT_EQ(Restore(Upward(1, 100)), 0);

@@ -1,6 +1,6 @@
-// Is the controller within a few percent of the best that can be done with the same drafters, and nowhere slower than plain
-// decoding? On two machines: costs as measured on two cores of a CPU, and on a GPU; acceptance as measured with the bundled
-// models on four kinds of text, and a hopeless and an excellent one.
+// Is the controller within a few percent of the best that can be done with the same drafters, and nowhere slower than
+// plain decoding? On two machines: costs as measured on two cores of a CPU, and on a GPU; acceptance as measured with
+// the bundled models on four kinds of text, and a hopeless and an excellent one.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -141,8 +141,8 @@ SimulatedMachine Chains() {
   return machine;
 }
 
-// Short replies come and go, each with a prompt that the device works off beside a step and that one drafter has to read,
-// and drafts take 1.4 times what start-up measured.
+// Short replies come and go, each with a prompt that the device works off beside a step and that one drafter has to
+// read, and drafts take 1.4 times what start-up measured.
 TEST(ChurnTest, ShortRepliesAndDearDraftsLoseLittle) {
   SimulatedMachine machine = Chains();
   machine.draft_surprise = 1.4;

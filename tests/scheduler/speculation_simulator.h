@@ -1,5 +1,5 @@
-// The controller's closed loop on simulated time: a machine whose costs are known, drafters whose acceptance is known, and
-// requests that come and go. Deterministic: times are computed, never measured.
+// The controller's closed loop on simulated time: a machine whose costs are known, drafters whose acceptance is known,
+// and requests that come and go. Deterministic: times are computed, never measured.
 #pragma once
 
 #include <algorithm>

@@ -26,7 +26,8 @@ EngineStats SomeStats() {
   return stats;
 }
 
-// The value of the one sample whose line begins with `name` and holds all `labels`; fails when there is none or several.
+// The value of the one sample whose line begins with `name` and holds all `labels`; fails when there is none or
+// several.
 double Value(const std::string& text, const std::string& name, const std::vector<std::string>& labels = {}) {
   std::vector<double> found;
   std::istringstream lines(text);
