@@ -28,8 +28,8 @@ run device_test 240 "$here/cuda_device_test"
 run state_test 120 "$here/cuda_state_test"
 run gemm_test 120 "$here/cuda_gemm_test"
 run model_test 240 "$here/cuda_model_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
-run draft_test 120 "$here/cuda_draft_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
-run attention_test 120 "$here/cuda_attention_test"
+run draft_test 180 "$here/cuda_draft_test" "$here/tiny" "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so"
+run attention_test 240 "$here/cuda_attention_test"
 run attention_bench 120 "$here/cuda_attention_bench"
 run device_bench 180 "$here/cuda_device_bench"
 bench bench_7b_bf16 --shape 7b --batch 1,8,32,64,128,256 --context 1024,32768,1048576 --prefill 2048,8192,32768,131072 \
@@ -41,10 +41,12 @@ if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
   run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test"
   run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test"
   run state_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_state_test"
-  run gemm_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
+  run gemm_memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run gemm_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
-  run attention_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
-  run attention_racecheck 120 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
+  run draft_memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_draft_test" "$here/tiny" \
+    "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so" --quick
+  run attention_memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
+  run attention_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi
 grep -h FAIL "$logs"/*_test.log | head -n 30
 cat "$logs"/*_bench.log "$logs"/bench_*.log
