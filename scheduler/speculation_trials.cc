@@ -12,7 +12,8 @@ constexpr double kTrialShare = 0.0075, kPlainShare = 0.01;
 constexpr double kLeastLoss = 0.1, kLeastPlainLoss = 0.05;  // of what a trial takes: estimates are not that sure
 constexpr double kCheapTrial = 0.3;  // of the time of a run, where more than one request pays for it
 constexpr double kMaxCredit = 0.1;   // seconds
-constexpr int kTriedShare = 8;       // one in so many requests tries a drafter
+// One in so many requests tries what has to read its text first; what costs nothing.
+constexpr int kReadingShare = 8, kFreeShare = 4;
 
 }  // namespace
 
@@ -61,14 +62,17 @@ bool SpeculationController::StartTrialOf(int drafter, std::span<const Speculatio
   DrafterState& state = drafters_[drafter];
   const bool free = costs_nothing_[drafter];
   if (free && state.pays && state.idle_steps <= kRunSteps) return false;
+  // All requests try a drafter, as they would use it: of what drafts and rows cost for one of them, a wrong estimate of
+  // what they cost for all is never corrected, and a drafter that pays stays unused. Only reading texts is for a few.
   // One level of what costs nothing is soon computed, but a row more may make a step as long as many more do.
-  const int share = free ? kTriedShare / 2 : kTriedShare, steps = free && num_requests_ > 1 ? kRunSteps / 2 : kRunSteps;
-  const int wanted = std::max(num_requests_ / share, 1);
+  const int steps = free && num_requests_ > 1 ? kRunSteps / 2 : kRunSteps;
+  const int few = std::max(num_requests_ / (free ? kFreeShare : kReadingShare), 1);
   // A drafter that costs nothing keeps an index of a text: it is asked for the same few requests, as long as these run.
   const int first = free ? 0 : turn_;
   std::vector<int> tried;
   double reading = 0;
   for (const bool late : {false, true}) {
+    const int wanted = free || late ? few : num_requests_;
     for (int n = 0; n < num_requests_ && std::ssize(tried) < wanted; ++n) {
       const int r = (first + n) % num_requests_;
       const SpeculationRequest& request = requests[r];

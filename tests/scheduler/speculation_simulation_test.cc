@@ -68,11 +68,11 @@ class SimulationTest : public testing::TestWithParam<Case> {
   static int Steps(int steps) { return std::max(steps / GetParam().batch, steps / 8); }
   double Plain() const { return Simulator(7).RunFixed(-1, 1, Steps(1000)).rate(); }
   // The best drafter with the best number of nodes, the same all the time; plain decoding counts.
-  double BestFixed(int text) const {
+  double BestFixed(int text, int steps) const {
     double best = Plain();
     for (int drafter = 0; drafter < 2; ++drafter) {
       for (const int nodes : {2, 3, 4, 8}) {
-        best = std::max(best, Simulator(7).RunFixed(drafter, nodes, Steps(8000), text).rate());
+        best = std::max(best, Simulator(7).RunFixed(drafter, nodes, Steps(steps), text).rate());
       }
     }
     return best;
@@ -82,8 +82,7 @@ class SimulationTest : public testing::TestWithParam<Case> {
 TEST_P(SimulationTest, NearTheBestFixedDrafterAndNeverSlowerThanPlain) {
   constexpr uint32_t kSeeds = 4;
   for (int text = 0; text < std::ssize(kTexts); ++text) {
-    const double plain = Plain(), best = BestFixed(text);
-    double mean = 0;
+    const double plain = Plain(), best = BestFixed(text, 8000), soon = BestFixed(text, 2000);
     for (uint32_t seed = 1; seed <= kSeeds; ++seed) {
       SpeculationSimulator simulator = Simulator(seed);
       SpeculationController controller({false, false});
@@ -92,9 +91,11 @@ TEST_P(SimulationTest, NearTheBestFixedDrafterAndNeverSlowerThanPlain) {
       const double rate = simulator.Run(&controller, std::max(Steps(4000), 1000), text).rate();
       EXPECT_GT(start, 0.93 * plain) << "text " << text << " seed " << seed;
       EXPECT_GT(rate, 0.985 * plain) << "text " << text << " seed " << seed;
-      mean += rate / kSeeds;
+      EXPECT_GT(rate, 0.94 * best) << "text " << text << " seed " << seed;
+      if (seed <= 2) {
+        EXPECT_GT(rate, 0.94 * soon) << "text " << text << " seed " << seed;
+      }
     }
-    EXPECT_GT(mean, 0.94 * best) << "text " << text;
   }
 }
 
