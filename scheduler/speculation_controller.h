@@ -20,8 +20,8 @@
 // **Runs and trials.** What is used is decided for a run of kRunSteps steps. A drafter comes into use when its gain
 // exceeds 1 by more than the doubt about it, and goes when it falls below 1. Requests that may use any drafter use the
 // same one, since each costs its levels again. What is not in use may be wrong by now, so it gets trials of a run:
-// drafters with some of the requests, and plain steps, which tell whether what is in use still pays. How often is a
-// matter of what a trial is expected to lose, which is little just where two ways are hard to tell apart.
+// drafters with all requests whose texts they know, and plain steps, which tell whether what is in use still pays. How
+// often is a matter of what a trial is expected to lose, which is little just where two ways are hard to tell apart.
 //
 // **What may be lost** is limited by what was: speculation_ledger.h. And no step of several requests takes longer than
 // most_slowdown times a plain one, because a request that accepts nothing waits for the drafts of the others.

@@ -357,7 +357,7 @@ int main(int argc, char** argv) {
                                {512, 272},
                                {4096, 4096},
                                {4096, 11008}}) {
-      if (quick && int64_t{n} * k > 200'000) continue;
+      if (quick && int64_t{n} * k > 300'000) continue;
       GemmCase(n, k, type, workspace.get(), cublas.get(), quick).Run();
     }
   }
