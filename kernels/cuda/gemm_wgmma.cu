@@ -50,12 +50,14 @@ namespace {
 
 constexpr int kMaxTokens = 128;
 constexpr int kRingBytes = 148 << 10, kRingBytes128 = 208 << 10;  // for 128 tokens
-constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
+constexpr int kWindowAhead = 3, kWindowBf16 = 6, kWindow8Bit = 4;
+constexpr int kMaxBlocks = 160;  // of which the workspace has room for sums
 
 template <int kType, int kTokens, bool kNorms>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads)
     WgmmaGemmKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
-                    const __grid_constant__ GemmParams p, const int rows, const int stages, const Workspace workspace) {
+                    const __grid_constant__ GemmParams p, const int rows, const Stages stages,
+                    const Workspace workspace) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Unit = Unit<kType, kTokens>;
   extern __shared__ __align__(1024) uint8_t shared[];
@@ -63,20 +65,22 @@ __global__ void __launch_bounds__(kBlockThreads)
   __shared__ __align__(16) TileEnd<kTokens> end;
   const uint32_t buffers = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const Shares shares(p.w, Unit::kDepth, static_cast<int>(gridDim.x));
-  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) {
+    for (int i = 0; i < stages.count; ++i) {
       BarrierInit(&ring.full[i], 1);
+      BarrierInit(&ring.tokens[i], 1);
       BarrierInit(&ring.empty[i], kConsumers * kWarpSize);
     }
+    BarrierInit(&ring.begun, 1);
     BarrierMade();
   }
   __syncthreads();
   GridLaunchDependents();
-  if (threadIdx.x < kConsumers * kWarpSize) {
+  if (warp < kConsumers) {
     Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, end, buffers}.Run();
   } else {
-    Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run();
+    Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run(warp - kConsumers);
   }
 #endif
 }
@@ -129,10 +133,12 @@ template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
   constexpr int kBytes = (kTokens > 64 ? kRingBytes128 : kRingBytes) - 1024;  // the ring begins at a multiple of 1,024
-  // 8-bit units are twice the k: of fewer in flight (2 % faster than 8) the tokens of the last come as soon.
-  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
-  constexpr int kFit = kBytes / Unit::kBytes, kStages = kFit < kMost ? kFit : kMost;
-  constexpr int kShared = kStages * Unit::kBytes + 1024;
+  constexpr int kMost = Unit::kPaced || kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
+  constexpr int kFit = kBytes / Unit::kBytes, kCount = std::min(kFit, kMost);
+  constexpr int kShared = kCount * Unit::kBytes + 1024;
+  constexpr int kWindow = kType == kLinspecCudaBf16 ? kWindowBf16 : kWindow8Bit;
+  constexpr Stages kStages{kCount, kWindowAhead, kWindow};
+  static_assert(!Unit::kPaced || (kWindowAhead <= kCount && kWindow <= kCount));
   const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
   const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;
   CUtensorMap weights, tokens;
@@ -141,7 +147,7 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
   if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
-  LaunchOverlapped(kernel, blocks, kBlockThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
+  LaunchOverlapped(kernel, blocks, Unit::kThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
                    WorkspaceAt(p.workspace));
 }
 

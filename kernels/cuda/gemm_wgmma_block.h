@@ -1,5 +1,5 @@
 // The parts of a block of the warpgroup product (gemm_wgmma.cu): its share of the work, its ring in shared memory, and
-// the warp that orders what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
+// the warps that order what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
 //
 // A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of
 // four warps multiplies 64 of the rows.
@@ -18,8 +18,13 @@ inline constexpr int kUnitRows = 128, kUnitRowBytes = 128, kBoxDepth = 64;
 inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
-inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
 inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
+
+// Slots of a block's ring and, in a paced product, units of weights under way at once: while the kernel ahead runs, and
+// later.
+struct Stages {
+  int count, window_ahead, window;
+};
 
 template <int kType, int kTokens>
 struct Unit {
@@ -28,6 +33,9 @@ struct Unit {
   static constexpr int kBytes = kWeightBytes + kBoxes * kBoxBytes;
   static constexpr int kSumsBytes = kGroupRows * kTokens * static_cast<int>(sizeof(float));  // of a group
   static_assert(kSumsBytes <= kBytes);  // a slot of the ring holds a unit, or a group's sums of a tile
+  // Whether weights are asked for a few at a time, by a warp of their own (gemm_wgmma.cu).
+  static constexpr bool kPaced = kTokens <= 32 && kType != kLinspecCudaI8;
+  static constexpr int kThreads = (kConsumers + (kPaced ? 2 : 1)) * kWarpSize;
 };
 
 // Sums of a tile on their way to the block that began it.
@@ -48,7 +56,8 @@ struct Shares {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ __forceinline__ int Begin(const Shares& shares, int share) {
-  return static_cast<int>(int64_t{shares.total} * share / shares.blocks);
+  return static_cast<int>(static_cast<unsigned>(shares.total) * static_cast<unsigned>(share) /
+                          static_cast<unsigned>(shares.blocks));
 }
 // Blocks after `share` that hold units before `end`.
 __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
@@ -62,8 +71,10 @@ __device__ __forceinline__ void ConsumerBarrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
+// Barriers of the slots: a unit, or sums, are there; all is used up. In a paced product tokens are there by a barrier of
+// their own, and another says that the kernel ahead has ended.
 struct Ring {
-  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t full[kMaxStages], tokens[kMaxStages], empty[kMaxStages], begun;
 };
 
 // Position in the ring.
@@ -75,7 +86,7 @@ struct Turn {
   }
 };
 
-// What one warp does: asks for everything that comes through the ring.
+// What one warp does, or two in a paced product: ask for everything that comes through the ring.
 template <typename Unit>
 struct Producer {
   const CUtensorMap &weights, &tokens;
@@ -83,44 +94,96 @@ struct Producer {
   const Workspace& workspace;
   Ring& ring;
   uint32_t buffers;
-  int stages, share;
+  Stages stages;
+  int share;
 
   __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
-  __device__ __forceinline__ void OrderWeights(int stage, int unit, uint64_t policy) const {
-    BarrierExpect(&ring.full[stage], Unit::kBytes);
+
+  // The barrier's expectation is the caller's.
+  __device__ __forceinline__ void CopyWeights(int stage, int unit, uint64_t policy) const {
     CopyTile(At(stage), &weights, unit % shares.depth * Unit::kDepth, unit / shares.depth * kUnitRows,
              &ring.full[stage], policy);
   }
-  __device__ __forceinline__ void OrderTokens(int stage, int unit, uint64_t policy) const {
+  __device__ __forceinline__ void CopyTokens(int stage, int unit, uint64_t* there, uint64_t policy) const {
 #pragma unroll
     for (int box = 0; box < Unit::kBoxes; ++box) {
       CopyTile(At(stage) + kWeightBytes + box * Unit::kBoxBytes, &tokens,
-               unit % shares.depth * Unit::kDepth + box * kBoxDepth, 0, &ring.full[stage], policy);
+               unit % shares.depth * Unit::kDepth + box * kBoxDepth, 0, there, policy);
     }
   }
+  // Weights are the first to leave the L2, tokens the last.
+  __device__ static __forceinline__ uint64_t Once() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+  }
+  __device__ static __forceinline__ uint64_t Often() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+  }
 
-  __device__ __forceinline__ void Run() const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // warp: of the block's last one or two.
+  __device__ __forceinline__ void Run(int warp) const {
+    const bool leads = threadIdx.x % kWarpSize == 0;
+    if (warp > 0) {
+      if (leads) OrderTokens();
+      return;
+    }
     Turn turn{0, 1};  // of an empty barrier, the phase before the first is over
-    if (lane == 0) OrderUnits(turn);
+    if (leads) Unit::kPaced ? OrderWeights(turn) : OrderUnits(turn);
     __syncwarp();
+    GridWait();
     OrderSums(turn);
   }
 
   // By one thread. Weights for the whole ring are asked for before the kernel ahead has ended, tokens after it.
   __device__ __forceinline__ void OrderUnits(Turn& turn) const {
-    uint64_t once, often;  // weights are the first to leave the L2
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
-    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
-    for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
+    const uint64_t once = Once(), often = Often();
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages.count, end - begin);
+    const auto order_weights = [&](int stage, int unit) {
+      BarrierExpect(&ring.full[stage], Unit::kBytes);
+      CopyWeights(stage, unit, once);
+    };
+    for (int i = 0; i < ahead; ++i) order_weights(i, begin + i);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
-    for (int i = 0; i < ahead; ++i, turn.Next(stages)) OrderTokens(i, begin + i, often);
-    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
+    for (int i = 0; i < ahead; ++i, turn.Next(stages.count)) CopyTokens(i, begin + i, &ring.full[i], often);
+    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages.count)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
-      OrderWeights(turn.stage, unit, once);
-      OrderTokens(turn.stage, unit, often);
+      order_weights(turn.stage, unit);
+      CopyTokens(turn.stage, unit, &ring.full[turn.stage], often);
+    }
+  }
+
+  // By one thread, from before the end of the kernel ahead, so many at a time.
+  __device__ __forceinline__ void OrderWeights(Turn& turn) const {
+    const uint64_t once = Once();
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1);
+    Turn landed;
+    int window = stages.window_ahead;
+    for (int unit = begin, missing = begin; unit < end; ++unit, turn.Next(stages.count)) {
+      for (; unit - missing >= window; ++missing, landed.Next(stages.count)) {
+        BarrierWait(&ring.full[landed.stage], landed.parity);
+        if (BarrierOver(&ring.begun, 0)) window = stages.window;
+      }
+      BarrierWait(&ring.empty[turn.stage], turn.parity);
+      BarrierExpect(&ring.full[turn.stage], kWeightBytes);
+      CopyWeights(turn.stage, unit, once);
+    }
+  }
+
+  // By one thread.
+  __device__ __forceinline__ void OrderTokens() const {
+    const uint64_t often = Often();
+    PrefetchMap(&tokens);
+    GridWait();  // after which the copy engine sees what the kernels ahead wrote
+    BarrierArrive(&ring.begun, 1);
+    Turn turn{0, 1};
+    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(stages.count)) {
+      BarrierWait(&ring.empty[turn.stage], turn.parity);
+      BarrierExpect(&ring.tokens[turn.stage], Unit::kBoxes * Unit::kBoxBytes);
+      CopyTokens(turn.stage, unit, &ring.tokens[turn.stage], often);
     }
   }
 
@@ -142,7 +205,7 @@ struct Producer {
     if (lane != 0) return;
     constexpr int kBytes = Unit::kSumsBytes;
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
-    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages.count)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
       BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy: racecheck takes it to be ordered by the arrival
