@@ -37,8 +37,6 @@ class PackedWeight {
   virtual int64_t bytes() const = 0;  // what one matmul streams from memory
 };
 
-inline constexpr int64_t kOutputBlock = 16;  // outputs of MatmulParams::output_blocks
-
 // y[m, n] = sum_k x'[m, k] w[n, k]  (+ y[m, n] if accumulate), where x' is x, or RmsNorm(x) if norm_weight is given.
 // For kI8 weights x' is quantised per row to 8 bits (symmetric), the dot is exact in int32, so every Isa gives the same
 // bits.
@@ -50,9 +48,6 @@ struct MatmulParams {
   bool accumulate = false;
   const float* norm_weight = nullptr;  // [K]
   float norm_eps = 0;
-  // Matmul only: of the N outputs those of these blocks of kOutputBlock, ascending; the rest of y is left alone. Empty:
-  // all.
-  std::span<const int32_t> output_blocks = {};
 };
 
 struct RmsNormParams {

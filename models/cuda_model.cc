@@ -58,7 +58,7 @@ class CudaModel final : public Model {
   absl::StatusOr<VerifyResult> FinishVerify() override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
-  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden, std::span<const int32_t>) override;
+  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
@@ -362,8 +362,7 @@ absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::ve
   return CommitPaths(cuda(), &verified_, batch, paths, pool);
 }
 
-absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float> hidden,
-                                                          std::span<const int32_t> /*logit_blocks*/) {
+absl::StatusOr<std::span<const float>> CudaModel::Unembed(std::span<const float> hidden) {
   const int64_t rows = std::ssize(hidden) / config_.hidden_size;
   if (rows * config_.hidden_size != std::ssize(hidden)) {
     return absl::InternalError(fmt::format("unembed: {} values are no rows of {}", hidden.size(), config_.hidden_size));

@@ -131,12 +131,9 @@ absl::StatusOr<std::vector<DraftModelDrafter::Draft>> DraftModelDrafter::StartDr
 
 // Looks at the drafts level by level, all of them in one forward each.
 absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
-  vocabulary_.Clear();
-  for (const Draft& draft : drafts) vocabulary_.Add(draft.growth.context());
   for (int depth = 0; depth < options_.max_depth; ++depth) {
     levels_computed_ = depth + 1;
-    VerifyBatch batch = Pack(drafts);
-    batch.logit_blocks = vocabulary_.Blocks();
+    const VerifyBatch batch = Pack(drafts);
     const absl::StatusOr<VerifyResult> result =
         depth == 0 ? model_->Verify(batch, *pool_) : model_->Extend(batch, *pool_);
     if (!result.ok()) return result.status();
@@ -158,7 +155,6 @@ absl::Status DraftModelDrafter::Grow(std::vector<Draft>& drafts) {
 
 void DraftModelDrafter::Remember(VerifyBatch looked_at, const std::vector<Draft>& drafts, bool chained) {
   last_batch_ = std::move(looked_at);
-  last_batch_.logit_blocks = {};
   last_chained_ = chained;
   last_sequences_.clear();
   for (const Draft& draft : drafts) last_sequences_.push_back(draft.growth.context().sequence_id);

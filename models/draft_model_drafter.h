@@ -21,7 +21,6 @@
 #include "absl/status/statusor.h"
 #include "models/draft_chains.h"
 #include "models/draft_growth.h"
-#include "models/draft_vocabulary.h"
 #include "models/drafter.h"
 #include "models/model.h"
 #include "models/state_pool.h"
@@ -70,7 +69,6 @@ class DraftModelDrafter final : public Drafter {
       : model_(std::move(model)),
         pool_(std::move(pool)),
         options_(options),
-        vocabulary_(model_->config().vocab_size),
         chains_(std::move(chains)),
         levels_(options.max_depth) {}
 
@@ -87,7 +85,6 @@ class DraftModelDrafter final : public Drafter {
   std::unique_ptr<Model> model_;
   std::unique_ptr<StatePool> pool_;
   const DraftModelOptions options_;
-  DraftVocabulary vocabulary_;
   const std::unique_ptr<DraftChains> chains_;      // or null
   int levels_;                                     // to ask chains_ for
   std::unordered_map<uint64_t, StateSlot> slots_;  // by sequence

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <utility>
 
 #include "kernels/check.h"
@@ -118,8 +117,9 @@ void LinearTransformer::Mlp(const TransformerLayer& layer, int64_t n) {
   ops_->Matmul({.x = activated, .w = layer.down.get(), .y = x_.data(), .num_rows = n, .accumulate = true});
 }
 
-VerifyResult LinearTransformer::Head(int64_t n, std::span<const int32_t> logit_blocks) {
-  const int64_t dim = config_.hidden_size;
+VerifyResult LinearTransformer::Head(int64_t n) {
+  const int64_t dim = config_.hidden_size, vocab = config_.vocab_size;
+  float* logits = Grow(logits_, n * vocab);
   float* hidden = Grow(hidden_, n * dim);
   ops_->RmsNorm({.x = x_.data(),
                  .weight = weights_.final_norm.data(),
@@ -127,7 +127,10 @@ VerifyResult LinearTransformer::Head(int64_t n, std::span<const int32_t> logit_b
                  .num_rows = n,
                  .dim = dim,
                  .eps = config_.rms_norm_eps});
-  return {.logits = Logits(hidden, n, logit_blocks), .hidden = {hidden, static_cast<size_t>(n * dim)}, .sampled = {}};
+  ops_->Matmul({.x = hidden, .w = weights_.lm_head.get(), .y = logits, .num_rows = n});
+  return {.logits = {logits, static_cast<size_t>(n * vocab)},
+          .hidden = {hidden, static_cast<size_t>(n * dim)},
+          .sampled = {}};
 }
 
 absl::Status LinearTransformer::Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) {
@@ -233,7 +236,7 @@ VerifyResult LinearTransformer::VerifyNewNodes(const VerifyBatch& batch, const S
       std::copy_n(tree_out + new_rows[i] * out_width, out_width, out + i * out_width);
     }
   });
-  return Head(num_new, batch.logit_blocks);
+  return Head(num_new);
 }
 
 // Makes room for the nodes that batch adds: moves the kept rows of each request to where batch has them.
@@ -285,23 +288,16 @@ absl::Status LinearTransformer::Embed(std::span<const int32_t> tokens, std::span
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::span<const float>> LinearTransformer::Unembed(std::span<const float> hidden,
-                                                                  std::span<const int32_t> logit_blocks) {
+absl::StatusOr<std::span<const float>> LinearTransformer::Unembed(std::span<const float> hidden) {
   const int64_t dim = config_.hidden_size, num_rows = std::ssize(hidden) / dim;
   if (std::ssize(hidden) != num_rows * dim) {
     return absl::InternalError(fmt::format("unembed: {} values are not rows of {}", hidden.size(), dim));
   }
-  if (num_rows == 0) return std::span<const float>();
-  return Logits(hidden.data(), num_rows, logit_blocks);
-}
-
-std::span<const float> LinearTransformer::Logits(const float* hidden, int64_t n,
-                                                 std::span<const int32_t> logit_blocks) {
-  const int64_t size = n * config_.vocab_size;
-  float* logits = Grow(logits_, size);
-  if (!logit_blocks.empty()) std::fill_n(logits, size, -std::numeric_limits<float>::infinity());
-  ops_->Matmul({.x = hidden, .w = weights_.lm_head.get(), .y = logits, .num_rows = n, .output_blocks = logit_blocks});
-  return {logits, static_cast<size_t>(size)};
+  float* logits = Grow(logits_, num_rows * config_.vocab_size);
+  if (num_rows > 0) {
+    ops_->Matmul({.x = hidden.data(), .w = weights_.lm_head.get(), .y = logits, .num_rows = num_rows});
+  }
+  return std::span<const float>(logits, num_rows * config_.vocab_size);
 }
 
 }  // namespace linspec

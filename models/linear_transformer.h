@@ -70,8 +70,7 @@ class LinearTransformer final : public Model {
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
   absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out) override;
-  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden,
-                                                 std::span<const int32_t> logit_blocks) override;
+  absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
   // Attention of one layer: reads qkv [num_rows, (H + 2 Hkv) d] after RopeNormalize, writes out [num_rows, H d].
@@ -84,8 +83,7 @@ class LinearTransformer final : public Model {
   void Forward(std::span<const int32_t> tokens, std::span<const int64_t> positions, Purpose purpose,
                Attention attention);
   void Mlp(const TransformerLayer& layer, int64_t num_rows);
-  VerifyResult Head(int64_t num_rows, std::span<const int32_t> logit_blocks);  // final norm and lm_head over x_
-  std::span<const float> Logits(const float* hidden, int64_t num_rows, std::span<const int32_t> logit_blocks);
+  VerifyResult Head(int64_t num_rows);  // final norm and lm_head over x_
 
   // The part of Verify and Extend behind their checks: computes the nodes of batch that verified_ lacks.
   VerifyResult VerifyNewNodes(const VerifyBatch& batch, const StatePool& pool);

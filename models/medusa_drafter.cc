@@ -8,8 +8,6 @@
 #include <queue>
 #include <utility>
 
-#include "models/draft_vocabulary.h"
-
 namespace linspec {
 namespace {
 
@@ -40,8 +38,7 @@ int FirstChild(int place) {
 
 class HostGuesser final : public DraftGuesser {
  public:
-  HostGuesser(std::unique_ptr<MedusaHeads> heads, Model* target)
-      : heads_(std::move(heads)), target_(target), vocabulary_(target->config().vocab_size) {}
+  HostGuesser(std::unique_ptr<MedusaHeads> heads, Model* target) : heads_(std::move(heads)), target_(target) {}
 
   int max_levels() const override { return heads_->num_heads(); }
   int max_top_k() const override { return kMaxTreeNodes - 1; }
@@ -53,13 +50,10 @@ class HostGuesser final : public DraftGuesser {
   absl::StatusOr<DraftGuesses> Guess(std::span<const DraftContext* const> contexts, int num_levels,
                                      int top_k) override {
     std::vector<float> hidden;
-    vocabulary_.Clear();
     for (const DraftContext* context : contexts) {
-      vocabulary_.Add(*context);
       hidden.insert(hidden.end(), context->hidden.begin(), context->hidden.end());
     }
-    const absl::StatusOr<std::span<const float>> logits =
-        heads_->Logits(hidden, num_levels, target_, vocabulary_.Blocks());
+    const absl::StatusOr<std::span<const float>> logits = heads_->Logits(hidden, num_levels, target_);
     if (!logits.ok()) return logits.status();
     const size_t vocab = target_->config().vocab_size;
     DraftGuesses guesses{num_levels, top_k, {}};
@@ -80,7 +74,6 @@ class HostGuesser final : public DraftGuesser {
  private:
   const std::unique_ptr<MedusaHeads> heads_;
   Model* const target_;
-  DraftVocabulary vocabulary_;
 };
 
 }  // namespace

@@ -100,8 +100,8 @@ int64_t MedusaHeads::weight_bytes() const {
   return bytes;
 }
 
-absl::StatusOr<std::span<const float>> MedusaHeads::Logits(std::span<const float> hidden, int num_heads, Model* target,
-                                                           std::span<const int32_t> logit_blocks) {
+absl::StatusOr<std::span<const float>> MedusaHeads::Logits(std::span<const float> hidden, int num_heads,
+                                                           Model* target) {
   const int64_t num_rows = std::ssize(hidden) / hidden_size_;
   if (num_rows < 1 || std::ssize(hidden) != num_rows * hidden_size_ || num_heads < 1 || num_heads > this->num_heads()) {
     return absl::InternalError(fmt::format("medusa: {} values for rows of {}, {} of {} heads", hidden.size(),
@@ -113,7 +113,7 @@ absl::StatusOr<std::span<const float>> MedusaHeads::Logits(std::span<const float
     std::copy(hidden.begin(), hidden.end(), x);
     for (const MedusaWeights::Block& block : heads_[n].blocks) ApplyBlock(block, x, num_rows);
   }
-  if (shares_unembedding()) return target->Unembed(states_, logit_blocks);
+  if (shares_unembedding()) return target->Unembed(states_);
   logits_.resize(num_heads * num_rows * vocab_size_);
   for (int n = 0; n < num_heads; ++n) {
     ops_->Matmul({.x = states_.data() + n * hidden.size(),

@@ -55,8 +55,7 @@ class MedusaHeads {
 
   // Logits [num_heads, rows, V] of the first num_heads heads for hidden [rows, D]. target lends its unembedding where
   // the heads have none; its errors are passed on. The span lives until the next call on this or on target.
-  absl::StatusOr<std::span<const float>> Logits(std::span<const float> hidden, int num_heads, Model* target,
-                                                std::span<const int32_t> logit_blocks = {});
+  absl::StatusOr<std::span<const float>> Logits(std::span<const float> hidden, int num_heads, Model* target);
 
  private:
   MedusaHeads(int64_t hidden_size, int64_t vocab_size, MedusaWeights weights, std::shared_ptr<CpuOps> ops)

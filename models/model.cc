@@ -95,7 +95,7 @@ absl::Status Model::Embed(std::span<const int32_t>, std::span<float>) {
   return absl::UnimplementedError("this model does not lend its embedding");
 }
 
-absl::StatusOr<std::span<const float>> Model::Unembed(std::span<const float>, std::span<const int32_t>) {
+absl::StatusOr<std::span<const float>> Model::Unembed(std::span<const float>) {
   return absl::UnimplementedError("this model does not lend its unembedding");
 }
 

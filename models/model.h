@@ -50,8 +50,6 @@ struct VerifyBatch {
   std::vector<RowSampling> sampling;  // [num_rows]
   std::vector<LogitEdit> edits;
   bool want_logits = true, want_hidden = true;  // on the host
-  // For drafts: logits outside these blocks of kOutputBlock tokens (ascending) may come as -infinity. Empty: all count.
-  std::span<const int32_t> logit_blocks;
 
   void Add(int32_t slot, const DraftTree& tree);
   int num_requests() const { return static_cast<int>(slots.size()); }
@@ -136,10 +134,8 @@ class Model {
   // The token embeddings [tokens, D], for drafters that share them. Optional.
   virtual absl::Status Embed(std::span<const int32_t> tokens, std::span<float> out);
   // Applies the unembedding (lm_head) to final hidden states that the caller made, such as those of Medusa heads that
-  // share it: hidden [rows, D], result [rows, V]. logit_blocks as in VerifyBatch. Leaves the verified batch alone.
-  // Optional.
-  virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden,
-                                                         std::span<const int32_t> logit_blocks);
+  // share it: hidden [rows, D], result [rows, V]. Leaves the verified batch alone. Optional.
+  virtual absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden);
 
  private:
   std::optional<absl::StatusOr<VerifyResult>> started_;

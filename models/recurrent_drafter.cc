@@ -30,17 +30,15 @@ absl::Status RecurrentDrafter::Grow(std::vector<Draft>& drafts) {
   const size_t dim = target_->config().hidden_size, vocab = target_->config().vocab_size;
   std::vector<float> states;    // [frontier rows of all drafts, D]
   std::vector<int32_t> tokens;  // [frontier rows of all drafts]
-  vocabulary_.Clear();
   for (const Draft& draft : drafts) {
     const DraftContext& context = draft.growth.context();
-    vocabulary_.Add(context);
     states.insert(states.end(), context.hidden.begin(), context.hidden.end());
     tokens.push_back(context.tokens.back());
   }
   levels_computed_ = 0;
   for (int depth = 1; !tokens.empty(); ++depth) {
     ++levels_computed_;
-    const absl::StatusOr<std::span<const float>> logits = head_->Step(states, tokens, target_, vocabulary_.Blocks());
+    const absl::StatusOr<std::span<const float>> logits = head_->Step(states, tokens, target_);
     if (!logits.ok()) return logits.status();
     const std::vector<float> parents = std::exchange(states, {});
     tokens.clear();

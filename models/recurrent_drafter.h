@@ -14,7 +14,6 @@
 
 #include "absl/status/statusor.h"
 #include "models/draft_growth.h"
-#include "models/draft_vocabulary.h"
 #include "models/drafter.h"
 #include "models/model.h"
 #include "models/recurrent_head.h"
@@ -41,13 +40,12 @@ class RecurrentDrafter final : public Drafter {
   };
 
   RecurrentDrafter(std::unique_ptr<RecurrentHead> head, Model* target, GrowthOptions options)
-      : head_(std::move(head)), target_(target), options_(options), vocabulary_(target->config().vocab_size) {}
+      : head_(std::move(head)), target_(target), options_(options) {}
   absl::Status Grow(std::vector<Draft>& drafts);
 
   std::unique_ptr<RecurrentHead> head_;
   Model* target_;
   const GrowthOptions options_;
-  DraftVocabulary vocabulary_;
   int levels_computed_ = 0;
 };
 

@@ -85,7 +85,7 @@ int64_t RecurrentHead::weight_bytes() const {
 }
 
 absl::StatusOr<std::span<const float>> RecurrentHead::Step(std::span<float> states, std::span<const int32_t> tokens,
-                                                           Model* target, std::span<const int32_t> logit_blocks) {
+                                                           Model* target) {
   if (tokens.empty() || std::ssize(states) != std::ssize(tokens) * hidden_size_) {
     return absl::InternalError(
         fmt::format("recurrent head: {} values for {} rows of {}", states.size(), tokens.size(), hidden_size_));
@@ -93,7 +93,7 @@ absl::StatusOr<std::span<const float>> RecurrentHead::Step(std::span<float> stat
   embedded_.resize(states.size());
   if (absl::Status embedded = target->Embed(tokens, embedded_); !embedded.ok()) return embedded;
   Advance(states);
-  return target->Unembed(states, logit_blocks);
+  return target->Unembed(states);
 }
 
 void RecurrentHead::Advance(std::span<float> states) {

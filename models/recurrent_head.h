@@ -49,10 +49,8 @@ class RecurrentHead {
   int64_t weight_bytes() const;
 
   // Moves each of the states [rows, D] on by its token [rows], in place, and returns the logits [rows, V] after it.
-  // target lends embedding and unembedding; its errors are passed on. logit_blocks as in VerifyBatch. The span lives
-  // until the next call on target.
-  absl::StatusOr<std::span<const float>> Step(std::span<float> states, std::span<const int32_t> tokens, Model* target,
-                                              std::span<const int32_t> logit_blocks = {});
+  // target lends embedding and unembedding; its errors are passed on. The span lives until the next call on target.
+  absl::StatusOr<std::span<const float>> Step(std::span<float> states, std::span<const int32_t> tokens, Model* target);
 
  private:
   RecurrentHead(int64_t hidden_size, RecurrentWeights weights, std::shared_ptr<CpuOps> ops)

@@ -190,23 +190,8 @@ void CpuOpsImpl::MultiplyBlocks(const MatmulParams& p, const ProductInput& x, in
 
 void CpuOpsImpl::Matmul(const MatmulParams& p) {
   inputs_.Begin(p);
-  if (!p.output_blocks.empty()) return MultiplyListed(p);
   pool_.ParallelForThreads(PaddedRows(p.w->rows()) / kLanes, kBlockGrain, [&](int thread, int64_t begin, int64_t end) {
     MultiplyBlocks(p, inputs_.Get(thread), begin, end);
-  });
-}
-
-// Runs of neighbours go together: a register tile takes several blocks.
-void CpuOpsImpl::MultiplyListed(const MatmulParams& p) {
-  const std::span<const int32_t> blocks = p.output_blocks;
-  LINSPEC_CHECK(blocks.front() >= 0 && blocks.back() < PaddedRows(p.w->rows()) / kLanes);
-  pool_.ParallelForThreads(std::ssize(blocks), kBlockGrain, [&](int thread, int64_t begin, int64_t end) {
-    const ProductInput x = inputs_.Get(thread);
-    for (int64_t i = begin; i < end;) {
-      const int64_t first = i++;
-      while (i < end && blocks[i] == blocks[i - 1] + 1) ++i;
-      MultiplyBlocks(p, x, blocks[first], blocks[i - 1] + 1);
-    }
   });
 }
 

@@ -67,7 +67,6 @@ class CpuOpsImpl : public CpuOps {
   }
   // y's blocks [block_begin, block_end) of 16 columns.
   void MultiplyBlocks(const MatmulParams& p, const ProductInput& x, int64_t block_begin, int64_t block_end);
-  void MultiplyListed(const MatmulParams& p);  // p.output_blocks
   void UpdateRopeTable(const RopeNormalizeParams& p);
   // Heads [begin, end) of row m, counted from the first query head.
   void RopeHeads(const RopeNormalizeParams& p, int64_t m, int64_t begin, int64_t end);

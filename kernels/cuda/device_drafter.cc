@@ -4,20 +4,46 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cuda/recurrent.h"
+
 namespace linspec::cuda {
 namespace {
 
 constexpr int64_t kF32 = sizeof(float), kBf16 = sizeof(uint16_t);
-constexpr int64_t kRowsAt = 256;  // in the input block, behind the pointer to the hidden states
+constexpr int64_t kCallAt = 8, kRowsAt = 256;  // in the input block, behind the pointer to the hidden states
 
 class RecurrentDrafter final : public DeviceDrafter {
  public:
   RecurrentDrafter(DeviceModel* target, const LinspecCudaRecurrentHead& head) : DeviceDrafter(target), head_(head) {}
 
+  // Decides how few rows are drafted: by one launch where the shape has one, else launch by launch.
+  int32_t Init() {
+    plan_ = PlanRecurrentLevels(Levels());
+    if (plan_.blocks == 0) return kLinspecCudaOk;
+    LINSPEC_CUDA_TRY(mail_.Reserve(context(), plan_.mail_bytes));
+    return context()->Check(cudaMemsetAsync(mail_.as<void>(), 0, plan_.mail_bytes, stream()), "zero");
+  }
+
  private:
   int max_levels() const override { return LINSPEC_CUDA_MAX_DRAFT_LEVELS; }
+  bool OneLaunch(int num_rows) const { return plan_.blocks > 0 && num_rows <= kMostLevelsRows; }
+  RecurrentLevelsParams Levels() const {
+    return {.input = {},
+            .embedding = target_->weights().embedding,
+            .gate_up = head_.gate_up,
+            .down = head_.down,
+            .lm_head = target_->weights().lm_head,
+            .state_norm = head_.state_norm,
+            .token_norm = head_.token_norm,
+            .eps = head_.rms_norm_eps,
+            .num_levels = 0,
+            .call = nullptr,
+            .mail = mail_.as<uint64_t>(),
+            .logits = logits_.as<float>()};
+  }
 
-  int32_t Reserve(int num_rows, int) override {
+  int32_t Reserve(int num_rows, int num_levels) override {
+    if (OneLaunch(num_rows)) return logits_.Reserve(context(), int64_t{num_rows} * num_levels * vocab() * kF32);
     const int64_t inner = head_.down.cols;
     LINSPEC_CUDA_TRY(state_.Reserve(context(), num_rows * dim() * kF32));
     LINSPEC_CUDA_TRY(input_.Reserve(context(), num_rows * 2 * dim() * kBf16));
@@ -38,6 +64,14 @@ class RecurrentDrafter final : public DeviceDrafter {
 
   void Enqueue(const Work& work) override {
     const int rows = work.input.num_rows;
+    if (OneLaunch(rows)) {
+      RecurrentLevelsParams levels = Levels();
+      levels.input = work.input;
+      levels.num_levels = work.num_levels;
+      levels.call = work.call;
+      LaunchRecurrentLevels(levels, plan_, stream());
+      return Choose(work, logits_.as<float>(), 0, work.num_levels, nullptr);
+    }
     Products& products = target_->products();
     for (int level = 0; level < work.num_levels; ++level) {
       LaunchRecurrentInput({.input = work.input,
@@ -58,6 +92,8 @@ class RecurrentDrafter final : public DeviceDrafter {
   }
 
   const LinspecCudaRecurrentHead head_;
+  RecurrentLevelsPlan plan_{};
+  Buffer mail_;
   Buffer state_, input_, gate_up_, activated_, rounded_, tokens_, logits_;
 };
 
@@ -131,7 +167,10 @@ int32_t DeviceDrafter::CreateRecurrent(DeviceModel* target, const LinspecCudaRec
     return target->context()->Fail(kLinspecCudaUnsupported,
                                    "a recurrent head on the GPU needs an inner width that is a multiple of 16");
   }
-  *drafter = std::make_unique<RecurrentDrafter>(target, head);
+  LINSPEC_CUDA_TRY(target->context()->Enter());
+  auto made = std::make_unique<RecurrentDrafter>(target, head);
+  LINSPEC_CUDA_TRY(made->Init());
+  *drafter = std::move(made);
   return kLinspecCudaOk;
 }
 
@@ -171,6 +210,7 @@ int32_t DeviceDrafter::CheckStep(const LinspecCudaDraftStep& step) const {
 void DeviceDrafter::Pack(const LinspecCudaDraftStep& step, int num_rows) {
   auto* host = host_block_.as<std::byte>();
   *reinterpret_cast<const float**>(host) = target_->hidden();
+  *reinterpret_cast<uint32_t*>(host + kCallAt) = ++call_;
   auto* rows = reinterpret_cast<LinspecCudaDraftRow*>(host + kRowsAt);
   std::copy_n(step.rows, step.num_rows, rows);
   std::fill(rows + step.num_rows, rows + num_rows, LinspecCudaDraftRow{});
@@ -200,6 +240,7 @@ int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftR
     Enqueue({.input = {.rows = reinterpret_cast<const LinspecCudaDraftRow*>(block + kRowsAt),
                        .hidden = reinterpret_cast<const float* const*>(block),
                        .num_rows = num_rows},
+             .call = reinterpret_cast<const uint32_t*>(block + kCallAt),
              .num_levels = step.num_levels,
              .top_k = step.top_k,
              .candidates = candidates_.as<LinspecCudaDraftCandidate>()});

@@ -31,6 +31,7 @@ class DeviceDrafter {
   // What one launch computes; num_rows with padding.
   struct Work {
     DraftInput input;
+    const uint32_t* call;  // the number of this call, on the device
     int num_levels, top_k;
     LinspecCudaDraftCandidate* candidates;  // [num_levels, num_rows, top_k]
   };
@@ -56,6 +57,7 @@ class DeviceDrafter {
   void Pack(const LinspecCudaDraftStep& step, int num_rows);
 
   GraphCache graphs_;
+  uint32_t call_ = 0;
   Buffer block_, candidates_;
   Buffer host_block_{true}, host_candidates_{true};
 };

@@ -5,7 +5,6 @@
 #include <climits>
 
 #include "kernels/cuda/draft_kernels.h"
-#include "kernels/cuda/embedding.h"
 #include "kernels/cuda/noise.h"
 #include "kernels/cuda/pdl.h"
 #include "kernels/cuda/row_cluster.h"
@@ -17,42 +16,9 @@ namespace {
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
-__device__ float2 WarpSum(float2 value) {
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value.x += __shfl_xor_sync(kAll, value.x, offset);
-    value.y += __shfl_xor_sync(kAll, value.y, offset);
-  }
+__device__ float WarpSum(float value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAll, value, offset);
   return value;
-}
-
-__global__ void __launch_bounds__(kThreads) RecurrentInputKernel(const RecurrentInputParams p) {
-  __shared__ float2 warps[kThreads / kWarp];
-  GridLaunchDependents();
-  GridWait();
-  const LinspecCudaDraftRow row = p.input.rows[blockIdx.x];
-  const int64_t dim = p.embedding.cols, token = p.tokens == nullptr ? row.token : p.tokens[blockIdx.x];
-  float* state = p.state + blockIdx.x * dim;
-  const float* from = p.tokens == nullptr ? *p.input.hidden + row.hidden_row * dim : state;
-  float2 squares{};  // of state and embedding
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
-    const float s = from[i], e = EmbeddingValue(p.embedding, token, i);
-    squares.x = fmaf(s, s, squares.x);
-    squares.y = fmaf(e, e, squares.y);
-  }
-  squares = WarpSum(squares);
-  if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = squares;
-  __syncthreads();
-  squares = {};
-  for (const float2 warp : warps) squares = make_float2(squares.x + warp.x, squares.y + warp.y);
-  const float state_scale = 1.0f / sqrtf(squares.x / static_cast<float>(dim) + p.eps);
-  const float token_scale = 1.0f / sqrtf(squares.y / static_cast<float>(dim) + p.eps);
-  uint16_t* out = p.out + blockIdx.x * 2 * dim;
-  for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
-    const float s = from[i], e = EmbeddingValue(p.embedding, token, i);
-    if (p.tokens == nullptr) state[i] = s;
-    out[i] = RoundToBf16(s * state_scale * p.state_norm[i]);
-    out[dim + i] = RoundToBf16(e * token_scale * p.token_norm[i]);
-  }
 }
 
 __device__ void StoreBf16(float4 v, uint16_t* out) {
@@ -105,13 +71,12 @@ struct ChooseShared {
 };
 static_assert(kMostClusterBlocks <= kClusterWarps && kMostClusterBlocks * kMostRivals <= kClusterThreads);
 
-// What a row's tokens are chosen by, four tokens at a time: the logits, or for a noisy row the tempered ones and the
-// noise.
+// What a row's tokens are chosen by, four tokens at a time: the logits, for a noisy row with the noise.
 struct Scores {
   const float* logits;
   int vocab;
   bool noisy;
-  float max, temperature;
+  float temperature;
   uint64_t seed;
   int64_t position;
 
@@ -125,7 +90,7 @@ struct Scores {
     const float4 v = Logits(block);
     if (!noisy) return v;
     const uint4 bits = NoiseBits(seed, position, block);
-    const auto score = [&](float logit, uint32_t word) { return (logit - max) / temperature + RoughGumbel(word); };
+    const auto score = [&](float logit, uint32_t word) { return NoisyScore(logit, temperature, RoughGumbel(word)); };
     return make_float4(score(v.x, bits.x), score(v.y, bits.y), score(v.z, bits.z), score(v.w, bits.w));
   }
 };
@@ -226,21 +191,22 @@ __global__ void __launch_bounds__(kClusterThreads) ChooseDraftKernel(const Choos
     if (cluster.thread() == 0) p.next_tokens[r] = 0;
     return;
   }
-  Scores scores{.logits = p.logits + (p.at_hidden_row ? row.hidden_row : index) * p.vocab,
-                .vocab = static_cast<int>(p.vocab),
-                .noisy = row.coupled != 0 && row.temperature > 0.0f,
-                .max = 0.0f,
-                .temperature = row.temperature,
-                .seed = row.seed,
-                .position = row.position + p.first_level + index / p.input.num_rows};
+  const Scores scores{.logits = p.logits + (p.at_hidden_row ? row.hidden_row : index) * p.vocab,
+                      .vocab = static_cast<int>(p.vocab),
+                      .noisy = row.coupled != 0 && row.temperature > 0.0f,
+                      .temperature = row.temperature,
+                      .seed = row.seed,
+                      .position = row.position + p.first_level + index / p.input.num_rows};
   const bool noisy = scores.noisy;
-  const float scale = !noisy && row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
-  float most = -INFINITY;
-  ForMine(cluster, scores.vocab, [&](int block) {
-    const float4 v = scores.Logits(block);
-    most = fmaxf(most, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
-  });
-  const float max = scores.max = cluster.Best({most, 0}).score;
+  const float scale = row.temperature > 0.0f ? 1.0f / row.temperature : 1.0f;
+  float max = -INFINITY;
+  if (!noisy) {
+    ForMine(cluster, scores.vocab, [&](int block) {
+      const float4 v = scores.Logits(block);
+      max = fmaxf(max, fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)));
+    });
+    max = cluster.Best({max, 0}).score;
+  }
   OwnBest mine;
   float sum = 0.0f;
   ForMine(cluster, scores.vocab, [&](int block) {
@@ -256,7 +222,7 @@ __global__ void __launch_bounds__(kClusterThreads) ChooseDraftKernel(const Choos
     const bool there = own.token != INT_MAX;
     const float best = __shfl_sync(kAll, own.score, 0);
     const float odds = there ? expf((own.score - best) * scale) : 0.0f;
-    if (noisy) sum = WarpSum({odds, 0.0f}).x;
+    if (noisy) sum = WarpSum(odds);
     if (lane < p.top_k) {
       p.candidates[static_cast<int64_t>(index) * p.top_k + lane] = {there ? own.token : -1,
                                                                     there ? fminf(odds / sum, 1.0f) : 0.0f};
@@ -267,10 +233,6 @@ __global__ void __launch_bounds__(kClusterThreads) ChooseDraftKernel(const Choos
 }
 
 }  // namespace
-
-void LaunchRecurrentInput(const RecurrentInputParams& params, cudaStream_t stream) {
-  LaunchOverlapped(RecurrentInputKernel, params.input.num_rows, kThreads, 0, stream, 1, params);
-}
 
 void LaunchRound(const float* x, uint16_t* out, int64_t count, cudaStream_t stream) {
   const auto blocks = static_cast<unsigned>((count / 4 + kThreads - 1) / kThreads);

@@ -1,4 +1,5 @@
-// Kernels of the draft heads that no transformer layer has: their inputs, their blocks, and the choice of candidates.
+// Kernels of the draft heads that no transformer layer has: rounding, their blocks, and the choice of candidates (the
+// recurrent head's own: recurrent.h).
 // Launched overlapped (pdl.h); a row's results depend on that row alone.
 #pragma once
 
@@ -17,19 +18,6 @@ struct DraftInput {
   const float* const* hidden;       // [.., D] of the target
   int num_rows;
 };
-
-// out = [RMSNorm(state), RMSNorm(embedding of the token)] in bf16. At level 0 the state is the target's hidden state,
-// which is stored, and the token is the row's own.
-struct RecurrentInputParams {
-  DraftInput input;
-  LinspecCudaMatrix embedding;  // [V, D]
-  const int32_t* tokens;        // [num_rows] chosen at the level before; null: level 0
-  float* state;                 // [num_rows, D]
-  const float *state_norm, *token_norm;
-  uint16_t* out;  // [num_rows, 2 D]
-  float eps;
-};
-void LaunchRecurrentInput(const RecurrentInputParams& params, cudaStream_t stream);
 
 // out = x rounded to bf16; count % 4 == 0.
 void LaunchRound(const float* x, uint16_t* out, int64_t count, cudaStream_t stream);

@@ -29,7 +29,9 @@
 // for 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
 // fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
 // 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
-// slower); clusters of two that share tokens (half the speed); clusters of four that share a tile (an H100 runs 30 of
+// slower); clusters of two that share tokens by multicast (an H200, a step of
+// 32, 64 and 128 rows in bf16 4.69, 6.00, 8.07 ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half
+// the speed where arrivals at the other's barriers release in the cluster's scope, a fence of all memory each); clusters of four that share a tile (an H100 runs 30 of
 // the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
 // share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
 // has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for

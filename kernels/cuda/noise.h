@@ -39,6 +39,12 @@ __device__ inline float RoughGumbel(uint32_t bits) {
   return -logf(-log1pf(-u));
 }
 
+// What a draft's noisy choice goes by: temperature times the target's score, which is in the same order and needs no
+// division and not the largest logit.
+__device__ inline float NoisyScore(float logit, float temperature, float noise) {
+  return fmaf(temperature, noise, logit);
+}
+
 // One token's score in a choice.
 struct ScoredToken {
   float score;

@@ -21,7 +21,13 @@ MODELS = {
     "gqa": (BASE.replace(num_key_value_heads=2, tie_word_embeddings=False), 131),
     "full64": (BASE.replace(group_size=64, conv_kernel=32), 200),
 }
-IN_BF16 = {"paper", "gqa", "full64"}  # "full" is in F32
+IN_BF16 = {"paper", "gqa", "full64"}  # "full" is in F32; heads are in bf16
+
+
+def stored_in(dtype, weights):
+    """The weights as they are stored, and the float32 values that these stand for."""
+    stored = {name: torch.tensor(value, dtype=dtype) for name, value in weights.items()}
+    return stored, {name: value.float().numpy() for name, value in stored.items()}
 
 
 def random_weights(cfg, rng):
@@ -66,11 +72,11 @@ def write_medusa(folder, cfg, weights, rng, heads, layers, own):
             w[f"{n}.{l}.linear.bias"] = 0.3 * rng.standard_normal(d)
         if own:
             w[f"{n}.{layers}.weight"] = rng.standard_normal((cfg.vocab_size, d)) / np.sqrt(d)
-    w = {name: value.astype(np.float32) for name, value in w.items()}
+    stored, w = stored_in(torch.bfloat16, w)
     hidden = rng.standard_normal((5, d)).astype(np.float32)
     unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     logits = reference.medusa_logits(w, heads, layers, hidden, unembedding).astype(np.float32)
-    save_file(w, os.path.join(folder, "medusa.safetensors"), metadata={"format": "pt"})
+    save_torch(stored, os.path.join(folder, "medusa.safetensors"), metadata={"format": "pt"})
     save_file({"hidden": hidden, "logits": logits}, os.path.join(folder, "medusa_golden.safetensors"))
     with open(os.path.join(folder, "medusa_config.json"), "w") as f:
         json.dump({"version": 1, "medusa_num_heads": heads, "medusa_num_layers": layers}, f, indent=2)
@@ -84,13 +90,13 @@ def write_recurrent(folder, cfg, weights, rng):
          "gate_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
          "up_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
          "down_proj.weight": rng.standard_normal((d, m)) / np.sqrt(m)}
-    w = {name: value.astype(np.float32) for name, value in w.items()}
+    stored, w = stored_in(torch.bfloat16, w)
     hidden = rng.standard_normal((4, d)).astype(np.float32)
     tokens = rng.integers(0, cfg.vocab_size, (3, 4)).astype(np.int32)
     unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     logits = reference.recurrent_logits(w, cfg.rms_norm_eps, hidden, tokens, weights["model.embed_tokens.weight"],
                                         unembedding).astype(np.float32)
-    save_file(w, os.path.join(folder, "recurrent_head.safetensors"), metadata={"format": "pt"})
+    save_torch(stored, os.path.join(folder, "recurrent_head.safetensors"), metadata={"format": "pt"})
     save_file({"hidden": hidden, "tokens": tokens, "logits": logits},
               os.path.join(folder, "recurrent_golden.safetensors"))
     with open(os.path.join(folder, "recurrent_head_config.json"), "w") as f:
@@ -111,10 +117,7 @@ def main():
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(hf, f, indent=2)
             f.write("\n")
-        weights = random_weights(cfg, rng)
-        stored = {key: torch.tensor(value, dtype=torch.bfloat16 if name in IN_BF16 else torch.float32)
-                  for key, value in weights.items()}
-        weights = {key: value.float().numpy() for key, value in stored.items()}
+        stored, weights = stored_in(torch.bfloat16 if name in IN_BF16 else torch.float32, random_weights(cfg, rng))
         tokens = rng.integers(0, cfg.vocab_size, length).astype(np.int32)
         logits = reference.logits(hf, weights, tokens).astype(np.float32)
         save_torch(stored, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})

@@ -1,6 +1,6 @@
 // Row operations against the scalar CpuOps, over odd sizes, and the choice of tokens against the host's (attention:
-// attention_test.cc, matrix products: gemm_test.cc). A plain program: prints one line per check, a summary last, and
-// exits 0 only if all passed.
+// attention_test.cc, matrix products: gemm_test.cc); the levels of a recurrent head. A plain program: prints one line
+// per check, a summary last, and exits 0 only if all passed. --quick: fewer sizes, for the sanitizers.
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -10,6 +10,7 @@
 #include "kernels/ops.h"
 #include "tests/cuda/choice_checks.h"
 #include "tests/cuda/device_buffers.h"
+#include "tests/cuda/recurrent_checks.h"
 #include "tests/cuda/report.h"
 
 namespace linspec::cuda {
@@ -160,7 +161,7 @@ void TestEmbed() {
 }  // namespace
 }  // namespace linspec::cuda
 
-int main() {
+int main(int argc, char** argv) {
   using namespace linspec;
   cudaDeviceProp device;
   cuda::Check(cudaGetDeviceProperties(&device, 0), "no usable GPU");
@@ -176,5 +177,6 @@ int main() {
     }
   }
   cuda::TestChoices();
+  cuda::TestRecurrentLevels(argc > 1 && std::string(argv[1]) == "--quick");
   return cuda::Summary("device_test");
 }

@@ -38,8 +38,8 @@ bench bench_7b_fp8 --shape 7b --weight-dtype fp8 --batch 1,8,32,64,128,256 --con
   --max-step-tokens 4096
 bench bench_bundled --batch 1,8,64,256 --context 1024 --prefill 2048 --max-step-tokens 4096
 if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
-  run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test"
-  run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test"
+  run memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_device_test" --quick
+  run racecheck 180 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_device_test" --quick
   run state_memcheck 120 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_state_test"
   run gemm_memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run gemm_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick

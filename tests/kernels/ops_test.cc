@@ -4,7 +4,6 @@
 
 #include <gtest/gtest.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -101,27 +100,6 @@ TEST_P(IsaTest, MatmulRowDoesNotDependOnItsNeighboursOrThreads) {
     for (int i = 0; i < m; ++i) {
       const auto one = RunMatmul(*ops_, w, {x.begin() + i * cols, x.begin() + (i + 1) * cols}, rows, cols, 1, dtype);
       ExpectSameBits(one, {all.begin() + i * rows, all.begin() + (i + 1) * rows}, fmt::format("row {}", i));
-    }
-  }
-}
-
-TEST_P(IsaTest, ListedBlocksHaveTheBitsOfAllAndTheRestIsLeftAlone) {
-  const int rows = 21 * static_cast<int>(kOutputBlock) - 5, cols = 96;  // the last block is not whole
-  const auto w = Random(int64_t{rows} * cols, 1);
-  const std::vector<int32_t> blocks = {0, 1, 2, 3, 4, 7, 9, 10, 11, 12, 13, 14, 18, 20};
-  const auto threaded = MakeOps(GetParam(), 3);
-  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
-    const auto weight = threaded->Pack(w.data(), DType::kF32, nullptr, rows, cols, dtype);
-    for (const int m : {1, 3, 13}) {
-      const auto x = Random(int64_t{m} * cols, 2);
-      auto expected = RunMatmul(*scalar_, w, x, rows, cols, m, dtype);
-      for (int64_t i = 0; i < std::ssize(expected); ++i) {
-        const auto block = static_cast<int32_t>(i % rows / kOutputBlock);
-        if (std::ranges::find(blocks, block) == blocks.end()) expected[i] = -7;
-      }
-      std::vector<float> y(expected.size(), -7);
-      threaded->Matmul({.x = x.data(), .w = weight.get(), .y = y.data(), .num_rows = m, .output_blocks = blocks});
-      ExpectSameBits(y, expected, fmt::format("{} rows {}", DTypeName(dtype), m));
     }
   }
 }

@@ -1,6 +1,5 @@
 // Verify, Extend, Commit and Prefill are one function of a sequence, bit for bit, whatever surrounds it.
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <string>
 #include <vector>
@@ -318,38 +317,18 @@ TEST_F(CommitErrorTest, UnembedIsTheHeadOfVerifyAndLeavesTheBatchAlone) {
   const std::vector<float> hidden(verified->hidden.begin(), verified->hidden.end());
   const size_t dim = TinyConfig().hidden_size, vocab = TinyConfig().vocab_size;
   for (size_t row = 0; row < 4; ++row) {
-    const auto alone = model_->Unembed(std::span(hidden).subspan(row * dim, dim), {});
+    const auto alone = model_->Unembed(std::span(hidden).subspan(row * dim, dim));
     ASSERT_TRUE(alone.ok());
     ASSERT_EQ(alone->size(), vocab);
     EXPECT_TRUE(SameBits(alone->data(), logits.data() + row * vocab, vocab));
   }
-  const auto all = model_->Unembed(hidden, {});
+  const auto all = model_->Unembed(hidden);
   ASSERT_TRUE(all.ok());
   EXPECT_TRUE(SameBits({all->begin(), all->end()}, logits));
-  ExpectError(model_->Unembed(std::span(hidden).first(dim + 1), {}).status(), absl::StatusCode::kInternal, "33 values");
+  ExpectError(model_->Unembed(std::span(hidden).first(dim + 1)).status(), absl::StatusCode::kInternal, "33 values");
   const std::vector<std::vector<int32_t>> path = {{0, 1}};
   ASSERT_OK(model_->Commit(batch_, path, pool_.get()));
   EXPECT_EQ(pool_->length(slot_.id()), 2);
-}
-
-TEST_F(CommitErrorTest, LogitsOutsideTheBlocksAskedForAreMinusInfinity) {
-  const int64_t vocab = TinyConfig().vocab_size;
-  const auto all = model_->Verify(batch_, *pool_);
-  ASSERT_TRUE(all.ok());
-  const std::vector<float> hidden(all->hidden.begin(), all->hidden.end());
-  std::vector<float> expected(all->logits.begin(), all->logits.end());
-  const std::vector<int32_t> blocks = {1, 4};
-  for (int64_t i = 0; i < std::ssize(expected); ++i) {
-    const int64_t block = i % vocab / kOutputBlock;
-    if (block != 1 && block != 4) expected[i] = -std::numeric_limits<float>::infinity();
-  }
-  const auto unembedded = model_->Unembed(hidden, blocks);
-  ASSERT_TRUE(unembedded.ok());
-  EXPECT_TRUE(SameBits({unembedded->begin(), unembedded->end()}, expected));
-  batch_.logit_blocks = blocks;
-  const auto verified = model_->Verify(batch_, *pool_);
-  ASSERT_TRUE(verified.ok());
-  EXPECT_TRUE(SameBits({verified->logits.begin(), verified->logits.end()}, expected));
 }
 
 TEST_F(CommitErrorTest, BatchesAreChecked) {
