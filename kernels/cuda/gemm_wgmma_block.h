@@ -20,12 +20,6 @@ inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupTh
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
 inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
-// Slots of a block's ring and, in a paced product, units of weights under way at once: while the kernel ahead runs, and
-// later.
-struct Stages {
-  int count, window_ahead, window;
-};
-
 template <int kType, int kTokens>
 struct Unit {
   static constexpr int kDepth = kType == kLinspecCudaBf16 ? kUnitRowBytes / 2 : kUnitRowBytes;
@@ -33,8 +27,9 @@ struct Unit {
   static constexpr int kBytes = kWeightBytes + kBoxes * kBoxBytes;
   static constexpr int kSumsBytes = kGroupRows * kTokens * static_cast<int>(sizeof(float));  // of a group
   static_assert(kSumsBytes <= kBytes);  // a slot of the ring holds a unit, or a group's sums of a tile
-  // Whether weights are asked for a few at a time, by a warp of their own (gemm_wgmma.cu).
+  // Whether weights are asked for kWindow units at a time, by a warp of their own (gemm_wgmma.cu).
   static constexpr bool kPaced = kTokens <= 32 && kType != kLinspecCudaI8;
+  static constexpr int kWindow = kType == kLinspecCudaBf16 ? 6 : 3;
   static constexpr int kThreads = (kConsumers + (kPaced ? 2 : 1)) * kWarpSize;
 };
 
@@ -71,10 +66,9 @@ __device__ __forceinline__ void ConsumerBarrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
-// Barriers of the slots: a unit, or sums, are there; all is used up. In a paced product tokens are there by a barrier of
-// their own, and another says that the kernel ahead has ended.
+// Barriers of the slots: a unit, or sums, are there; all is used up. In a paced product tokens have one of their own.
 struct Ring {
-  uint64_t full[kMaxStages], tokens[kMaxStages], empty[kMaxStages], begun;
+  uint64_t full[kMaxStages], tokens[kMaxStages], empty[kMaxStages];
 };
 
 // Position in the ring.
@@ -94,8 +88,7 @@ struct Producer {
   const Workspace& workspace;
   Ring& ring;
   uint32_t buffers;
-  Stages stages;
-  int share;
+  int stages, share;
 
   __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
 
@@ -111,16 +104,12 @@ struct Producer {
                unit % shares.depth * Unit::kDepth + box * kBoxDepth, 0, there, policy);
     }
   }
-  // Weights are the first to leave the L2, tokens the last.
-  __device__ static __forceinline__ uint64_t Once() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-  }
-  __device__ static __forceinline__ uint64_t Often() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
+  // Of the L2: weights, read once, are the first to leave it, tokens the last.
+  __device__ static __forceinline__ uint64_t Policy(bool once) {
+    uint64_t first, last;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+    return once ? first : last;
   }
 
   // warp: of the block's last one or two.
@@ -139,8 +128,8 @@ struct Producer {
 
   // By one thread. Weights for the whole ring are asked for before the kernel ahead has ended, tokens after it.
   __device__ __forceinline__ void OrderUnits(Turn& turn) const {
-    const uint64_t once = Once(), often = Often();
-    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages.count, end - begin);
+    const uint64_t once = Policy(true), often = Policy(false);
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
     const auto order_weights = [&](int stage, int unit) {
       BarrierExpect(&ring.full[stage], Unit::kBytes);
       CopyWeights(stage, unit, once);
@@ -148,24 +137,23 @@ struct Producer {
     for (int i = 0; i < ahead; ++i) order_weights(i, begin + i);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
-    for (int i = 0; i < ahead; ++i, turn.Next(stages.count)) CopyTokens(i, begin + i, &ring.full[i], often);
-    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages.count)) {
+    for (int i = 0; i < ahead; ++i, turn.Next(stages)) CopyTokens(i, begin + i, &ring.full[i], often);
+    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       order_weights(turn.stage, unit);
       CopyTokens(turn.stage, unit, &ring.full[turn.stage], often);
     }
   }
 
-  // By one thread, from before the end of the kernel ahead, so many at a time.
+  // By one thread, from before the end of the kernel ahead.
   __device__ __forceinline__ void OrderWeights(Turn& turn) const {
-    const uint64_t once = Once();
+    const uint64_t once = Policy(true);
     const int begin = Begin(shares, share), end = Begin(shares, share + 1);
     Turn landed;
-    int window = stages.window_ahead;
-    for (int unit = begin, missing = begin; unit < end; ++unit, turn.Next(stages.count)) {
-      for (; unit - missing >= window; ++missing, landed.Next(stages.count)) {
+    for (int unit = begin; unit < end; ++unit, turn.Next(stages)) {
+      if (unit - begin >= Unit::kWindow) {
         BarrierWait(&ring.full[landed.stage], landed.parity);
-        if (BarrierOver(&ring.begun, 0)) window = stages.window;
+        landed.Next(stages);
       }
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       BarrierExpect(&ring.full[turn.stage], kWeightBytes);
@@ -175,12 +163,11 @@ struct Producer {
 
   // By one thread.
   __device__ __forceinline__ void OrderTokens() const {
-    const uint64_t often = Often();
+    const uint64_t often = Policy(false);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
-    BarrierArrive(&ring.begun, 1);
     Turn turn{0, 1};
-    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(stages.count)) {
+    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       BarrierExpect(&ring.tokens[turn.stage], Unit::kBoxes * Unit::kBoxBytes);
       CopyTokens(turn.stage, unit, &ring.tokens[turn.stage], often);
@@ -205,7 +192,7 @@ struct Producer {
     if (lane != 0) return;
     constexpr int kBytes = Unit::kSumsBytes;
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
-    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages.count)) {
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
       CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
       BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy: racecheck takes it to be ordered by the arrival

@@ -22,8 +22,7 @@ struct Consumer {
   using Words = uint32_t[kWidens ? kSteps : 1][4];  // of weights, as an instruction takes them
 
   const GemmParams& p;
-  int rows, share;
-  Stages stages;
+  int rows, share, stages;
   const Shares& shares;
   const Workspace& workspace;
   Ring& ring;
@@ -68,13 +67,6 @@ struct Consumer {
       a[step][2] = ReadWord(at + 8), a[step][3] = ReadWord(at + 8 * kUnitRowBytes + 8);
     }
   }
-  __device__ static __forceinline__ void WidenWords(const Words& raw, Words& a) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[step][i] = Widen(raw[step][i]);
-    }
-  }
   // Instructions read their words after they were issued. What nvcc 13.0 makes of two boxes in turn, each waited for
   // before its words are written again, keeps to that; of one box an iteration it did not, and products came out wrong.
   __device__ static __forceinline__ void WordsInUse(Words& a) {
@@ -87,7 +79,8 @@ struct Consumer {
                                               float (&sums)[kColumns][4]) const {
     const uint64_t b = WgmmaOperand(unit + kWeightBytes + box * Unit::kBoxBytes);
     if constexpr (kWidens) {
-      WidenWords(raw, a);
+#pragma unroll
+      for (int i = 0; i < kSteps * 4; ++i) a[i / 4][i % 4] = Widen(raw[i / 4][i % 4]);
       WgmmaBegin();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) Wgmma<kTokens>(sums, a[step], b + step * kWgmmaNextK);
@@ -124,10 +117,10 @@ struct Consumer {
         MultiplyBox(At(turn.stage), box, raw[box], words[box], sums);
         WgmmaWait<1>();
         if constexpr (kWidens) WordsInUse(words[1 - box]);
-        if (box == 0 && i > 0) Release(previous, left - i < stages.count);
+        if (box == 0 && i > 0) Release(previous, left - i < stages);
       }
       previous = turn.stage;
-      turn.Next(stages.count);
+      turn.Next(stages);
     }
     WgmmaWait<0>();
     if constexpr (kWidens) WordsInUse(words[1]);
@@ -136,7 +129,7 @@ struct Consumer {
 #pragma unroll
       for (float& x : column) asm volatile("" : "+f"(x)::"memory");
     }
-    Release(previous, left - count < stages.count);
+    Release(previous, left - count < stages);
   }
 
   // For the block that holds the beginning of the tile.
@@ -155,7 +148,7 @@ struct Consumer {
 
   // The sums of the `behind` blocks behind, in order.
   __device__ __forceinline__ void Add(int behind, float (&sums)[kColumns][4]) {
-    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages.count)) {
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
       BarrierWait(&ring.full[turn.stage], turn.parity);
       __syncwarp();  // racecheck takes one lane of a warp to have waited
       if (i % kGroups == Group()) {

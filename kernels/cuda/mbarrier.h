@@ -33,15 +33,6 @@ __device__ __forceinline__ void BarrierWait(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
-__device__ __forceinline__ bool BarrierOver(uint64_t* barrier, uint32_t parity) {
-  uint32_t over;
-  asm volatile("{.reg .pred over; mbarrier.test_wait.parity.shared.b64 over, [%1], %2; selp.u32 %0, 1, 0, over;}"
-               : "=r"(over)
-               : "r"(SharedAddress(barrier)), "r"(parity)
-               : "memory");
-  return over != 0;
-}
-
 // A box of a tensor map from element (k, row) on, by one thread; its bytes count at the barrier.
 __device__ __forceinline__ void CopyTile(uint32_t to, const void* map, int k, int row, uint64_t* barrier,
                                          uint64_t policy) {
