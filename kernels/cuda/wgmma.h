@@ -35,20 +35,20 @@ __device__ void Wgmma(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uin
 
 // Both forms for one number of tokens; d: its sums as asm operands %0 to %(count - 1), the numbers after those follow.
 #define LINSPEC_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define LINSPEC_WGMMA(tokens, list, n0, n1, n2, n3, n4, ...)                                                   \
-  template <>                                                                                                  \
-  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], uint64_t a, uint64_t b) {            \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, %" n0 ", %" n1     \
-                 ", 1, 1, 1, 0, 0;"                                                                            \
-                 : __VA_ARGS__                                                                                 \
-                 : "l"(a), "l"(b));                                                                            \
-  }                                                                                                            \
-  template <>                                                                                                  \
-  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], const uint32_t(&a)[4], uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, {%" n0 ", %" n1    \
-                 ", %" n2 ", %" n3 "}, %" n4 ", 1, 1, 1, 0;"                                                   \
-                 : __VA_ARGS__                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                        \
+#define LINSPEC_WGMMA(tokens, list, n0, n1, n2, n3, n4, ...)                                                         \
+  template <>                                                                                                        \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], uint64_t a, uint64_t b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, %" n0 ", %" n1           \
+                 ", 1, 1, 1, 0, 0;"                                                                                  \
+                 : __VA_ARGS__                                                                                       \
+                 : "l"(a), "l"(b));                                                                                  \
+  }                                                                                                                  \
+  template <>                                                                                                        \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], const uint32_t(&a)[4], uint64_t b) {       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, {%" n0 ", %" n1 ", %" n2 \
+                 ", %" n3 "}, %" n4 ", 1, 1, 1, 0;"                                                                  \
+                 : __VA_ARGS__                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
   }
 
 #define LINSPEC_LIST_8 "%0,%1,%2,%3"
