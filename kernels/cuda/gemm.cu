@@ -10,9 +10,8 @@
 //   so x is read from the L2 once per block and not once per tile. Sums of a range go to the workspace, and the last
 //   of a tile's kSplit warps adds them in order.
 //
-// Measured on an H200 (2026-11-27), bf16, a 7B step: 64 % of the read bandwidth at 16 rows, 50 % at 32, 34 % at 64,
-// where cuBLASLt reaches 74 to 76 %; what holds them up is the exchange of sums (without it, 84 % at 1 row). Up to 8
-// rows on sm_90 gemm_ring.cu takes over. Rejected: reloading each register as it is used (the loads share scoreboards).
+// A 7B step in bf16 on an H200: 64 % of the read bandwidth at 16 rows, 34 % at 64; what holds them up is the exchange
+// of sums. Rejected: reloading each register as it is used (the loads share scoreboards).
 //
 // Floor: N K bytes-per-weight over the read bandwidth, as long as 2 rows N K over the mma.sync rate is less.
 #include <algorithm>

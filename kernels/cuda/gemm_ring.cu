@@ -10,25 +10,19 @@
 //
 // The RMSNorm in front of a product can be its prologue (launch.h): each warp makes its slice of x from that of the
 // residual stream and of the norm's weight, which it asked for before the kernel ahead had ended, and the warps' sums
-// of squares meet where the ranges of the first tile do. A step of one request on an H100: bf16 4.66 ms for 4.95 with
-// norms launched, fp8 2.74 for 2.99 with sums of squares left by the product ahead, which all warps of the next one
-// read.
+// of squares meet where the ranges of the first tile do.
 //
-// Blocks have their x 3 to 6 us after the last write of the kernel ahead: what asks for it waits behind the first
-// copies of weights. The memory is busy with those so long; a launch takes 1 to 4 us over its bytes (bf16, H100).
+// Blocks have their x 3 to 6 us after the last write of the kernel ahead: who asks for it has waited for the copy
+// engine to take all first copies of weights. The memory is busy with those so long; a launch takes 1 to 4 us over its
+// bytes (bf16, H100).
 //
-// All products of a 7B step, share of the read bandwidth measured in the same run (2026-11-27; more: docs/cuda.md):
-//   rows             1       2
-//   bf16, H200      90 %    86 %
-//   bf16, H100      97      96
-//   fp8,  H200      70      70
-//   fp8,  H100      83      82
-//   int8, H100      83      82
-// Rejected: 256-byte pieces of a row (75 %); 128-byte TMA boxes (78 %) and 512-byte ones (91 % at best, 77 % at
-// 4096 x 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share
-// scoreboards); ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into
-// the L2 ahead: the launch's own (5 points worse), or 4 to 32 MB of the next product's (0.5 to 9 points worse, with
-// other kernels between the products too).
+// Rejected: 256-byte pieces of a row (75 %); 128-byte TMA boxes (78 %) and 512-byte ones (91 % at best, 77 % at 4096 x
+// 4096); cp.async into per-lane slots (76 %); loads into registers one step ahead (57 %: they share scoreboards);
+// ranges spread over a cluster and added through distributed shared memory (69 %); weights fetched into the L2 ahead:
+// the launch's own (5 points worse), or 4 to 32 MB of the next product's (0.5 to 9 points worse, with other kernels
+// between the products too); first copies by half of the warps and x by the others (an H200, a step of 1 request: fp8
+// 2.24 ms for 2.13, bf16 3.60 for 3.44), or by a warp of their own (an H100, fp8 2.84 for 2.63): x is there 2 to 3 us
+// earlier, the weights later.
 #include <algorithm>
 
 #include "kernels/cuda/gemm_ring.h"

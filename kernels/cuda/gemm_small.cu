@@ -5,9 +5,7 @@
 // The RMSNorm in front can be the prologue (launch.h): each value of x is read by one lane of a block, which multiplies
 // it by the norm's weight on the way; the sums of squares meet where the ranges do.
 //
-// Measured on an H200 (2026-11-27), graphs of 16 products: see docs/cuda.md.
-//
-// Floor: 2 rows N K over the mma.sync rate, or K bytes of tokens (2 K each) per block from the L2.
+// Floor: 2 rows N K over the mma.sync rate, or K bytes of tokens (2 K each) per block from the L2. Times: docs/cuda.md.
 #include "kernels/cuda/gemm_batch.h"
 #include "kernels/cuda/pdl.h"
 

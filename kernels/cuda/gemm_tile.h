@@ -112,7 +112,7 @@ __device__ __forceinline__ uint16_t Bf16Bits(float value) {
   return *reinterpret_cast<const uint16_t*>(&rounded);
 }
 
-__device__ __forceinline__ float Silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float Silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // Of the RMSNorm in front of a product (launch.h): four values of x times its weight in bf16, and their squares added
 // in order.

@@ -13,33 +13,31 @@
 // than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors that are free
 // first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
-// Shares of the read bandwidth measured in the same run, graphs of products (2026-11-27; more: docs/cuda.md):
-//   rows                    8      16      32      64     128
-//   bf16, H200, all of 7B  85 %    84 %    81 %    75 %    63 %
-//   bf16, H100             89      89      88      83      73
-//   fp8,  H200             62      58      54      49
-//   fp8,  H100             76      74      71      65      45
-//   int8, H100             73      72      71      63      43
-// What is missing is mostly a fixed 3 to 7 us a product: the last sums (of o and down 3 to 5.5 us from when they are
-// wanted, because what fetches them waits behind the next product's first weights) and their writing (0.4 to 1.6), the
-// launch, and the first tokens (2.3 us, of which the memory is idle only when all rings are full).
+// Up to 32 tokens in bf16 and fp8, weights are asked for a few units at a time (kPaced): tokens and sums that a block
+// wants of the L2 meanwhile wait behind all that blocks have asked the memory for. The last sums of `o` were there 4.9
+// us after they were wanted with 8 units under way and 2.8 with 3 (an H100, 16 rows, a reader that polled). A step of
+// 16 requests in fp8 takes 2.94 ms for 3.00 so (an H200), in bf16 as long with 6, 2 % more with 4; on an H100 a first
+// form, 3 in both, took 3.40 for 3.56 and 5.40 for 5.48. Elsewhere a second barrier a unit costs more (fp8, 64 rows:
+// 5.17 ms, 5.06 without; int8, 16 rows: 3.16 for 3.11 before).
 //
-// Rejected: up to four products in one launch, norms riding along, the next one's weights asked for while a product
-// ends and one barrier of all blocks between them (an H100, 8 rows, bf16: 5.02 ms for 4.80 of all products; 64: 5.64
-// for 5.18; fp8 3.07 for 2.94), and the same with a launch for each norm; the first units of the next product's weights
-// fetched into the L2 when a block has asked for its own last (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
-// 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
-// slower); clusters of two that share tokens by multicast (an H200, a step of
-// 32, 64 and 128 rows in bf16 4.69, 6.00, 8.07 ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half
-// the speed where arrivals at the other's barriers release in the cluster's scope, a fence of all memory each); clusters of four that share a tile (an H100 runs 30 of
-// the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
-// share a multiprocessor (no faster alone, 1 to 14 % slower in a step), or such that are launched only when the other
-// has asked for its last weights (3 to 15 % slower: a launch takes that long); the largest shared-memory carve-out for
-// all kernels (1 % slower); fetching 256 bytes into the L2 for each 128 asked for (5 points); a multiple of the number
-// of tiles for the number of blocks (0 to 1 % slower in a step). Less work for blocks that only hand sums over, so that
-// who waits for them has some left (4 and 8 units: the same in bf16, fp8 at 64 rows 6.19 and 6.30 ms a step for 6.14).
-// Undecided: sums that their reader polls for instead of flags and the ring, in bf16 2 % faster up to 16 tokens; from
-// 64 it was slower in a build that also spilled registers.
+// What is missing in bf16 is mostly a fixed 3 to 7 us a product: the last sums, their writing, the launch, and the
+// first tokens; in 8 bits on an H200 it is widening (docs/cuda.md): the loop is 270 instructions a unit and warp, 560
+// cycles of issuing on a quarter of a multiprocessor, and takes 1,100.
+//
+// Rejected: up to four products in one launch with a barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms
+// for 4.80, fp8 3.07 for 2.94); the next product's first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03
+// ms); four groups on 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB
+// (bf16 the same, fp8 3 % slower); clusters of two that share tokens by multicast (an H200, a step of 32, 64, 128 rows
+// in bf16 4.69, 6.00, 8.07 ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half the speed where
+// arrivals at the other's barriers release in the cluster's scope); clusters of four that share a tile (an H100 runs 30
+// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
+// share a multiprocessor (1 to 15 % slower in a step); fetching 256 bytes into the L2 for each 128 asked for (5
+// points); less work for blocks that only hand sums over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader
+// polls for, without flags: one block reading all, 2 to 3 us slower a product at 64 (an H100); all blocks of a tile
+// completing some of its tokens each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms
+// for 3.03, 5.56 for 5.18; 0.16 of both, by reckoning, because each lane read one token's sums of squares, all blocks
+// the same lines). Words of two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each
+// other.
 #include <cuda.h>
 
 #include <algorithm>
@@ -55,7 +53,7 @@ constexpr int kRingBytes = 148 << 10, kRingBytes128 = 208 << 10;  // for 128 tok
 constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
 
 template <int kType, int kTokens, bool kNorms>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads)
     WgmmaGemmKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
                     const __grid_constant__ GemmParams p, const int rows, const int stages, const Workspace workspace) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -65,20 +63,21 @@ __global__ void __launch_bounds__(kBlockThreads)
   __shared__ __align__(16) TileEnd<kTokens> end;
   const uint32_t buffers = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const Shares shares(p.w, Unit::kDepth, static_cast<int>(gridDim.x));
-  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x);
+  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = static_cast<int>(threadIdx.x) / kWarpSize;
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
       BarrierInit(&ring.full[i], 1);
+      BarrierInit(&ring.tokens[i], 1);
       BarrierInit(&ring.empty[i], kConsumers * kWarpSize);
     }
     BarrierMade();
   }
   __syncthreads();
   GridLaunchDependents();
-  if (threadIdx.x < kConsumers * kWarpSize) {
+  if (warp < kConsumers) {
     Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, end, buffers}.Run();
   } else {
-    Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run();
+    Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run(warp - kConsumers);
   }
 #endif
 }
@@ -131,10 +130,10 @@ template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
   constexpr int kBytes = (kTokens > 64 ? kRingBytes128 : kRingBytes) - 1024;  // the ring begins at a multiple of 1,024
-  // 8-bit units are twice the k: of fewer in flight (2 % faster than 8) the tokens of the last come as soon.
-  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
-  constexpr int kFit = kBytes / Unit::kBytes, kStages = kFit < kMost ? kFit : kMost;
+  constexpr int kMost = Unit::kPaced || kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
+  constexpr int kFit = kBytes / Unit::kBytes, kStages = std::min(kFit, kMost);
   constexpr int kShared = kStages * Unit::kBytes + 1024;
+  static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
   const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
   const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;
   CUtensorMap weights, tokens;
@@ -143,7 +142,7 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
   if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
-  LaunchOverlapped(kernel, blocks, kBlockThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
+  LaunchOverlapped(kernel, blocks, Unit::kThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
                    WorkspaceAt(p.workspace));
 }
 

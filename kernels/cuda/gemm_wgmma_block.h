@@ -1,5 +1,5 @@
 // The parts of a block of the warpgroup product (gemm_wgmma.cu): its share of the work, its ring in shared memory, and
-// the warp that orders what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
+// the warps that order what comes through that. The warps that multiply: gemm_wgmma_consumer.h. sm_90a only.
 //
 // A unit is 128 rows of weights, 128 bytes of each, and the tokens' part for that k, in boxes of 64 of k. A group of
 // four warps multiplies 64 of the rows.
@@ -18,7 +18,6 @@ inline constexpr int kUnitRows = 128, kUnitRowBytes = 128, kBoxDepth = 64;
 inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
-inline constexpr int kBlockThreads = (kConsumers + 1) * kWarpSize;
 inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
@@ -28,6 +27,10 @@ struct Unit {
   static constexpr int kBytes = kWeightBytes + kBoxes * kBoxBytes;
   static constexpr int kSumsBytes = kGroupRows * kTokens * static_cast<int>(sizeof(float));  // of a group
   static_assert(kSumsBytes <= kBytes);  // a slot of the ring holds a unit, or a group's sums of a tile
+  // Whether weights are asked for kWindow units at a time, by a warp of their own (gemm_wgmma.cu).
+  static constexpr bool kPaced = kTokens <= 32 && kType != kLinspecCudaI8;
+  static constexpr int kWindow = kType == kLinspecCudaBf16 ? 6 : 3;
+  static constexpr int kThreads = (kConsumers + (kPaced ? 2 : 1)) * kWarpSize;
 };
 
 // Sums of a tile on their way to the block that began it.
@@ -48,7 +51,8 @@ struct Shares {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ __forceinline__ int Begin(const Shares& shares, int share) {
-  return static_cast<int>(int64_t{shares.total} * share / shares.blocks);
+  return static_cast<int>(static_cast<unsigned>(shares.total) * static_cast<unsigned>(share) /
+                          static_cast<unsigned>(shares.blocks));
 }
 // Blocks after `share` that hold units before `end`.
 __device__ __forceinline__ int Behind(const Shares& shares, int share, int end) {
@@ -62,8 +66,9 @@ __device__ __forceinline__ void ConsumerBarrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
+// Barriers of the slots: a unit, or sums, are there; all is used up. In a paced product tokens have one of their own.
 struct Ring {
-  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t full[kMaxStages], tokens[kMaxStages], empty[kMaxStages];
 };
 
 // Position in the ring.
@@ -75,7 +80,7 @@ struct Turn {
   }
 };
 
-// What one warp does: asks for everything that comes through the ring.
+// What one warp does, or two in a paced product: ask for everything that comes through the ring.
 template <typename Unit>
 struct Producer {
   const CUtensorMap &weights, &tokens;
@@ -86,41 +91,86 @@ struct Producer {
   int stages, share;
 
   __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
-  __device__ __forceinline__ void OrderWeights(int stage, int unit, uint64_t policy) const {
-    BarrierExpect(&ring.full[stage], Unit::kBytes);
+
+  // The barrier's expectation is the caller's.
+  __device__ __forceinline__ void CopyWeights(int stage, int unit, uint64_t policy) const {
     CopyTile(At(stage), &weights, unit % shares.depth * Unit::kDepth, unit / shares.depth * kUnitRows,
              &ring.full[stage], policy);
   }
-  __device__ __forceinline__ void OrderTokens(int stage, int unit, uint64_t policy) const {
+  __device__ __forceinline__ void CopyTokens(int stage, int unit, uint64_t* there, uint64_t policy) const {
 #pragma unroll
     for (int box = 0; box < Unit::kBoxes; ++box) {
       CopyTile(At(stage) + kWeightBytes + box * Unit::kBoxBytes, &tokens,
-               unit % shares.depth * Unit::kDepth + box * kBoxDepth, 0, &ring.full[stage], policy);
+               unit % shares.depth * Unit::kDepth + box * kBoxDepth, 0, there, policy);
     }
   }
+  // Of the L2: weights, read once, are the first to leave it, tokens the last.
+  __device__ static __forceinline__ uint64_t Policy(bool once) {
+    uint64_t first, last;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(first));
+    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(last));
+    return once ? first : last;
+  }
 
-  __device__ __forceinline__ void Run() const {
-    const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  // warp: of the block's last one or two.
+  __device__ __forceinline__ void Run(int warp) const {
+    const bool leads = threadIdx.x % kWarpSize == 0;
+    if (warp > 0) {
+      if (leads) OrderTokens();
+      return;
+    }
     Turn turn{0, 1};  // of an empty barrier, the phase before the first is over
-    if (lane == 0) OrderUnits(turn);
+    if (leads) Unit::kPaced ? OrderWeights(turn) : OrderUnits(turn);
     __syncwarp();
+    GridWait();
     OrderSums(turn);
   }
 
   // By one thread. Weights for the whole ring are asked for before the kernel ahead has ended, tokens after it.
   __device__ __forceinline__ void OrderUnits(Turn& turn) const {
-    uint64_t once, often;  // weights are the first to leave the L2
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(often));
+    const uint64_t once = Policy(true), often = Policy(false);
     const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
-    for (int i = 0; i < ahead; ++i) OrderWeights(i, begin + i, once);
+    const auto order_weights = [&](int stage, int unit) {
+      BarrierExpect(&ring.full[stage], Unit::kBytes);
+      CopyWeights(stage, unit, once);
+    };
+    for (int i = 0; i < ahead; ++i) order_weights(i, begin + i);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
-    for (int i = 0; i < ahead; ++i, turn.Next(stages)) OrderTokens(i, begin + i, often);
+    for (int i = 0; i < ahead; ++i, turn.Next(stages)) CopyTokens(i, begin + i, &ring.full[i], often);
     for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
       BarrierWait(&ring.empty[turn.stage], turn.parity);
-      OrderWeights(turn.stage, unit, once);
-      OrderTokens(turn.stage, unit, often);
+      order_weights(turn.stage, unit);
+      CopyTokens(turn.stage, unit, &ring.full[turn.stage], often);
+    }
+  }
+
+  // By one thread, from before the end of the kernel ahead.
+  __device__ __forceinline__ void OrderWeights(Turn& turn) const {
+    const uint64_t once = Policy(true);
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1);
+    Turn landed;
+    for (int unit = begin; unit < end; ++unit, turn.Next(stages)) {
+      if (unit - begin >= Unit::kWindow) {
+        BarrierWait(&ring.full[landed.stage], landed.parity);
+        landed.Next(stages);
+      }
+      BarrierWait(&ring.empty[turn.stage], turn.parity);
+      BarrierExpect(&ring.full[turn.stage], kWeightBytes);
+      CopyWeights(turn.stage, unit, once);
+    }
+  }
+
+  // By one thread.
+  __device__ __forceinline__ void OrderTokens() const {
+    const uint64_t often = Policy(false);
+    PrefetchMap(&tokens);
+    GridWait();  // after which the copy engine sees what the kernels ahead wrote
+    Turn turn{0, 1};
+    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(stages)) {
+      BarrierWait(&ring.empty[turn.stage], turn.parity);
+      BarrierExpect(&ring.tokens[turn.stage], Unit::kBoxes * Unit::kBoxBytes);
+      CopyTokens(turn.stage, unit, &ring.tokens[turn.stage], often);
     }
   }
 

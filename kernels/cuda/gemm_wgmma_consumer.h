@@ -56,7 +56,7 @@ struct Consumer {
     return Traits::WidenPair(Traits::Extend(word, Lane() % 2 == 0 ? Traits::kBytes01 : Traits::kBytes23));
   }
 
-  // Weights of 64 of k, widened. The 16-byte pieces of a row lie swizzled by the row.
+  // Words that hold weights of 64 of k. The 16-byte pieces of a row lie swizzled by the row.
   __device__ static __forceinline__ void ReadWords(uint32_t unit, int box, Words& a) {
     const int g = Lane() / 4;
     const uint32_t lane = unit + (Warp() * 16 + g) * kUnitRowBytes + g * 16 + Lane() % 4 / 2 * 4;
@@ -66,11 +66,6 @@ struct Consumer {
       a[step][0] = ReadWord(at), a[step][1] = ReadWord(at + 8 * kUnitRowBytes);
       a[step][2] = ReadWord(at + 8), a[step][3] = ReadWord(at + 8 * kUnitRowBytes + 8);
     }
-#pragma unroll
-    for (auto& words : a) {
-#pragma unroll
-      for (uint32_t& word : words) word = Widen(word);
-    }
   }
   // Instructions read their words after they were issued. What nvcc 13.0 makes of two boxes in turn, each waited for
   // before its words are written again, keeps to that; of one box an iteration it did not, and products came out wrong.
@@ -79,21 +74,22 @@ struct Consumer {
     for (auto& words : a) asm volatile("" ::"r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
   }
 
-  // sums += 64 of k, or from zero; in flight at the end. a: of the box, where they are widened.
-  __device__ __forceinline__ void MultiplyBox(uint32_t unit, int box, int add, Words& a,
+  // sums += 64 of k; in flight at the end. raw, a: words of the box, where they are widened.
+  __device__ __forceinline__ void MultiplyBox(uint32_t unit, int box, const Words& raw, Words& a,
                                               float (&sums)[kColumns][4]) const {
     const uint64_t b = WgmmaOperand(unit + kWeightBytes + box * Unit::kBoxBytes);
     if constexpr (kWidens) {
-      ReadWords(unit, box, a);
+#pragma unroll
+      for (int i = 0; i < kSteps * 4; ++i) a[i / 4][i % 4] = Widen(raw[i / 4][i % 4]);
       WgmmaBegin();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) Wgmma<kTokens>(sums, a[step], b + step * kWgmmaNextK, add + step);
+      for (int step = 0; step < kSteps; ++step) Wgmma<kTokens>(sums, a[step], b + step * kWgmmaNextK);
     } else {
       const uint64_t weights = WgmmaOperand(unit + Group() * kGroupRows * kUnitRowBytes);
       WgmmaBegin();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        Wgmma<kTokens>(sums, weights + step * kWgmmaNextK, b + step * kWgmmaNextK, add + step);
+        Wgmma<kTokens>(sums, weights + step * kWgmmaNextK, b + step * kWgmmaNextK);
       }
     }
     WgmmaCommit();
@@ -101,13 +97,24 @@ struct Consumer {
 
   // sums of `count` units from zero, of `left` that the block still has to do.
   __device__ __forceinline__ void Multiply(int count, int left, float (&sums)[kColumns][4]) {
-    Words words[Unit::kBoxes] = {};
+    constexpr bool kReadsUnit = kTokens <= 64;  // all of a unit's words at once: beyond there are no registers for it
+    Words words[Unit::kBoxes] = {}, raw[Unit::kBoxes];
+#pragma unroll
+    for (auto& column : sums) {
+#pragma unroll
+      for (float& x : column) x = 0.0f;
+    }
     int previous = 0;
     for (int i = 0; i < count; ++i) {
       BarrierWait(&ring.full[turn.stage], turn.parity);
+      if constexpr (Unit::kPaced) BarrierWait(&ring.tokens[turn.stage], turn.parity);
 #pragma unroll
       for (int box = 0; box < Unit::kBoxes; ++box) {
-        MultiplyBox(At(turn.stage), box, i + box, words[box], sums);
+        if constexpr (kWidens) {
+          if (box == 0 || !kReadsUnit) ReadWords(At(turn.stage), box, raw[box]);
+          if (box == 0 && kReadsUnit) ReadWords(At(turn.stage), 1, raw[1]);
+        }
+        MultiplyBox(At(turn.stage), box, raw[box], words[box], sums);
         WgmmaWait<1>();
         if constexpr (kWidens) WordsInUse(words[1 - box]);
         if (box == 0 && i > 0) Release(previous, left - i < stages);
@@ -139,9 +146,9 @@ struct Consumer {
     if (Lane() == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(workspace.left + share) : "memory");
   }
 
-  // The sums of the blocks behind, up to the end of the tile, in order.
-  __device__ __forceinline__ void Add(int tile_end, float (&sums)[kColumns][4]) {
-    for (int i = 0, count = Behind(shares, share, tile_end) * kGroups; i < count; ++i, turn.Next(stages)) {
+  // The sums of the `behind` blocks behind, in order.
+  __device__ __forceinline__ void Add(int behind, float (&sums)[kColumns][4]) {
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
       BarrierWait(&ring.full[turn.stage], turn.parity);
       __syncwarp();  // racecheck takes one lane of a warp to have waited
       if (i % kGroups == Group()) {
@@ -167,9 +174,9 @@ struct Consumer {
     float sums[kEach] = {};
     for (int i = Lane(); i < parts; i += kWarpSize) {
 #pragma unroll
-      for (int t = 0; t < kEach; ++t) {
-        const int token = Warp() + t * kConsumers;
-        if (token < rows) sums[t] += __ldcg(p.norm_before.squares + int64_t{token} * parts + i);
+      for (int t = 0; t < kEach; ++t) {  // no branches, so that loads overlap
+        const int token = min(Warp() + t * kConsumers, rows - 1);
+        sums[t] += __ldcg(p.norm_before.squares + int64_t{token} * parts + i);
       }
     }
 #pragma unroll
@@ -183,11 +190,14 @@ struct Consumer {
   }
 
   __device__ void Run() {
+    const int last = Begin(shares, share + 1);
+    // Only of the last tile is a part elsewhere.
+    const int behind = Behind(shares, share, ((last - 1) / shares.depth + 1) * shares.depth);
     GridWait();
     ReadScales();
     Epilogue<kTokens, kNorms> epilogue{p, rows, end};
-    for (int unit = Begin(shares, share), last = Begin(shares, share + 1); unit < last;) {
-      const int tile = unit / shares.depth, tile_end = (tile + 1) * shares.depth, stop = min(last, tile_end);
+    for (int unit = Begin(shares, share); unit < last;) {
+      const int tile = unit / shares.depth, stop = min(last, (tile + 1) * shares.depth);
       const bool begins = unit % shares.depth == 0;
       float sums[kColumns][4];
       Multiply(stop - unit, last - unit, sums);
@@ -197,7 +207,7 @@ struct Consumer {
         continue;
       }
       epilogue.ReadAhead(tile);
-      Add(tile_end, sums);
+      if (unit == last) Add(behind, sums);
       epilogue.Write(tile, sums);
     }
   }

@@ -1,9 +1,8 @@
 // The end of a tile in a block of the warpgroup product (gemm_wgmma.cu): what becomes of its sums. sm_90a only.
 //
 // The sums meet in shared memory, from where a warp takes the tile's 128 rows of a token at once: accesses to memory
-// are whole lines, sums of squares are a warp's own, a tile of qkv is a head of 128 that RoPE can turn. Written from
-// the registers of the instructions instead, 64 tokens took 4.1 us at the end of a launch with a norm behind and 2.1
-// without, now 1.6 and 1.0 (an H100).
+// are whole lines, sums of squares are a warp's own, a tile of qkv is a head of 128 that RoPE can turn. 64 tokens take
+// 1.6 us at the end of a launch with a norm behind, 1.0 without; from registers 4.1 and 2.1 (an H100).
 #pragma once
 
 #include "kernels/cuda/gemm_wgmma_block.h"

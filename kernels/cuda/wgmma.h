@@ -26,53 +26,52 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// sums = (add ? sums : 0) + a b^T, asynchronously. All threads of the four warps. Words of a, and sums, must stay as
-// they are until a wait.
+// sums += a b^T, asynchronously. All threads of the four warps. Words of a, and sums, must stay as they are until a
+// wait.
 template <int kTokens>
-__device__ void Wgmma(float (&sums)[kTokens / 8][4], uint64_t a, uint64_t b, int add);
+__device__ void Wgmma(float (&sums)[kTokens / 8][4], uint64_t a, uint64_t b);
 template <int kTokens>
-__device__ void Wgmma(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uint64_t b, int add);
+__device__ void Wgmma(float (&sums)[kTokens / 8][4], const uint32_t (&a)[4], uint64_t b);
 
 // Both forms for one number of tokens; d: its sums as asm operands %0 to %(count - 1), the numbers after those follow.
 #define LINSPEC_SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
-#define LINSPEC_WGMMA(tokens, list, n0, n1, n2, n3, n4, n5, ...)                                             \
-  template <>                                                                                                \
-  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], uint64_t a, uint64_t b, int add) { \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" n2 ", 0; wgmma.mma_async.sync.aligned.m64n" #tokens       \
-                 "k16.f32.bf16.bf16 {" list "}, %" n0 ", %" n1 ", p, 1, 1, 0, 0;}"                           \
-                 : __VA_ARGS__                                                                               \
-                 : "l"(a), "l"(b), "r"(add));                                                                \
-  }                                                                                                          \
-  template <>                                                                                                \
-  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], const uint32_t(&a)[4], uint64_t b, \
-                                                int add) {                                                   \
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %" n5 ", 0; wgmma.mma_async.sync.aligned.m64n" #tokens       \
-                 "k16.f32.bf16.bf16 {" list "}, {%" n0 ", %" n1 ", %" n2 ", %" n3 "}, %" n4 ", p, 1, 1, 0;}" \
-                 : __VA_ARGS__                                                                               \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));                            \
+#define LINSPEC_WGMMA(tokens, list, n0, n1, n2, n3, n4, ...)                                                         \
+  template <>                                                                                                        \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], uint64_t a, uint64_t b) {                  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, %" n0 ", %" n1           \
+                 ", 1, 1, 1, 0, 0;"                                                                                  \
+                 : __VA_ARGS__                                                                                       \
+                 : "l"(a), "l"(b));                                                                                  \
+  }                                                                                                                  \
+  template <>                                                                                                        \
+  __device__ __forceinline__ void Wgmma<tokens>(float(&d)[tokens / 8][4], const uint32_t(&a)[4], uint64_t b) {       \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32.bf16.bf16 {" list "}, {%" n0 ", %" n1 ", %" n2 \
+                 ", %" n3 "}, %" n4 ", 1, 1, 1, 0;"                                                                  \
+                 : __VA_ARGS__                                                                                       \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                              \
   }
 
 #define LINSPEC_LIST_8 "%0,%1,%2,%3"
 #define LINSPEC_SUMS_8 LINSPEC_SUMS(0)
-LINSPEC_WGMMA(8, LINSPEC_LIST_8, "4", "5", "6", "7", "8", "9", LINSPEC_SUMS_8)
+LINSPEC_WGMMA(8, LINSPEC_LIST_8, "4", "5", "6", "7", "8", LINSPEC_SUMS_8)
 
 #define LINSPEC_LIST_16 \
   LINSPEC_LIST_8        \
   ",%4,%5,%6,%7"
 #define LINSPEC_SUMS_16 LINSPEC_SUMS_8, LINSPEC_SUMS(1)
-LINSPEC_WGMMA(16, LINSPEC_LIST_16, "8", "9", "10", "11", "12", "13", LINSPEC_SUMS_16)
+LINSPEC_WGMMA(16, LINSPEC_LIST_16, "8", "9", "10", "11", "12", LINSPEC_SUMS_16)
 
 #define LINSPEC_LIST_32 \
   LINSPEC_LIST_16       \
   ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define LINSPEC_SUMS_32 LINSPEC_SUMS_16, LINSPEC_SUMS(2), LINSPEC_SUMS(3)
-LINSPEC_WGMMA(32, LINSPEC_LIST_32, "16", "17", "18", "19", "20", "21", LINSPEC_SUMS_32)
+LINSPEC_WGMMA(32, LINSPEC_LIST_32, "16", "17", "18", "19", "20", LINSPEC_SUMS_32)
 
 #define LINSPEC_LIST_64 \
   LINSPEC_LIST_32       \
   ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define LINSPEC_SUMS_64 LINSPEC_SUMS_32, LINSPEC_SUMS(4), LINSPEC_SUMS(5), LINSPEC_SUMS(6), LINSPEC_SUMS(7)
-LINSPEC_WGMMA(64, LINSPEC_LIST_64, "32", "33", "34", "35", "36", "37", LINSPEC_SUMS_64)
+LINSPEC_WGMMA(64, LINSPEC_LIST_64, "32", "33", "34", "35", "36", LINSPEC_SUMS_64)
 
 #define LINSPEC_LIST_128                                                                             \
   LINSPEC_LIST_64                                                                                    \
@@ -81,7 +80,7 @@ LINSPEC_WGMMA(64, LINSPEC_LIST_64, "32", "33", "34", "35", "36", "37", LINSPEC_S
 #define LINSPEC_SUMS_128                                                                                   \
   LINSPEC_SUMS_64, LINSPEC_SUMS(8), LINSPEC_SUMS(9), LINSPEC_SUMS(10), LINSPEC_SUMS(11), LINSPEC_SUMS(12), \
       LINSPEC_SUMS(13), LINSPEC_SUMS(14), LINSPEC_SUMS(15)
-LINSPEC_WGMMA(128, LINSPEC_LIST_128, "64", "65", "66", "67", "68", "69", LINSPEC_SUMS_128)
+LINSPEC_WGMMA(128, LINSPEC_LIST_128, "64", "65", "66", "67", "68", LINSPEC_SUMS_128)
 
 #undef LINSPEC_LIST_8
 #undef LINSPEC_SUMS_8
