@@ -2,11 +2,11 @@
 // multiprocessor. S of an item lives in registers (held_state.h), its window in shared memory (verify_item.h,
 // window_tile.h).
 //
-// The warps meet twice an item: q S and the scores of all rows are on tensor cores and spread over the warps; then a
-// warp does a row alone, from its weights to its output. What has been used up is asked for again: S after q S, in four
-// parts, since loads past what a multiprocessor can have outstanding hold up all reads of shared memory; keys and
-// queries, then values, by one warp each that waits for the others at a barrier of its own. So loads are under way all
-// the time. A block starts while the kernel before it runs: S, rings and tasks are older than that.
+// The warps meet three times an item: when q S and the scores are done, which are spread over the warps, when the
+// weights are, a row by one warp, and when their values are summed. What has been used up by then all warps ask for
+// again: keys and queries, then values; and S after q S, in four parts, since loads past what a multiprocessor can have
+// outstanding hold up all reads of shared memory. So loads are under way all the time. A block starts while the kernel
+// before it runs: S, rings and tasks are older than that.
 //
 // Floor per request and head at d = 128, fp32: S 64 KB, ring 2 * 0.5 KB * (L % G, 31 values at least), a row 1.5 KB in
 // and 0.5 KB out. Reached: docs/cuda_attention.md.
@@ -27,21 +27,26 @@ constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // o
 
 constexpr int kMaxRawTasks = 2;  // of VerifyTakesRawRows
 
-// Warps with a task beside their rows, which are the last ones of a tile: the first to have none.
-constexpr int kKeyWarp = 0, kValueWarp = 1, kItemWarp = 2;
+// The warp that finds out what the items of the next rounds are. It is none of WindowFetch's.
+constexpr int kItemWarp = 3;
 
 // Shared memory, in floats. Where values and taps begin depends on the call.
 template <int kDim, int kRows, typename T>
 struct Layout {
   using Tile = WindowTile<kDim, kRows, T>;
-  static constexpr int kMasks = 0, kQueries = kMasks + 2 * kMaxNodes, kState = kQueries + kRows * Tile::kQueryStride;
-  static constexpr int kLocal = kState + HeldState<kDim, T>::kParts * kRows * kDim;  // after q S, by parts of the rows
+  // Masks and taps of two rounds: the next ones arrive while these are in use. kState: q S, by parts of the rows; then
+  // z and the local sum of each row in its first two parts.
+  static constexpr int kMasks = 0, kQueries = kMasks + 4 * kMaxNodes, kState = kQueries + kRows * Tile::kQueryStride;
+  static constexpr int kLocal = kState + HeldState<kDim, T>::kParts * kRows * kDim;
   static constexpr int kGrouped = kLocal + kRows * Tile::kCapacity, kKeys = kGrouped + kRows * Tile::kCapacity;
 
   __host__ __device__ static int Values(const VerifyWork& work) { return kKeys + WindowSize(work); }
   __host__ __device__ static int Taps(const VerifyWork& work) { return kKeys + 2 * WindowSize(work); }
   __host__ static int Size(const VerifyWork& work, const LayerParams& layer) {
-    return Taps(work) + layer.num_heads / layer.num_kv_heads * layer.conv_kernel;
+    return Taps(work) + 2 * TapCount(layer);
+  }
+  __host__ __device__ static int TapCount(const LayerParams& layer) {  // of the query heads of a kv head
+    return layer.num_heads / layer.num_kv_heads * layer.conv_kernel;
   }
 
  private:
@@ -50,21 +55,12 @@ struct Layout {
   }
 };
 
-// What a block shares about its items; round r is in items[r % 3]. Barriers of a round: what has landed, and what all
-// threads have used up. Every thread arrives for itself: one arrival a warp, after __syncwarp, is as good in the memory
-// model and no faster, but racecheck orders only what the arriving thread did itself.
+// What a block shares about its items; round r is in items[r % 3]. Barriers of a round: what has landed.
 template <int kRows>
 struct Schedule {
   Item items[3];
   RowInfo rows[3][kRows];
-  CopyBarrier keys, values, used_keys, used_values;
-
-  __device__ __forceinline__ void Make() {
-    keys.Make(1 + 32);
-    values.Make(1 + 32);
-    used_keys.Make(kThreads);
-    used_values.Make(kThreads);
-  }
+  CopyBarrier keys, values;
 };
 
 template <int kDim, int kRows, typename T, bool kRaw>
@@ -73,7 +69,8 @@ struct Verifier {
   using State = HeldState<kDim, T>;
   using At = Layout<kDim, kRows, T>;
   static constexpr int kWarpRows = Tile::kWarpRows, kChannels = Tile::kChannels;
-  using Sums = float[kWarpRows][kChannels];
+  using Fetch = WindowFetch<kDim, T, kRaw>;
+  using Sums = float[Tile::kSumRows][Tile::kSumChannels];
 
   const AttentionParams& p;
   const VerifyWork& work;
@@ -87,17 +84,23 @@ struct Verifier {
   }
   __device__ __forceinline__ bool Has(int round) const { return IndexOf(round) < work.items; }
   __device__ __forceinline__ Task TaskOf(int round) const {
-    return p.tasks[IndexOf(round) / (p.layer.num_kv_heads * work.splits)];
+    return p.tasks[static_cast<unsigned>(IndexOf(round)) / work.splits / work.kv_heads];
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
-  __device__ __forceinline__ WindowFetch<kDim, T, kRaw> FetchOf() const {
+  __device__ __forceinline__ uint64_t* Masks(int round) const {
+    return reinterpret_cast<uint64_t*>(shared + At::kMasks) + round % 2 * kMaxNodes;
+  }
+  __device__ __forceinline__ float* Taps(int round) const {
+    return shared + At::Taps(work) + round % 2 * At::TapCount(p.layer);
+  }
+  __device__ __forceinline__ Fetch FetchOf(int round) const {
     return {p,
             reinterpret_cast<T*>(shared + At::kKeys),
             reinterpret_cast<T*>(shared + At::Values(work)),
             shared + At::kQueries,
-            shared + At::Taps(work),
-            reinterpret_cast<uint64_t*>(shared + At::kMasks),
+            Taps(round),
+            Masks(round),
             schedule.keys,
             schedule.values};
   }
@@ -108,81 +111,107 @@ struct Verifier {
             reinterpret_cast<T*>(shared + At::kKeys),
             reinterpret_cast<T*>(shared + At::Values(work)),
             shared + At::kQueries,
-            reinterpret_cast<const uint64_t*>(shared + At::kMasks),
-            shared + At::Taps(work),
+            Masks(round),
+            Taps(round),
             shared + At::kLocal,
             shared + At::kGrouped,
             __ffs(p.layer.group_size) - 1};
   }
 
   // By one warp; the others see it after the next barrier.
-  __device__ __forceinline__ void Publish(int round, const Task& task) const {
-    const Item item(p, task, IndexOf(round), work, kRows);
+  __device__ __forceinline__ void Publish(int round, const Item& item) const {
     if (Lane() == 0) schedule.items[round % 3] = item;
     if (Lane() < item.rows) {
-      const int row = item.first_row + Lane(), node = row / item.heads, head = row - node * item.heads;
       RowInfo& info = schedule.rows[round % 3][Lane()];
-      info.node = node;
-      info.head = head;
-      info.out = (item.out_begin + node) * p.layer.num_heads + item.kv_head * item.heads + head;
+      info.node = item.NodeOf(Lane());
+      info.head = item.HeadOf(Lane());
+      info.out = (item.out_begin + info.node) * p.layer.num_heads + item.kv_head * item.heads + info.head;
     }
   }
 
-  // The loads of the first item; rows of the step only once the kernel before this one has ended.
+  // The loads of the first item; rows of the step only once the kernel before this one has ended. What others wait for
+  // is stored first: it would stand behind the loads of S.
   __device__ __forceinline__ void Begin(State& s) const {
+    const bool publishes_second = Warp() == kItemWarp + 1 && Has(1);
     const Task task = TaskOf(0);
-    s.Load(static_cast<const T*>(Item(p, task, IndexOf(0), work, kRows).state));
-    if (Warp() == kItemWarp) Publish(0, task);
-    if (threadIdx.x == 0) schedule.Make();
+    Task second{};
+    if (publishes_second) second = TaskOf(1);
+    if (threadIdx.x == 0) {
+      schedule.keys.Make(Fetch::kKeyArrivals);
+      schedule.values.Make(Fetch::kValueArrivals);
+    }
+    const Item own(p, task, IndexOf(0), work, kRows);
+    if (Warp() == kItemWarp) Publish(0, own);
+    if (publishes_second) Publish(1, Item(p, second, IndexOf(1), work, kRows));
+    const T* state = static_cast<const T*>(own.state);
+    s.template LoadStep<0>(state);
+    s.template LoadStep<1>(state);
     __syncthreads();
+    const Fetch fetch = FetchOf(0);
     const Item& item = ItemOf(0);
-    const WindowFetch<kDim, T, kRaw> fetch = FetchOf();
-    if (Warp() == kKeyWarp) fetch.OldKeys(item, schedule.rows[0]);
-    if (Warp() == kValueWarp) fetch.OldValues(item);
-    if (Warp() == kItemWarp && Has(1)) Publish(1, TaskOf(1));
+    fetch.OldKeys(item, schedule.rows[0]);
+    fetch.OldValues(item);
+    s.template LoadStep<2>(state);
+    s.template LoadStep<3>(state);
     GridWait();
-    if (Warp() == kKeyWarp) fetch.NewKeys(item, schedule.rows[0]);
-    if (Warp() == kValueWarp) fetch.NewValues(item);
+    fetch.NewKeys(item);
+    fetch.NewValues(item);
   }
 
-  // By one warp: once the round's keys or values are used up, those of the next.
+  // Once no warp needs the round's any more, those of the next.
   __device__ __forceinline__ void FetchKeys(int round) const {
-    schedule.used_keys.Wait(round);
-    OrderAfterStores();
-    FetchOf().OldKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
-    FetchOf().NewKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
+    if constexpr (kRaw) OrderAfterStores();
+    FetchOf(round + 1).OldKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
+    FetchOf(round + 1).NewKeys(ItemOf(round + 1));
   }
   __device__ __forceinline__ void FetchValues(int round) const {
-    schedule.values.Wait(round);  // of an item without rows nobody else has
-    schedule.used_values.Wait(round);
-    OrderAfterStores();
-    FetchOf().OldValues(ItemOf(round + 1));
-    FetchOf().NewValues(ItemOf(round + 1));
+    if constexpr (kRaw) OrderAfterStores();
+    FetchOf(round + 1).OldValues(ItemOf(round + 1));
+    FetchOf(round + 1).NewValues(ItemOf(round + 1));
   }
 
-  // z of a row and the lane's channels, given the grouped sum of its window.
-  __device__ __forceinline__ void AddState(const Item& item, int row, int folds, float (&z)[kChannels]) const {
-    const float* from = shared + At::kState + row * kDim + Tile::Channel();
-    float sum[kChannels] = {};
+  // z of a row and some channels, given the grouped sum of its window. from: q S of them.
+  __device__ __forceinline__ void AddState(const Item& item, const float* from, int folds,
+                                           float (&z)[Tile::kSumChannels]) const {
+    float sum[Tile::kSumChannels] = {};
 #pragma unroll
     for (int part = 0; part < State::kParts; ++part) {
-      float x[kChannels];
+      float x[Tile::kSumChannels];
       LoadChannels(from + part * kRows * kDim, x);
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[i] += x[i];
+      for (int i = 0; i < Tile::kSumChannels; ++i) sum[i] += x[i];
     }
 #pragma unroll 1
     for (; folds > 0 && p.layer.decay != nullptr; --folds) {
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) sum[i] *= p.layer.decay[item.kv_head];
+      for (int i = 0; i < Tile::kSumChannels; ++i) sum[i] *= p.layer.decay[item.kv_head];
     }
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) z[i] += sum[i];
+    for (int i = 0; i < Tile::kSumChannels; ++i) z[i] += sum[i];
   }
 
-  // Outputs of a row.
-  __device__ __forceinline__ void Finish(const RowInfo& row, const float (&local)[kChannels],
-                                         const float (&z)[kChannels]) const {
+  // Local sums and z at the thread's place, over the q S that z needs.
+  __device__ __forceinline__ void Sum(const Item& item, const Tile& tile) const {
+    const bool crosses = item.may_cross(p.layer.group_size);
+    const int first = Tile::SumPlace().row;
+    float* to = shared + At::kState + first * kDim + Tile::SumPlace().channel;
+    Sums local = {}, z = {};
+    tile.Accumulate(tile.local, local);
+    if (crosses) tile.Accumulate(tile.grouped, z);
+#pragma unroll
+    for (int i = 0; i < Tile::kSumRows; ++i) {
+      const int folds = crosses && first + i < item.rows ? tile.Row(first + i).group : 0;
+      if (item.reads_state) AddState(item, to + i * kDim, folds, z[i]);
+      StoreChannels(to + i * kDim, z[i]);
+      StoreChannels(to + (kRows + i) * kDim, local[i]);
+    }
+  }
+
+  // Outputs of a row, by one warp.
+  __device__ __forceinline__ void Finish(const RowInfo& row, const float* sums) const {
+    float local[kChannels], z[kChannels];
+    LoadChannels(sums, z);
+    LoadChannels(sums + kRows * kDim, local);
     float scale = p.layer.global_factor;
     if (p.layer.global == Global::kRmsNorm) {
       float squares = 0.0f;
@@ -192,56 +221,17 @@ struct Verifier {
       for (int offset = 16; offset > 0; offset /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, offset);
       scale = row.gain / sqrtf(squares / static_cast<float>(kDim) + p.layer.global_norm_eps);
     }
+    if (p.layer.global != Global::kNone) {
+#pragma unroll
+      for (int i = 0; i < kChannels; ++i) local[i] = fmaf(scale, z[i], local[i]);
+    }
     const int64_t at = static_cast<int64_t>(row.out) * kDim + Tile::Channel();
+    if (p.out != nullptr) StoreChannels(p.out + at, local);
+    if (p.out_bf16 == nullptr) return;
 #pragma unroll
     for (int i = 0; i < kChannels; i += 2) {
-      float2 y = make_float2(local[i], local[i + 1]);
-      if (p.layer.global != Global::kNone) y = make_float2(fmaf(scale, z[i], y.x), fmaf(scale, z[i + 1], y.y));
-      if (p.out != nullptr) *reinterpret_cast<float2*>(p.out + at + i) = y;
-      const uint32_t pair = RoundToBf16(y.x) | static_cast<uint32_t>(RoundToBf16(y.y)) << 16;
-      if (p.out_bf16 != nullptr) *reinterpret_cast<uint32_t*>(p.out_bf16 + at + i) = pair;
-    }
-  }
-
-  // The warp's rows of an item, from their scores and q S on, and its other task.
-  template <bool kMore>
-  __device__ __forceinline__ void FinishRows(int round, const T* next, State& s) const {
-    const Item& item = ItemOf(round);
-    const Tile tile = TileOf(round);
-    const bool crosses = item.may_cross(p.layer.group_size), mine = Tile::RowOf(0) < item.rows;
-    const bool publishes = kMore && Warp() == kItemWarp && Has(round + 2);
-    Task task{};
-    if (publishes) task = TaskOf(round + 2);
-    int folds[kWarpRows] = {};
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) {
-      if (Tile::RowOf(i) >= item.rows) break;
-      const auto row = tile.Row(Tile::RowOf(i));
-      tile.Weigh(Tile::RowOf(i), row);
-      folds[i] = row.group;
-    }
-    if (publishes) Publish(round + 2, task);
-    if constexpr (kMore) {
-      schedule.used_keys.Arrive();
-      if (Warp() == kKeyWarp) FetchKeys(round);
-      s.template LoadStep<2>(next);
-    }
-    Sums local = {}, z = {};
-    if (mine) {
-      schedule.values.Wait(round);
-      tile.Accumulate(tile.local, local);
-      if (crosses) tile.Accumulate(tile.grouped, z);
-    }
-    if constexpr (kMore) {
-      s.template LoadStep<3>(next);
-      schedule.used_values.Arrive();
-      if (Warp() == kValueWarp) FetchValues(round);
-    }
-#pragma unroll
-    for (int i = 0; i < kWarpRows; ++i) {
-      if (Tile::RowOf(i) >= item.rows) break;
-      if (item.reads_state) AddState(item, Tile::RowOf(i), folds[i], z[i]);
-      Finish(schedule.rows[round % 3][Tile::RowOf(i)], local[i], z[i]);
+      const uint32_t pair = RoundToBf16(local[i]) | static_cast<uint32_t>(RoundToBf16(local[i + 1])) << 16;
+      *reinterpret_cast<uint32_t*>(p.out_bf16 + at + i) = pair;
     }
   }
 
@@ -250,17 +240,38 @@ struct Verifier {
   __device__ __forceinline__ void Round(int round, State& s) const {
     const Item& item = ItemOf(round);
     const Tile tile = TileOf(round);
+    const T* next = kMore ? static_cast<const T*>(ItemOf(round + 1).state) : nullptr;
     Vec4 y[(kRows + 7) / 8 * 2];
     schedule.keys.Wait(round);
     s.template Multiply<kRows>(tile.queries, tile.kQueryStride, y);
-    __syncthreads();  // no warp reads scores and q S of the round before any more
-    const T* next = kMore ? static_cast<const T*>(ItemOf(round + 1).state) : nullptr;
     if constexpr (kMore) s.template LoadStep<0>(next);
-    if (item.reads_state) State::template Store<kRows>(y, shared + At::kState);
     if (item.rows > 0) tile.Score();
-    __syncthreads();
+    __syncthreads();  // keys and queries are used up, and no warp is in the round before any more
     if constexpr (kMore) s.template LoadStep<1>(next);
-    FinishRows<kMore>(round, next, s);
+    if constexpr (kMore) FetchKeys(round);
+    if (item.reads_state) State::template Store<kRows>(y, shared + At::kState);
+    const bool publishes = kMore && Warp() == kItemWarp && Has(round + 2);
+    Task task{};
+    if (publishes) task = TaskOf(round + 2);
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (Tile::RowOf(i) < item.rows) tile.Weigh(Tile::RowOf(i), tile.Row(Tile::RowOf(i)));
+    }
+    if (publishes) Publish(round + 2, Item(p, task, IndexOf(round + 2), work, kRows));
+    if constexpr (kMore) s.template LoadStep<2>(next);
+    __syncthreads();
+    if (Tile::SumPlace().row < item.rows) {
+      schedule.values.Wait(round);
+      Sum(item, tile);
+    }
+    if constexpr (kMore) s.template LoadStep<3>(next);
+    __syncthreads();  // values are used up
+    if constexpr (kMore) FetchValues(round);
+#pragma unroll
+    for (int i = 0; i < kWarpRows; ++i) {
+      if (Tile::RowOf(i) >= item.rows) break;
+      Finish(schedule.rows[round % 3][Tile::RowOf(i)], shared + At::kState + Tile::RowOf(i) * kDim + Tile::Channel());
+    }
   }
 };
 
@@ -282,12 +293,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks(kRows))
 VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   const int heads = p.layer.num_heads / p.layer.num_kv_heads;
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
-  VerifyWork work;
-  work.tokens = (p.layer.group_size + nodes + 3) / 4 * 4;  // rows of weights stay aligned to 16 bytes
   const int queries = p.last_rows > 0 && p.last_rows < nodes ? p.last_rows : nodes;
-  work.splits = (queries * heads + rows - 1) / rows;
-  work.items = num_tasks * p.layer.num_kv_heads * work.splits;
-  return work;
+  const int splits = (queries * heads + rows - 1) / rows;
+  return {num_tasks * p.layer.num_kv_heads * splits,
+          (p.layer.group_size + nodes + 3) / 4 * 4,  // rows of weights stay aligned to 16 bytes
+          static_cast<unsigned>(splits), static_cast<unsigned>(p.layer.num_kv_heads), static_cast<unsigned>(heads)};
 }
 
 template <int kDim, int kRows, typename T>

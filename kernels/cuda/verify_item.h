@@ -8,8 +8,10 @@
 namespace linspec::cuda {
 
 struct VerifyWork {
-  int items, splits;  // splits: tiles of the largest task
-  int tokens;         // capacity of a window: ring and nodes
+  int items;
+  int tokens;  // capacity of a window: ring and nodes
+  // Divisors, unsigned since divisions take long: tiles of the largest task; kv heads; query heads of one.
+  unsigned splits, kv_heads, heads;
 };
 
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it
@@ -26,11 +28,13 @@ struct Item {
   __device__ __forceinline__ Item(const AttentionParams& p, const Task& task, int index, const VerifyWork& work,
                                   int tile) {
     const LayerParams& layer = p.layer;
-    kv_head = index / work.splits % layer.num_kv_heads;
-    heads = layer.num_heads / layer.num_kv_heads;
-    first_row = (p.last_rows > 0 ? max(0, task.num_rows - p.last_rows) : 0) * heads + index % work.splits * tile;
+    const unsigned place = static_cast<unsigned>(index) / work.splits;
+    kv_head = static_cast<int>(place % work.kv_heads);
+    heads = static_cast<int>(work.heads);
+    const int split = index - static_cast<int>(place * work.splits);
+    first_row = (p.last_rows > 0 ? max(0, task.num_rows - p.last_rows) : 0) * heads + split * tile;
     rows = task.slot < 0 ? 0 : max(0, min(tile, task.num_rows * heads - first_row));
-    nodes = (first_row + rows - 1) / heads + 1;
+    nodes = rows > 0 ? NodeOf(rows - 1) + 1 : 0;
     row_begin = task.row_begin;
     out_begin = task.row_begin - task.out_shift;
     phase = static_cast<int>(task.length & (layer.group_size - 1));
@@ -45,6 +49,11 @@ struct Item {
   }
   __device__ __forceinline__ int ring_tokens() const { return phase + history; }
   __device__ __forceinline__ int tokens() const { return ring_tokens() + nodes; }
+  __device__ __forceinline__ int NodeOf(int row) const {  // of a row of the item
+    const auto index = static_cast<unsigned>(first_row + row);
+    return static_cast<int>(heads == 1 ? index : index / static_cast<unsigned>(heads));
+  }
+  __device__ __forceinline__ int HeadOf(int row) const { return first_row + row - NodeOf(row) * heads; }
   // Some row of the item may stand past the end of the open group.
   __device__ __forceinline__ bool may_cross(int group_size) const { return phase + nodes > group_size; }
 };
@@ -55,13 +64,17 @@ struct RowInfo {   // of a row of an item
   float gain;      // Global::kRmsNorm
 };
 
-// Copies of an item to shared memory, started by one warp: rings in bulk, everything else by the lanes, since a warp
-// issues its lanes' bulk copies one after the other. Both barriers are of 1 + kWarp arrivals: the first of keys,
-// queries, masks, taps and gains, the second of values. kRaw: of AttentionParams::raw, one row an item.
+// Copies of an item to shared memory, started by all warps of a block: masks, taps and gains by the lanes of one warp,
+// everything else in bulk. Rows too: where bulk copies and others write in turn a fence orders them, which waits for
+// all that its warp has under way, parts of S among it. kRaw: of AttentionParams::raw, one row an item, which a warp
+// turns and stores; there the fence is needed.
 template <int kDim, typename T, bool kRaw>
 struct WindowFetch {
-  static constexpr int kWarp = 32, kQueryStride = kDim + 4;
-  static constexpr uint32_t kRowBytes = kDim * sizeof(T);
+  static constexpr int kWarp = 32, kWarps = kThreads / kWarp, kQueryStride = kDim + 4;
+  static constexpr uint32_t kRowBytes = kDim * sizeof(T), kQueryBytes = kDim * sizeof(float);
+  // Warps with a part of their own. The last warps have rows first (WindowTile), the first warps have nodes.
+  static constexpr int kKeyRing = 1, kSmall = 2, kValueRing = 4, kRawKey = 0, kRawValue = 5;
+  static constexpr int kKeyArrivals = 1 + kWarp + (kRaw ? kWarp : 0), kValueArrivals = 1 + (kRaw ? kWarp : 0);
 
   const AttentionParams& p;
   T *keys, *values;  // in shared memory
@@ -70,11 +83,62 @@ struct WindowFetch {
   CopyBarrier &keys_barrier, &values_barrier;
 
   __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarp; }
+  __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
   // What is older than the kernel before this one: rings, masks, taps, gains.
   __device__ __forceinline__ void OldKeys(const Item& item, RowInfo* rows) const {
     if (item.rows == 0) return;
-    if (Lane() == 0) keys_barrier.Copy(keys + item.history * kDim, item.ring, item.phase * kRowBytes);
+    if (Warp() == kKeyRing && Lane() == 0) {
+      keys_barrier.Copy(keys + item.history * kDim, item.ring, item.phase * kRowBytes);
+    }
+    if (Warp() == kSmall) CopySmall(item, rows);
+  }
+  __device__ __forceinline__ void OldValues(const Item& item) const {
+    if (item.rows == 0 || Warp() != kValueRing || Lane() > 0) return;
+    const T* ring =
+        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
+    values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
+    values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
+  }
+
+  // The rows of this step; then all that the barrier waits for is under way.
+  __device__ __forceinline__ void NewKeys(const Item& item) const {
+    if (Warp() == kKeyRing && Lane() == 0) {
+      const uint32_t of_rows = kRaw ? 0 : item.nodes * kRowBytes + item.rows * kQueryBytes;
+      keys_barrier.Expect(item.rows > 0 ? item.phase * kRowBytes + of_rows : 0);
+    }
+    if (Warp() == kSmall) keys_barrier.ArriveAfterCopies();
+    if constexpr (kRaw) {
+      if (Warp() != kRawKey) return;
+      if (item.rows > 0) TurnRow(item);
+      keys_barrier.Arrive();
+    } else {
+      if (item.rows == 0 || Lane() > 0) return;
+      CopyRows(keys, item, 0, keys_barrier);
+      const float* q = p.qkv + item.out_begin * QueryStride() + item.kv_head * item.heads * kDim;
+#pragma unroll 1
+      for (int i = Warp(); i < item.rows; i += kWarps) {
+        keys_barrier.Copy(queries + i * kQueryStride, q + item.NodeOf(i) * QueryStride() + item.HeadOf(i) * kDim,
+                          kQueryBytes);
+      }
+    }
+  }
+  __device__ __forceinline__ void NewValues(const Item& item) const {
+    if (Warp() == kValueRing && Lane() == 0) {
+      const int tokens = item.ring_tokens() + (kRaw ? 0 : item.nodes);
+      values_barrier.Expect(item.rows > 0 ? tokens * kRowBytes : 0);
+    }
+    if constexpr (kRaw) {
+      if (Warp() != kRawValue) return;
+      if (item.rows > 0) KeepValue(item);
+      values_barrier.Arrive();
+    } else {
+      if (item.rows > 0 && Lane() == 0) CopyRows(values, item, p.layer.num_kv_heads, values_barrier);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void CopySmall(const Item& item, RowInfo* rows) const {
 #pragma unroll 1
     for (int node = Lane(); node < item.nodes; node += kWarp) {
       if (p.ancestors != nullptr) {
@@ -90,43 +154,6 @@ struct WindowFetch {
       RowInfo& row = rows[Lane()];
       CopyAsync4(&row.gain, p.layer.global_gain + item.kv_head * item.heads + row.head);
     }
-  }
-  __device__ __forceinline__ void OldValues(const Item& item) const {
-    if (item.rows == 0 || Lane() > 0) return;
-    const T* ring =
-        static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
-    values_barrier.Copy(values + item.history * kDim, ring, item.phase * kRowBytes);
-    values_barrier.Copy(values, ring + (p.layer.group_size - item.history) * kDim, item.history * kRowBytes);
-  }
-
-  // The rows of this step; then all that the barrier waits for is under way.
-  __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows) const {
-    if (kRaw && item.rows > 0) TurnRow(item);
-    if (!kRaw && item.rows > 0) {
-      CopyRows(keys, item, 0);
-      const float* q = p.qkv + item.out_begin * QueryStride() + item.kv_head * item.heads * kDim;
-      constexpr int kLanes = kDim / 4;  // of a row
-#pragma unroll 1
-      for (int i = Lane() / kLanes; i < item.rows; i += kWarp / kLanes) {
-        const int column = Lane() % kLanes * 4;
-        CopyAsync16(queries + i * kQueryStride + column,
-                    q + rows[i].node * QueryStride() + rows[i].head * kDim + column);
-      }
-    }
-    Arrive(keys_barrier, item.rows > 0 ? item.phase : 0);
-  }
-  __device__ __forceinline__ void NewValues(const Item& item) const {
-    if (kRaw && item.rows > 0) KeepValue(item);
-    if (!kRaw && item.rows > 0) CopyRows(values, item, p.layer.num_kv_heads);
-    Arrive(values_barrier, item.rows > 0 ? item.ring_tokens() : 0);
-  }
-
- private:
-  // What the lanes stored themselves is seen by who waits for the barrier too.
-  __device__ __forceinline__ void Arrive(CopyBarrier& barrier, int bulk_rows) const {
-    __syncwarp();
-    if (Lane() == 0) barrier.Expect(bulk_rows * kRowBytes);
-    barrier.ArriveAfterCopies();
   }
   __device__ __forceinline__ int64_t QueryStride() const {
     return static_cast<int64_t>(p.layer.num_heads + 2 * p.layer.num_kv_heads) * kDim;
@@ -156,16 +183,14 @@ struct WindowFetch {
     x.Store(to + item.ring_tokens() * kDim, Lane(), kDim / 2);
     x.Store(kept + (heads_before + item.kv_head) * kDim, Lane(), kDim / 2);
   }
-  // Keys, or values with the kv heads before them, of the item's nodes.
-  __device__ __forceinline__ void CopyRows(T* to, const Item& item, int heads_before) const {
-    constexpr int kElements = 16 / sizeof(T), kLanes = kDim / kElements;  // of a copy; of a row
+  // Keys, or values with the kv heads before them, of the warp's nodes.
+  __device__ __forceinline__ void CopyRows(T* to, const Item& item, int heads_before, CopyBarrier& barrier) const {
     const KvRows<T> kv = p.Kv<T>();
-    const int column = Lane() % kLanes * kElements;
-    const T* from = kv.data + item.row_begin * kv.stride + (heads_before + item.kv_head) * kDim + column;
-    to += item.ring_tokens() * kDim + column;
-#pragma unroll 2
-    for (int node = Lane() / kLanes; node < item.nodes; node += kWarp / kLanes) {
-      CopyAsync16(to + node * kDim, from + node * kv.stride);
+    const T* from = kv.data + item.row_begin * kv.stride + (heads_before + item.kv_head) * kDim;
+    to += item.ring_tokens() * kDim;
+#pragma unroll 1
+    for (int node = Warp(); node < item.nodes; node += kWarps) {
+      barrier.Copy(to + node * kDim, from + node * kv.stride, kRowBytes);
     }
   }
 };

@@ -1,5 +1,5 @@
-// The window product of one tile of query rows on 8 warps: scores on the tensor cores, then each row by one warp, its
-// weighted values as fp32 FMAs in the order of the tokens.
+// The window product of one tile of query rows on 8 warps: scores on the tensor cores, weights of a row by one warp,
+// weighted values as fp32 FMAs in the order of the tokens, whoever has them.
 //
 // Rows of a tile are (node, query head) pairs of one kv head, node-major. Token t of the window (ring, then tree rows
 // of the call) has its key and value in shared memory at row t. A row's ancestors stand by ascending position, and
@@ -11,7 +11,11 @@
 
 namespace linspec::cuda {
 
-// Two or four consecutive elements.
+// One, two or four consecutive elements.
+__device__ __forceinline__ void LoadChannels(const float* from, float (&to)[1]) { to[0] = *from; }
+__device__ __forceinline__ void LoadChannels(const uint16_t* from, float (&to)[1]) {
+  to[0] = __uint_as_float(static_cast<uint32_t>(*from) << 16);
+}
 __device__ __forceinline__ void LoadChannels(const float* from, float (&to)[2]) {
   const float2 x = *reinterpret_cast<const float2*>(from);
   to[0] = x.x, to[1] = x.y;
@@ -26,15 +30,22 @@ __device__ __forceinline__ void LoadChannels(const T* from, float (&to)[4]) {
   to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
 }
 
+__device__ __forceinline__ void StoreChannels(float* to, const float (&x)[1]) { *to = x[0]; }
+__device__ __forceinline__ void StoreChannels(float* to, const float (&x)[2]) {
+  *reinterpret_cast<float2*>(to) = make_float2(x[0], x[1]);
+}
+__device__ __forceinline__ void StoreChannels(float* to, const float (&x)[4]) { Store4(to, {x[0], x[1], x[2], x[3]}); }
+
 template <int kDim, int kRows, typename T>
 struct WindowTile {
-  // Keys and values lie as in the ring, for copies in one piece: two of a warp's reads of keys meet in a bank.
+  // Keys and values lie as in the ring, for copies in one piece.
   static constexpr int kStride = kDim, kQueryStride = kDim + 4;
   static constexpr int kCapacity = 2 * kMaxNodes + 4;  // tokens; rows of scores start in different banks
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kTiles = (kRows + 7) / 8;                   // of 8 rows, the columns of an instruction
-  static constexpr int kWarpRows = (kRows + kWarps - 1) / kWarps;  // of the rows that a warp sums
-  static constexpr int kChannels = kDim / 32;                      // of a lane in the sums
+  static constexpr int kWarpRows = (kRows + kWarps - 1) / kWarps;  // of the rows that a warp weighs and finishes
+  static constexpr int kChannels = kDim / 32;                      // of a lane of a warp that has whole rows
+  static constexpr int kSumRows = kRows < 8 ? 1 : kRows / 4, kSumChannels = kRows == 1 ? kChannels : kChannels / 2;
 
   const LayerParams& layer;
   const Item& item;
@@ -50,7 +61,7 @@ struct WindowTile {
 
   __device__ __forceinline__ static int Warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ __forceinline__ static int Lane() { return static_cast<int>(threadIdx.x) % 32; }
-  // Which rows a warp sums. Few tokens leave the last warps without scores to compute: those take the first rows.
+  // Which rows a warp weighs. Few tokens leave the last warps without scores to compute: those take the first rows.
   __device__ __forceinline__ static int RowOf(int i) { return i * kWarps + kWarps - 1 - Warp(); }
   __device__ __forceinline__ static int Channel() { return Lane() * kChannels; }
 
@@ -94,40 +105,54 @@ struct WindowTile {
     __syncwarp();
   }
 
-  // The lane's channels of the weighted values of the warp's rows.
-  __device__ __forceinline__ void Accumulate(const float* weights, float (&sum)[kWarpRows][kChannels]) const {
-    const T* v = values + Channel();
+  // Where the sums of a thread are: kSumRows rows and kSumChannels channels. What is read of shared memory counts per
+  // lane, also where lanes read the same: rows share values, channels share weights.
+  struct Place {
+    int row, channel;
+  };
+  __device__ __forceinline__ static Place SumPlace() {
+    if constexpr (kRows == 1) return {RowOf(0), Channel()};
+    return {Warp() / 2 * kSumRows, Warp() % 2 * (kDim / 2) + Lane() * kSumChannels};
+  }
+
+  // The thread's weighted values.
+  __device__ __forceinline__ void Accumulate(const float* weights, float (&sum)[kSumRows][kSumChannels]) const {
+    const Place place = SumPlace();
+    const T* v = values + place.channel;
+    const float* w = weights + place.row * kCapacity;
     const int tokens = item.tokens();
     int token = 0;
 #pragma unroll 2
     for (; token + 4 <= tokens; token += 4) {
-      float value[4][kChannels];
+      float value[4][kSumChannels];
 #pragma unroll
       for (int i = 0; i < 4; ++i) LoadChannels(v + (token + i) * kStride, value[i]);
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) {
-        const Vec4 w = Load4(weights + RowOf(i) * kCapacity + token);
-        Add(w.x, value[0], sum[i]);
-        Add(w.y, value[1], sum[i]);
-        Add(w.z, value[2], sum[i]);
-        Add(w.w, value[3], sum[i]);
+      for (int i = 0; i < kSumRows; ++i) {
+        const Vec4 x = Load4(w + i * kCapacity + token);
+        Add(x.x, value[0], sum[i]);
+        Add(x.y, value[1], sum[i]);
+        Add(x.z, value[2], sum[i]);
+        Add(x.w, value[3], sum[i]);
       }
     }
-#pragma unroll 1
-    for (; token < tokens; ++token) {
-      float value[kChannels];
-      LoadChannels(v + token * kStride, value);
 #pragma unroll
-      for (int i = 0; i < kWarpRows; ++i) Add(weights[RowOf(i) * kCapacity + token], value, sum[i]);
+    for (int i = 0; i < 3; ++i) {
+      const int last = min(token + i, tokens - 1);
+      float value[kSumChannels];
+      LoadChannels(v + last * kStride, value);
+#pragma unroll
+      for (int j = 0; j < kSumRows; ++j) Add(token + i < tokens ? w[j * kCapacity + last] : 0.0f, value, sum[j]);
     }
   }
 
  private:
   __device__ __forceinline__ int Position(int node) const { return item.phase + __popcll(masks[node]) - 1; }
 
-  __device__ __forceinline__ static void Add(float weight, const float (&value)[kChannels], float (&sum)[kChannels]) {
+  template <int kCount>
+  __device__ __forceinline__ static void Add(float weight, const float (&value)[kCount], float (&sum)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kChannels; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
+    for (int i = 0; i < kCount; ++i) sum[i] = fmaf(weight, value[i], sum[i]);
   }
 
   // The weight in z of a token of a group that the row's position has left behind, `passed` groups ago.
@@ -144,9 +169,21 @@ struct WindowTile {
     const T* k0 = keys + min(first + g, last) * kStride;
     const T* k1 = keys + min(first + g + 8, last) * kStride;
     PreciseSums sum[kTiles];
-    constexpr int kOwn = sizeof(T) == 2 ? 8 : 4;  // channels of a lane at a time
+    constexpr int kOwn = 16 / sizeof(T), kStep = 4 * kOwn;  // channels of a lane and of its row at a time
+    constexpr bool kPairs = kDim / 2 >= 2 * kStep;
+    const bool odd = kPairs && g % 2 != 0;  // rows begin in the same bank: odd ones are read in another order
 #pragma unroll
-    for (int i = 0; i < kDim / 2; i += 4 * kOwn) AddScores(k0, k1, half * (kDim / 2) + i + kOwn * c, sum);
+    for (int i = 0; i < kDim / 2; i += kPairs ? 2 * kStep : kStep) {
+      const int d = half * (kDim / 2) + i + kOwn * c;
+      const uint4 a = Load16(k0 + d + (odd ? kStep : 0)), b = Load16(k1 + d + (odd ? kStep : 0));
+      if constexpr (kPairs) {
+        const uint4 e = Load16(k0 + d + (odd ? 0 : kStep)), f = Load16(k1 + d + (odd ? 0 : kStep));
+        AddScores(Either(odd, e, a), Either(odd, f, b), d, sum);
+        AddScores(Either(odd, a, e), Either(odd, b, f), d + kStep, sum);
+      } else {
+        AddScores(a, b, d, sum);
+      }
+    }
     float* to = half == 0 ? local : grouped;
 #pragma unroll
     for (int i = 0; i < 4 * kTiles; ++i) {
@@ -155,30 +192,31 @@ struct WindowTile {
     }
   }
 
-  // Channels d to d + 3 of the lane: two steps of the tensor cores.
-  __device__ __forceinline__ void AddScores(const float* k0, const float* k1, int d, PreciseSums (&sum)[kTiles]) const {
-    const Vec4 a = Load4(k0 + d), b = Load4(k1 + d);
-    const Split<4> even({a.x, b.x, a.y, b.y}), odd({a.z, b.z, a.w, b.w});
+  __device__ __forceinline__ static uint4 Load16(const T* from) { return *reinterpret_cast<const uint4*>(from); }
+  __device__ __forceinline__ static uint4 Either(bool first, const uint4& a, const uint4& b) {
+    return {first ? a.x : b.x, first ? a.y : b.y, first ? a.z : b.z, first ? a.w : b.w};
+  }
+
+  // 16 bytes of two tokens from channel d of the lane on: two steps of the tensor cores, or four of bf16.
+  __device__ __forceinline__ void AddScores(const uint4& a, const uint4& b, int d, PreciseSums (&sum)[kTiles]) const {
+    if constexpr (sizeof(T) == 4) {
+      const auto value = [](uint32_t bits) { return __uint_as_float(bits); };
+      AddSteps(Split<4>({value(a.x), value(b.x), value(a.y), value(b.y)}),
+               Split<4>({value(a.z), value(b.z), value(a.w), value(b.w)}), d, sum);
+    } else {
+      AddSteps(OfColumnPairs(a.x, b.x), OfColumnPairs(a.y, b.y), d, sum);
+      AddSteps(OfColumnPairs(a.z, b.z), OfColumnPairs(a.w, b.w), d + 4, sum);
+    }
+  }
+  // Channels d to d + 3 of the lane.
+  template <typename Operand>
+  __device__ __forceinline__ void AddSteps(const Operand& even, const Operand& odd, int d,
+                                           PreciseSums (&sum)[kTiles]) const {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
       const Vec4 x = Query(tile, d);
       sum[tile].Add(even, Split<2>({x.x, x.y}));
       sum[tile].Add(odd, Split<2>({x.z, x.w}));
-    }
-  }
-  // Channels d to d + 7 of the lane: four steps.
-  __device__ __forceinline__ void AddScores(const uint16_t* k0, const uint16_t* k1, int d,
-                                            PreciseSums (&sum)[kTiles]) const {
-    const uint4 a = *reinterpret_cast<const uint4*>(k0 + d), b = *reinterpret_cast<const uint4*>(k1 + d);
-    const ExactOperand keys[4] = {OfColumnPairs(a.x, b.x), OfColumnPairs(a.y, b.y), OfColumnPairs(a.z, b.z),
-                                  OfColumnPairs(a.w, b.w)};
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const Vec4 x = Query(tile, d), y = Query(tile, d + 4);
-      sum[tile].Add(keys[0], Split<2>({x.x, x.y}));
-      sum[tile].Add(keys[1], Split<2>({x.z, x.w}));
-      sum[tile].Add(keys[2], Split<2>({y.x, y.y}));
-      sum[tile].Add(keys[3], Split<2>({y.z, y.w}));
     }
   }
   __device__ __forceinline__ Vec4 Query(int tile, int d) const {
