@@ -15,7 +15,7 @@
 // the best token is there, 0.9 for each of the other letters, 0.4 for the embedding, 0.25 for norms, 0.45, 0.4 and
 // 0.7 for the three products and 0.8 for what ends them. That is latency: what does not change from level to level is
 // in registers, and loads are asked for together, which made 9.1 us 6.7. Tried without effect: 8-bit weights widened
-// once a call (4 us more a call, levels the same), fetching the embeddings of the blocks' best tokens into the L2.
+// once a call (4 us more a call), fetching the embeddings of the blocks' best tokens into the L2.
 #include <algorithm>
 #include <climits>
 #include <utility>
