@@ -10,7 +10,7 @@ namespace linspec::cuda {
 namespace {
 
 constexpr int64_t kF32 = sizeof(float), kBf16 = sizeof(uint16_t);
-constexpr int64_t kCallAt = 8, kRowsAt = 256;  // in the input block, behind the pointer to the hidden states
+constexpr int64_t kCallAt = 8, kRowsAt = 32;  // in the input block, behind the pointer to the hidden states
 
 class RecurrentDrafter final : public DeviceDrafter {
  public:
@@ -27,6 +27,7 @@ class RecurrentDrafter final : public DeviceDrafter {
  private:
   int max_levels() const override { return LINSPEC_CUDA_MAX_DRAFT_LEVELS; }
   bool OneLaunch(int num_rows) const { return plan_.blocks > 0 && num_rows <= kMostLevelsRows; }
+  bool ReadsHostBlock(int num_rows) const override { return OneLaunch(num_rows); }
   RecurrentLevelsParams Levels() const {
     return {.input = {},
             .embedding = target_->weights().embedding,
@@ -228,15 +229,17 @@ int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftR
   LINSPEC_CUDA_TRY(block_.Reserve(context(), block_bytes));
   LINSPEC_CUDA_TRY(host_block_.Reserve(context(), block_bytes));
   LINSPEC_CUDA_TRY(candidates_.Reserve(context(), candidate_bytes));
-  LINSPEC_CUDA_TRY(host_candidates_.Reserve(context(), candidate_bytes));
   Pack(step, num_rows);
   uint64_t stamp = Stamp();
-  for (const Buffer* buffer : {&block_, &host_block_, &candidates_, &host_candidates_}) stamp += buffer->generation();
+  for (const Buffer* buffer : {&block_, &host_block_, &candidates_}) stamp += buffer->generation();
+  const bool from_host = ReadsHostBlock(num_rows);
   const auto enqueue = [&]() -> int32_t {
-    LINSPEC_CUDA_TRY(context()->Check(
-        cudaMemcpyAsync(block_.as<void>(), host_block_.as<void>(), block_bytes, cudaMemcpyHostToDevice, stream()),
-        "upload a draft"));
-    auto* block = block_.as<std::byte>();
+    if (!from_host) {
+      LINSPEC_CUDA_TRY(context()->Check(
+          cudaMemcpyAsync(block_.as<void>(), host_block_.as<void>(), block_bytes, cudaMemcpyHostToDevice, stream()),
+          "upload a draft"));
+    }
+    auto* block = (from_host ? host_block_ : block_).as<std::byte>();
     Enqueue({.input = {.rows = reinterpret_cast<const LinspecCudaDraftRow*>(block + kRowsAt),
                        .hidden = reinterpret_cast<const float* const*>(block),
                        .num_rows = num_rows},
@@ -244,15 +247,12 @@ int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftR
              .num_levels = step.num_levels,
              .top_k = step.top_k,
              .candidates = candidates_.as<LinspecCudaDraftCandidate>()});
-    LINSPEC_CUDA_TRY(context()->CheckLaunch("draft"));
-    return context()->Check(cudaMemcpyAsync(host_candidates_.as<void>(), candidates_.as<void>(), candidate_bytes,
-                                            cudaMemcpyDeviceToHost, stream()),
-                            "download a draft");
+    return context()->CheckLaunch("draft");
   };
   LINSPEC_CUDA_TRY(graphs_.Run({num_rows, step.num_levels, step.top_k, 0}, /*kernels=*/num_rows * 64 + step.num_levels,
                                stamp, enqueue));
   LINSPEC_CUDA_TRY(context()->Sync("draft"));
-  *result = {.candidates = host_candidates_.as<LinspecCudaDraftCandidate>(), .row_stride = num_rows, .reserved = 0};
+  *result = {.candidates = candidates_.as<LinspecCudaDraftCandidate>(), .row_stride = num_rows, .reserved = 0};
   return kLinspecCudaOk;
 }
 

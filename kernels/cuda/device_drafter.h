@@ -40,6 +40,8 @@ class DeviceDrafter {
   virtual int max_levels() const = 0;
   virtual int32_t Reserve(int num_rows, int num_levels) = 0;
   virtual uint64_t Stamp() const = 0;  // changes when what Reserve gave has moved
+  // Whether the kernels read a step's rows once, early and by few blocks: then they read them in the host's memory.
+  virtual bool ReadsHostBlock(int /*num_rows*/) const { return false; }
   virtual void Enqueue(const Work& work) = 0;
 
   // Candidates of num_levels levels from first_level on, from their logits [num_levels, num_rows, V].
@@ -58,8 +60,8 @@ class DeviceDrafter {
 
   GraphCache graphs_;
   uint32_t call_ = 0;
-  Buffer block_, candidates_;
-  Buffer host_block_{true}, host_candidates_{true};
+  Buffer block_;
+  Buffer host_block_{true}, candidates_{true};  // candidates are few: the device writes them where the host reads them
 };
 
 }  // namespace linspec::cuda

@@ -183,10 +183,10 @@ __device__ ScoredToken SelectBest(const RowCluster& cluster, const Scores& score
 __global__ void __launch_bounds__(kClusterThreads) ChooseDraftKernel(const ChooseDraftParams p) {
   __shared__ ChooseShared shared;
   GridLaunchDependents();
-  GridWait();
   RowCluster cluster(&shared.cluster);
   const int index = cluster.row(), r = index % p.input.num_rows, lane = threadIdx.x % kWarp;
-  const LinspecCudaDraftRow row = p.input.rows[r];
+  const LinspecCudaDraftRow row = p.input.rows[r];  // older than the kernel ahead, whose start waited for it
+  GridWait();
   if (p.at_hidden_row && row.hidden_row < 0) {  // padding
     if (cluster.thread() == 0) p.next_tokens[r] = 0;
     return;

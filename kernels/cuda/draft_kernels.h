@@ -11,8 +11,8 @@
 
 namespace linspec::cuda {
 
-// A step's requests on the device. `hidden` is read through one more pointer, so that a captured graph serves steps
-// whose target keeps its hidden states elsewhere.
+// A step's requests, where the device can read them. `hidden` is read through one more pointer, so that a captured
+// graph serves steps whose target keeps its hidden states elsewhere.
 struct DraftInput {
   const LinspecCudaDraftRow* rows;  // [num_rows]
   const float* const* hidden;       // [.., D] of the target

@@ -35,9 +35,10 @@ struct RecurrentLevelsParams {
   const float *state_norm, *token_norm;      // [D]
   float eps;
   int num_levels;
-  // Device memory. call: a number that is another at every launch; should one come again after 2^32 launches, a block
-  // might take an old value for a new one, which costs a bad guess. mail: RecurrentLevelsPlan::mail_bytes, zeroed once;
-  // launches that share it must follow each other.
+  // What input and call point to may be pinned memory of the host: each block reads it once, first.
+  // call: another number at every launch; should one come again after 2^32 launches, a block might take an old value
+  // for a new one, which costs a bad guess. mail: RecurrentLevelsPlan::mail_bytes, zeroed once, for one launch at a
+  // time.
   const uint32_t* call;
   uint64_t* mail;
   float* logits;  // [num_levels, num_rows, V]

@@ -15,7 +15,7 @@
 // the best token is there, 0.9 for each of the other letters, 0.4 for the embedding, 0.25 for norms, 0.45, 0.4 and
 // 0.7 for the three products and 0.8 for what ends them. That is latency: what does not change from level to level is
 // in registers, and loads are asked for together, which made 9.1 us 6.7. Tried without effect: 8-bit weights widened
-// once a call (4 us more a call, levels the same), fetching the embeddings of the blocks' best tokens into the L2.
+// once a call (4 us more a call), fetching the embeddings of the blocks' best tokens into the L2.
 #include <algorithm>
 #include <climits>
 #include <utility>
@@ -59,6 +59,8 @@ struct Letters {        // of one level
 
 struct Shared {
   LinspecCudaDraftRow rows[kMostLevelsRows];
+  const float* hidden;
+  uint32_t call;
   float scores[kMostLevelsRows][kMostResidentTiles * kTileRows];  // of the block's tokens
 };
 
@@ -81,6 +83,7 @@ struct LevelsBlock {
   float4* const partial = reinterpret_cast<float4*>(memory + plan.partial);
   Letters letters{p}, before{p};  // of this level and the one before
   float* logits = p.logits;       // of this level
+  const float* hidden = nullptr;  // the target's
   uint32_t call = 0;
   float temperatures[2] = {};  // of a lane's rows, 0 without noise
   float state[4] = {};         // of the warps that end a tile of down, their part of it
@@ -89,13 +92,14 @@ struct LevelsBlock {
   // Of sum i of a lane.
   __device__ int Row(int i) const { return 2 * s + i % 2; }
   __device__ const float4* Hidden(int row) const {
-    return reinterpret_cast<const float4*>(*p.input.hidden + int64_t{shared.rows[row].hidden_row} * dim);
+    return reinterpret_cast<const float4*>(hidden + int64_t{shared.rows[row].hidden_row} * dim);
   }
 
   __device__ void Begin() {
-    call = *p.call;
     if (threadIdx.x < rows) shared.rows[threadIdx.x] = p.input.rows[threadIdx.x];
+    if (threadIdx.x == 0) shared.hidden = *p.input.hidden, shared.call = *p.call;
     __syncthreads();
+    hidden = shared.hidden, call = shared.call;
     for (int i = 0; i < 4; ++i) {
       if (Row(i) >= rows) continue;
       const LinspecCudaDraftRow& row = shared.rows[Row(i)];
