@@ -21,12 +21,13 @@ MODELS = {
     "gqa": (BASE.replace(num_key_value_heads=2, tie_word_embeddings=False), 131),
     "full64": (BASE.replace(group_size=64, conv_kernel=32), 200),
 }
-IN_BF16 = {"paper", "gqa", "full64"}  # "full" is in F32; heads are in bf16
+MIXED = "full"  # embedding, norms and the like in F32, as checkpoints may be; all else is in bf16
 
 
-def stored_in(dtype, weights):
-    """The weights as they are stored, and the float32 values that these stand for."""
-    stored = {name: torch.tensor(value, dtype=dtype) for name, value in weights.items()}
+def stored_in_bf16(weights, but=None):
+    """The weights as they are stored, and the float32 values that these stand for. but: names that stay in F32."""
+    stored = {name: torch.tensor(value, dtype=torch.float32 if but is not None and but(name) else torch.bfloat16)
+              for name, value in weights.items()}
     return stored, {name: value.float().numpy() for name, value in stored.items()}
 
 
@@ -72,7 +73,7 @@ def write_medusa(folder, cfg, weights, rng, heads, layers, own):
             w[f"{n}.{l}.linear.bias"] = 0.3 * rng.standard_normal(d)
         if own:
             w[f"{n}.{layers}.weight"] = rng.standard_normal((cfg.vocab_size, d)) / np.sqrt(d)
-    stored, w = stored_in(torch.bfloat16, w)
+    stored, w = stored_in_bf16(w)
     hidden = rng.standard_normal((5, d)).astype(np.float32)
     unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
     logits = reference.medusa_logits(w, heads, layers, hidden, unembedding).astype(np.float32)
@@ -90,7 +91,7 @@ def write_recurrent(folder, cfg, weights, rng):
          "gate_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
          "up_proj.weight": rng.standard_normal((m, 2 * d)) / np.sqrt(2 * d),
          "down_proj.weight": rng.standard_normal((d, m)) / np.sqrt(m)}
-    stored, w = stored_in(torch.bfloat16, w)
+    stored, w = stored_in_bf16(w)
     hidden = rng.standard_normal((4, d)).astype(np.float32)
     tokens = rng.integers(0, cfg.vocab_size, (3, 4)).astype(np.int32)
     unembedding = weights["model.embed_tokens.weight" if cfg.tie_word_embeddings else "lm_head.weight"]
@@ -117,7 +118,8 @@ def main():
         with open(os.path.join(folder, "config.json"), "w") as f:
             json.dump(hf, f, indent=2)
             f.write("\n")
-        stored, weights = stored_in(torch.bfloat16 if name in IN_BF16 else torch.float32, random_weights(cfg, rng))
+        stored, weights = stored_in_bf16(random_weights(cfg, rng),
+                                         but=(lambda tensor: "_proj" not in tensor) if name == MIXED else None)
         tokens = rng.integers(0, cfg.vocab_size, length).astype(np.int32)
         logits = reference.logits(hf, weights, tokens).astype(np.float32)
         save_torch(stored, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
