@@ -162,6 +162,52 @@ TEST(ChurnTest, ShortRepliesAndDearDraftsLoseLittle) {
   }
 }
 
+// An H200 whose recurrent head drafts all levels in one launch, with n-grams beside it: costs and acceptance of
+// 28 November 2026.
+SimulatedMachine OneLaunch() {
+  SimulatedMachine machine = Gpu();
+  machine.row_ms = {0.146, 0.150, 0.155, 0.165, 0.185, 0.25, 0.36, 0.7, 1.4, 2.8, 5.6};
+  machine.any_draft = 1.08;
+  machine.drafters = {{.name = "draft",
+                       .first_ms = 0.063,
+                       .level_ms = 0.046,
+                       .more_contexts = 0.05,
+                       .catch_up_ms = 0.001,
+                       .decay = 0.9,
+                       .siblings = 2},
+                      {.name = "recurrent", .first_ms = 0.028, .level_ms = 0.008, .more_contexts = 0.03, .siblings = 2},
+                      {.name = "ngram", .first_ms = 0.001, .depth = 16, .free = true}};
+  return machine;
+}
+
+TEST(OneLaunchTest, LevelsThatCostLittleAreUsed) {
+  const std::vector<SimulatedText> texts = {{0.67, 0.72, 0.3},  {0.75, 0.75, 0.0}, {0.72, 0.40, 0.6},
+                                            {0.81, 0.52, 0.75}, {0.55, 0.50, 0.1}, {0.58, 0.52, 0.1}};
+  for (const int batch : {1, 4}) {
+    const auto fixed = [&](int drafter, int nodes, int steps, int text) {
+      SpeculationSimulator simulator(OneLaunch(), texts, batch, 96, 7);
+      simulator.max_nodes = 16;
+      return simulator.RunFixed(drafter, nodes, steps, text).rate();
+    };
+    for (int text = 0; text < std::ssize(texts); ++text) {
+      const double plain = fixed(-1, 1, 1000, text);
+      double best = plain;
+      for (int drafter = 0; drafter < 3; ++drafter) {
+        for (const int nodes : {4, 8, 16}) best = std::max(best, fixed(drafter, nodes, 2000, text));
+      }
+      for (const uint32_t seed : {1, 2}) {
+        SpeculationSimulator simulator(OneLaunch(), texts, batch, 96, seed);
+        simulator.max_nodes = 16;
+        SpeculationController controller(simulator.Free());
+        simulator.Calibrate(&controller, 0.1);
+        EXPECT_GT(simulator.Run(&controller, 300, text).rate(), 0.88 * best) << batch << " " << text << " " << seed;
+        EXPECT_GT(simulator.Run(&controller, 3000, text).rate(), 0.95 * best) << batch << " " << text << " " << seed;
+        EXPECT_GT(best, 1.2 * plain);
+      }
+    }
+  }
+}
+
 SimulatedMachine Copying() {
   SimulatedMachine machine = Gpu();
   machine.row_ms = {0.18, 0.182, 0.185, 0.19, 0.21, 0.26, 0.34, 0.44, 0.7, 1.3, 2.5};
