@@ -103,11 +103,12 @@ struct WindowFetch {
 
   // The rows of this step; then all that the barrier waits for is under way.
   __device__ __forceinline__ void NewKeys(const Item& item) const {
-    if (Warp() == kKeyRing && Lane() == 0) {
+    if (Warp() == kSmall) {
+      __syncwarp();  // masks that lanes stored themselves are older than this arrival, unlike copies
       const uint32_t of_rows = kRaw ? 0 : item.nodes * kRowBytes + item.rows * kQueryBytes;
-      keys_barrier.Expect(item.rows > 0 ? item.phase * kRowBytes + of_rows : 0);
+      if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? item.phase * kRowBytes + of_rows : 0);
+      keys_barrier.ArriveAfterCopies();
     }
-    if (Warp() == kSmall) keys_barrier.ArriveAfterCopies();
     if constexpr (kRaw) {
       if (Warp() != kRawKey) return;
       if (item.rows > 0) TurnRow(item);

@@ -168,15 +168,10 @@ SimulatedMachine OneLaunch() {
   SimulatedMachine machine = Gpu();
   machine.row_ms = {0.146, 0.150, 0.155, 0.165, 0.185, 0.25, 0.36, 0.7, 1.4, 2.8, 5.6};
   machine.any_draft = 1.08;
-  machine.drafters = {{.name = "draft",
-                       .first_ms = 0.063,
-                       .level_ms = 0.046,
-                       .more_contexts = 0.05,
-                       .catch_up_ms = 0.001,
-                       .decay = 0.9,
-                       .siblings = 2},
-                      {.name = "recurrent", .first_ms = 0.028, .level_ms = 0.008, .more_contexts = 0.03, .siblings = 2},
-                      {.name = "ngram", .first_ms = 0.001, .depth = 16, .free = true}};
+  SimulatedDrafter &draft = machine.drafters[0], &recurrent = machine.drafters[1];
+  draft.first_ms = 0.063, draft.level_ms = 0.046, draft.more_contexts = 0.05, draft.catch_up_ms = 0.001;
+  recurrent.first_ms = 0.028, recurrent.more_contexts = 0.03;
+  machine.drafters.push_back({.name = "ngram", .first_ms = 0.001, .depth = 16, .free = true});
   return machine;
 }
 
@@ -195,6 +190,7 @@ TEST(OneLaunchTest, LevelsThatCostLittleAreUsed) {
       for (int drafter = 0; drafter < 3; ++drafter) {
         for (const int nodes : {4, 8, 16}) best = std::max(best, fixed(drafter, nodes, 2000, text));
       }
+      ASSERT_GT(best, 1.2 * plain) << batch << " " << text;  // there is something to find
       for (const uint32_t seed : {1, 2}) {
         SpeculationSimulator simulator(OneLaunch(), texts, batch, 96, seed);
         simulator.max_nodes = 16;
@@ -202,7 +198,6 @@ TEST(OneLaunchTest, LevelsThatCostLittleAreUsed) {
         simulator.Calibrate(&controller, 0.1);
         EXPECT_GT(simulator.Run(&controller, 300, text).rate(), 0.88 * best) << batch << " " << text << " " << seed;
         EXPECT_GT(simulator.Run(&controller, 3000, text).rate(), 0.95 * best) << batch << " " << text << " " << seed;
-        EXPECT_GT(best, 1.2 * plain);
       }
     }
   }
