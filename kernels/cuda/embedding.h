@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/plugin_api.h"
+#include "kernels/cuda/stored_column.h"
 
 namespace linspec::cuda {
 
@@ -21,9 +22,20 @@ __device__ inline float EmbeddingValue(const LinspecCudaMatrix& table, int64_t t
     case kLinspecCudaBf16:
       return __bfloat162float(static_cast<const __nv_bfloat16*>(table.data)[at]);
     default:
-      return static_cast<float>(static_cast<const int8_t*>(table.data)[at]) * table.scales[token];
+      return static_cast<float>(static_cast<const int8_t*>(table.data)[at - column + StoredColumn(column)]) *
+             table.scales[token];
   }
 }
+
+// An int8 row by fours of columns.
+struct ByteRow {
+  const uint2* words;
+  __device__ __forceinline__ char4 operator[](int64_t i) const {
+    const uint2 pair = words[i / 4 * 2 + i % 2];
+    const uint32_t four = __byte_perm(pair.x, pair.y, i % 4 < 2 ? 0x6420 : 0x7531);
+    return *reinterpret_cast<const char4*>(&four);
+  }
+};
 
 // f(row, widen): elements 4 i to 4 i + 3 of row `token` are widen(row[i]); a multiple of 4 columns. The type is asked
 // for once, so that what f loads first is under way at once.
@@ -47,10 +59,11 @@ __device__ __forceinline__ void ReadEmbedding(const LinspecCudaMatrix& table, in
       });
     default: {
       const float scale = table.scales[token];
-      return f(reinterpret_cast<const char4*>(static_cast<const int8_t*>(table.data) + at), [scale](const char4& v) {
-        return float4{static_cast<float>(v.x) * scale, static_cast<float>(v.y) * scale, static_cast<float>(v.z) * scale,
-                      static_cast<float>(v.w) * scale};
-      });
+      return f(ByteRow{reinterpret_cast<const uint2*>(static_cast<const int8_t*>(table.data) + at)},
+               [scale](const char4& v) {
+                 return float4{static_cast<float>(v.x) * scale, static_cast<float>(v.y) * scale,
+                               static_cast<float>(v.z) * scale, static_cast<float>(v.w) * scale};
+               });
     }
   }
 }

@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) WholeGemmKernel
       p.x + int64_t{min(g, rows - 1)} * p.w.cols + int64_t{range.begin} * Range<kType>::kStepDepth + s * 8 * kParts;
   const auto x = [&](int step, int part, int) {
     const uint16_t* from = x_lane + step * Range<kType>::kStepDepth + part * 8;
-    return step < range.valid ? WeightTraits<kType>::Pair(*reinterpret_cast<const uint4*>(from)) : uint4{};
+    return step < range.valid ? *reinterpret_cast<const uint4*>(from) : uint4{};
   };
   const OutputTile output{p, rows};
   int turn = 0;
@@ -89,7 +89,7 @@ __device__ void StoreTokens(const GemmParams& p, const Range<kType>& range, int 
     const int step = i / (kWarpSize * kParts * kTiles), m = t * kTileTokens + lane / 4;
     const int64_t k = int64_t{range.begin + step} * Range<kType>::kStepDepth + (lane % 4 * kParts + part) * 8;
     const bool inside = m < rows && k < p.w.cols;
-    tokens[i] = inside ? WeightTraits<kType>::Pair(*reinterpret_cast<const uint4*>(p.x + m * p.w.cols + k)) : uint4{};
+    tokens[i] = inside ? *reinterpret_cast<const uint4*>(p.x + m * p.w.cols + k) : uint4{};
   }
 }
 

@@ -143,8 +143,7 @@ __device__ __forceinline__ void MultiplyStep(const uint8_t* slot, const uint8_t*
   uint4 x[kParts];
 #pragma unroll
   for (int part = 0; part < kParts; ++part) {
-    const auto* tokens = reinterpret_cast<const uint4*>(token + step * kStepBytes * kParts + part * 16);
-    x[part] = WeightTraits<kType>::Pair(*tokens);
+    x[part] = *reinterpret_cast<const uint4*>(token + step * kStepBytes * kParts + part * 16);
     if (!inside) x[part] = uint4{};
   }
   if (!inside) low = high = uint4{};
@@ -298,7 +297,7 @@ __global__ void __launch_bounds__(kThreads, 2) RingGemmKernel(const GemmParams p
   __shared__ WarpBarriers all_barriers[kWarps];
   __shared__ float4 partial[2][kSplit][kWarpSize];
   __shared__ Squares squares;
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, g = lane / 4, s = lane % 4;
+  const int warp = UniformWarp(), lane = threadIdx.x % kWarpSize, g = lane / 4, s = lane % 4;
   WarpBarriers& barriers = all_barriers[warp];
   WarpRing<kType> ring(p.w, warp, barriers, shared + warp * num_slots * kSlotBytes, num_slots);
   const int token_pitch = TokenPitch((NumSteps(p.w) + kSplit - 1) / kSplit, kParts);

@@ -77,9 +77,9 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 2 : 1) SmallGemmKernel
     const int64_t k = int64_t{range.begin + step} * Range<kType>::kStepDepth + (s * kParts + part) * 8;
     if (step >= range.valid) return uint4{};
     if constexpr (kNorm) {
-      return WeightTraits<kType>::Pair(ReadNormed(p.norm_before, token * p.w.cols, k, squares[t]));
+      return ReadNormed(p.norm_before, token * p.w.cols, k, squares[t]);
     } else {
-      return WeightTraits<kType>::Pair(*reinterpret_cast<const uint4*>(p.x + token * p.w.cols + k));
+      return *reinterpret_cast<const uint4*>(p.x + token * p.w.cols + k);
     }
   };
   float sums[kTiles][4] = {};

@@ -94,7 +94,7 @@ __device__ void MultiplyStage(const Stage<kType>& stage, int warp_row, int warp_
   for (int t = 0; t < kWarpTokenTiles; ++t) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
-      x[t][part] = WeightTraits<kType>::Pair(stage.x[part][warp_token + t * kTileTokens + lane / 4][lane % 4]);
+      x[t][part] = stage.x[part][warp_token + t * kTileTokens + lane / 4][lane % 4];
   }
 #pragma unroll
   for (int r = 0; r < kWarpRowTiles; ++r) {

@@ -13,16 +13,13 @@
 // than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors that are free
 // first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
-// Up to 32 tokens in bf16 and fp8, weights are asked for a few units at a time (kPaced): tokens and sums that a block
-// wants of the L2 meanwhile wait behind all that blocks have asked the memory for. The last sums of `o` were there 4.9
-// us after they were wanted with 8 units under way and 2.8 with 3 (an H100, 16 rows, a reader that polled). A step of
-// 16 requests in fp8 takes 2.94 ms for 3.00 so (an H200), in bf16 as long with 6, 2 % more with 4; on an H100 a first
-// form, 3 in both, took 3.40 for 3.56 and 5.40 for 5.48. Elsewhere a second barrier a unit costs more (fp8, 64 rows:
-// 5.17 ms, 5.06 without; int8, 16 rows: 3.16 for 3.11 before).
+// Up to 32 tokens in bf16, weights are asked for a few units at a time (kPaced): tokens and sums that a block wants of
+// the L2 meanwhile wait behind all that blocks have asked the memory for, and so does every other read of a warp. The
+// ring is larger then (a step of 16 requests 3.82 ms for 3.90, of 32 4.34 for 4.41, an H200). In 8 bits both gain
+// nothing (16 requests: 2.68 ms paced or not, 2.77 with the larger ring).
 //
-// What is missing in bf16 is mostly a fixed 3 to 7 us a product: the last sums, their writing, the launch, and the
-// first tokens; in 8 bits on an H200 it is widening (docs/cuda.md): the loop is 270 instructions a unit and warp, 560
-// cycles of issuing on a quarter of a multiprocessor, and takes 1,100.
+// What is missing is mostly a fixed 5 to 6 us a product: the launch and the first tokens, 1 us; the last sums, 1.5 to
+// 3.5; their end, 0.5 to 4.5 (`o` of 64 tokens, for 1.6 of `down`; not because y had left the L2: docs/cuda.md).
 //
 // Rejected: up to four products in one launch with a barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms
 // for 4.80, fp8 3.07 for 2.94); the next product's first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03
@@ -37,7 +34,8 @@
 // completing some of its tokens each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms
 // for 3.03, 5.56 for 5.18; 0.16 of both, by reckoning, because each lane read one token's sums of squares, all blocks
 // the same lines). Words of two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each
-// other.
+// other. A slot given back before its warps wait for the next unit, when their instructions are done: 3 % slower in
+// fp8. What the end of a tile reads fetched into the L2 at the start: nothing.
 #include <cuda.h>
 
 #include <algorithm>
@@ -49,35 +47,37 @@ namespace linspec::cuda {
 namespace {
 
 constexpr int kMaxTokens = 128;
-constexpr int kRingBytes = 148 << 10, kRingBytes128 = 208 << 10;  // for 128 tokens
-constexpr int kMaxBlocks = 160;                                   // of which the workspace has room for sums
+constexpr int kRingBytes = 148 << 10, kLargeRingBytes = 205 << 10;
+constexpr int kMaxBlocks = 160;  // of which the workspace has room for sums
 
 template <int kType, int kTokens, bool kNorms>
-__global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads)
+__global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads + (kNorms ? kWarpSize : 0))
     WgmmaGemmKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
                     const __grid_constant__ GemmParams p, const int rows, const int stages, const Workspace workspace) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Unit = Unit<kType, kTokens>;
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ Ring ring;
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
   __shared__ __align__(16) TileEnd<kTokens> end;
-  const uint32_t buffers = (SharedAddress(shared) + 1023) / 1024 * 1024;
   const Shares shares(p.w, Unit::kDepth, static_cast<int>(gridDim.x));
-  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = UniformWarp();
+  const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
   if (threadIdx.x == 0) {
     for (int i = 0; i < stages; ++i) {
-      BarrierInit(&ring.full[i], 1);
-      BarrierInit(&ring.tokens[i], 1);
-      BarrierInit(&ring.empty[i], kConsumers * kWarpSize);
+      BarrierInit(ring.full(i), 1);
+      BarrierInit(ring.tokens(i), 1);
+      BarrierInit(ring.empty(i), kConsumers * kWarpSize);
     }
     BarrierMade();
   }
   __syncthreads();
   GridLaunchDependents();
   if (warp < kConsumers) {
-    Consumer<kType, kTokens, kNorms>{p, rows, share, stages, shares, workspace, ring, end, buffers}.Run();
+    Consumer<kType, kTokens, kNorms>{p, rows, share, shares, workspace, ring, end}.Run();
+  } else if (warp < Unit::kThreads / kWarpSize) {
+    Producer<Unit>{weights, tokens, shares, workspace, ring, share}.Run(warp - kConsumers);
   } else {
-    Producer<Unit>{weights, tokens, shares, workspace, ring, buffers, stages, share}.Run(warp - kConsumers);
+    MakeScales<kTokens>(p, rows, end);
   }
 #endif
 }
@@ -129,8 +129,9 @@ Workspace WorkspaceAt(void* of_products) {
 template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
-  constexpr int kBytes = (kTokens > 64 ? kRingBytes128 : kRingBytes) - 1024;  // the ring begins at a multiple of 1,024
-  constexpr int kMost = Unit::kPaced || kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
+  constexpr int kBytes =
+      (kTokens > 64 || Unit::kPaced ? kLargeRingBytes : kRingBytes) - 1024;  // from a multiple of 1,024 on
+  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
   constexpr int kFit = kBytes / Unit::kBytes, kStages = std::min(kFit, kMost);
   constexpr int kShared = kStages * Unit::kBytes + 1024;
   static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
@@ -142,8 +143,8 @@ void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
   if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
-  LaunchOverlapped(kernel, blocks, Unit::kThreads, kShared, stream, 1, weights, tokens, p, rows, kStages,
-                   WorkspaceAt(p.workspace));
+  LaunchOverlapped(kernel, blocks, Unit::kThreads + (norms ? kWarpSize : 0), kShared, stream, 1, weights, tokens, p,
+                   rows, kStages, WorkspaceAt(p.workspace));
 }
 
 template <int kType>

@@ -18,7 +18,7 @@ inline constexpr int kUnitRows = 128, kUnitRowBytes = 128, kBoxDepth = 64;
 inline constexpr int kWeightBytes = kUnitRows * kUnitRowBytes;
 inline constexpr int kGroupRows = 64, kGroups = kUnitRows / kGroupRows, kGroupThreads = 128;
 inline constexpr int kConsumers = kGroups * kGroupThreads / kWarpSize;  // warps that multiply
-inline constexpr int kMaxStages = 8, kMaxStages8Bit = 6;
+inline constexpr int kMaxStages = 10, kMaxStages8Bit = 6;
 
 template <int kType, int kTokens>
 struct Unit {
@@ -28,8 +28,8 @@ struct Unit {
   static constexpr int kSumsBytes = kGroupRows * kTokens * static_cast<int>(sizeof(float));  // of a group
   static_assert(kSumsBytes <= kBytes);  // a slot of the ring holds a unit, or a group's sums of a tile
   // Whether weights are asked for kWindow units at a time, by a warp of their own (gemm_wgmma.cu).
-  static constexpr bool kPaced = kTokens <= 32 && kType != kLinspecCudaI8;
-  static constexpr int kWindow = kType == kLinspecCudaBf16 ? 6 : 3;
+  static constexpr bool kPaced = kTokens <= 32 && kType == kLinspecCudaBf16;
+  static constexpr int kWindow = 6;
   static constexpr int kThreads = (kConsumers + (kPaced ? 2 : 1)) * kWarpSize;
 };
 
@@ -66,9 +66,16 @@ __device__ __forceinline__ void ConsumerBarrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
-// Barriers of the slots: a unit, or sums, are there; all is used up. In a paced product tokens have one of their own.
+// The ring, as every thread knows it: addresses in shared memory of the slots, and of their barriers: a unit, or sums,
+// are there; its tokens are, in a paced product; all is used up.
 struct Ring {
-  uint64_t full[kMaxStages], tokens[kMaxStages], empty[kMaxStages];
+  uint32_t buffers, barriers;
+  int stages;  // slots
+  static constexpr int kBarrierBytes = 3 * kMaxStages * static_cast<int>(sizeof(uint64_t));
+
+  __device__ __forceinline__ uint32_t full(int stage) const { return barriers + stage * 8; }
+  __device__ __forceinline__ uint32_t tokens(int stage) const { return full(stage) + kMaxStages * 8; }
+  __device__ __forceinline__ uint32_t empty(int stage) const { return full(stage) + 2 * kMaxStages * 8; }
 };
 
 // Position in the ring.
@@ -86,18 +93,17 @@ struct Producer {
   const CUtensorMap &weights, &tokens;
   const Shares& shares;
   const Workspace& workspace;
-  Ring& ring;
-  uint32_t buffers;
-  int stages, share;
+  const Ring& ring;
+  int share;
 
-  __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
+  __device__ __forceinline__ uint32_t At(int stage) const { return ring.buffers + stage * Unit::kBytes; }
 
   // The barrier's expectation is the caller's.
   __device__ __forceinline__ void CopyWeights(int stage, int unit, uint64_t policy) const {
-    CopyTile(At(stage), &weights, unit % shares.depth * Unit::kDepth, unit / shares.depth * kUnitRows,
-             &ring.full[stage], policy);
+    CopyTile(At(stage), &weights, unit % shares.depth * Unit::kDepth, unit / shares.depth * kUnitRows, ring.full(stage),
+             policy);
   }
-  __device__ __forceinline__ void CopyTokens(int stage, int unit, uint64_t* there, uint64_t policy) const {
+  __device__ __forceinline__ void CopyTokens(int stage, int unit, uint32_t there, uint64_t policy) const {
 #pragma unroll
     for (int box = 0; box < Unit::kBoxes; ++box) {
       CopyTile(At(stage) + kWeightBytes + box * Unit::kBoxBytes, &tokens,
@@ -129,19 +135,19 @@ struct Producer {
   // By one thread. Weights for the whole ring are asked for before the kernel ahead has ended, tokens after it.
   __device__ __forceinline__ void OrderUnits(Turn& turn) const {
     const uint64_t once = Policy(true), often = Policy(false);
-    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(stages, end - begin);
+    const int begin = Begin(shares, share), end = Begin(shares, share + 1), ahead = min(ring.stages, end - begin);
     const auto order_weights = [&](int stage, int unit) {
-      BarrierExpect(&ring.full[stage], Unit::kBytes);
+      BarrierExpect(ring.full(stage), Unit::kBytes);
       CopyWeights(stage, unit, once);
     };
     for (int i = 0; i < ahead; ++i) order_weights(i, begin + i);
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
-    for (int i = 0; i < ahead; ++i, turn.Next(stages)) CopyTokens(i, begin + i, &ring.full[i], often);
-    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(stages)) {
-      BarrierWait(&ring.empty[turn.stage], turn.parity);
+    for (int i = 0; i < ahead; ++i, turn.Next(ring.stages)) CopyTokens(i, begin + i, ring.full(i), often);
+    for (int unit = begin + ahead; unit < end; ++unit, turn.Next(ring.stages)) {
+      BarrierWait(ring.empty(turn.stage), turn.parity);
       order_weights(turn.stage, unit);
-      CopyTokens(turn.stage, unit, &ring.full[turn.stage], often);
+      CopyTokens(turn.stage, unit, ring.full(turn.stage), often);
     }
   }
 
@@ -150,13 +156,13 @@ struct Producer {
     const uint64_t once = Policy(true);
     const int begin = Begin(shares, share), end = Begin(shares, share + 1);
     Turn landed;
-    for (int unit = begin; unit < end; ++unit, turn.Next(stages)) {
+    for (int unit = begin; unit < end; ++unit, turn.Next(ring.stages)) {
       if (unit - begin >= Unit::kWindow) {
-        BarrierWait(&ring.full[landed.stage], landed.parity);
-        landed.Next(stages);
+        BarrierWait(ring.full(landed.stage), landed.parity);
+        landed.Next(ring.stages);
       }
-      BarrierWait(&ring.empty[turn.stage], turn.parity);
-      BarrierExpect(&ring.full[turn.stage], kWeightBytes);
+      BarrierWait(ring.empty(turn.stage), turn.parity);
+      BarrierExpect(ring.full(turn.stage), kWeightBytes);
       CopyWeights(turn.stage, unit, once);
     }
   }
@@ -167,10 +173,10 @@ struct Producer {
     PrefetchMap(&tokens);
     GridWait();  // after which the copy engine sees what the kernels ahead wrote
     Turn turn{0, 1};
-    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(stages)) {
-      BarrierWait(&ring.empty[turn.stage], turn.parity);
-      BarrierExpect(&ring.tokens[turn.stage], Unit::kBoxes * Unit::kBoxBytes);
-      CopyTokens(turn.stage, unit, &ring.tokens[turn.stage], often);
+    for (int unit = Begin(shares, share), end = Begin(shares, share + 1); unit < end; ++unit, turn.Next(ring.stages)) {
+      BarrierWait(ring.empty(turn.stage), turn.parity);
+      BarrierExpect(ring.tokens(turn.stage), Unit::kBoxes * Unit::kBoxBytes);
+      CopyTokens(turn.stage, unit, ring.tokens(turn.stage), often);
     }
   }
 
@@ -192,10 +198,10 @@ struct Producer {
     if (lane != 0) return;
     constexpr int kBytes = Unit::kSumsBytes;
     const char* from = reinterpret_cast<const char*>(workspace.sums) + int64_t{share + 1} * kGroups * kBytes;
-    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
-      BarrierWait(&ring.empty[turn.stage], turn.parity);
-      CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, &ring.full[turn.stage]);
-      BarrierExpect(&ring.full[turn.stage], kBytes);  // after the copy: racecheck takes it to be ordered by the arrival
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(ring.stages)) {
+      BarrierWait(ring.empty(turn.stage), turn.parity);
+      CopyBytes(At(turn.stage), from + int64_t{i} * kBytes, kBytes, ring.full(turn.stage));
+      BarrierExpect(ring.full(turn.stage), kBytes);  // after the copy: racecheck takes it to be ordered by the arrival
     }
   }
 };

@@ -1,8 +1,7 @@
 // What the warps that multiply do in a block of the warpgroup product (gemm_wgmma.cu). sm_90a only.
 //
-// bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to bf16 in registers: a lane
-// brings two bytes at a time in the order of k, so it reads the words that hold them, half of whose bytes are its
-// neighbour's.
+// bf16 weights are read by the instructions where they lie; int8 and fp8 are widened to bf16 in registers: the order
+// within 16 bytes (stored_column.h) makes a word what a lane brings of 16 of k, and matrix loads hand out such words.
 #pragma once
 
 #include "kernels/cuda/gemm_wgmma_epilogue.h"
@@ -19,52 +18,51 @@ struct Consumer {
   static constexpr int kColumns = kTokens / 8;
   static constexpr bool kWidens = kType != kLinspecCudaBf16;
   static constexpr int kSteps = kBoxDepth / 16;
-  using Words = uint32_t[kWidens ? kSteps : 1][4];  // of weights, as an instruction takes them
+  using Raw = uint32_t[Unit::kBoxes * kSteps][2];   // words of a unit as they lie, of rows g and g + 8
+  using Words = uint32_t[kWidens ? kSteps : 1][4];  // of a box, as an instruction takes them
 
   const GemmParams& p;
-  int rows, share, stages;
+  int rows, share;
   const Shares& shares;
   const Workspace& workspace;
-  Ring& ring;
+  const Ring& ring;
   TileEnd<kTokens>& end;
-  uint32_t buffers;
   Turn turn = {};
 
   __device__ static int Warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
   __device__ static int Lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
   __device__ static int Group() { return static_cast<int>(threadIdx.x) / kGroupThreads; }
 
-  __device__ __forceinline__ uint32_t At(int stage) const { return buffers + stage * Unit::kBytes; }
+  __device__ __forceinline__ uint32_t At(int stage) const { return ring.buffers + stage * Unit::kBytes; }
   // When all lanes have read. for_sums: sums come into this slot next, by a plain bulk copy; racecheck sees those,
   // unlike copies of tiles, and takes an arrival to follow the reads of that lane alone.
   __device__ __forceinline__ void Release(int stage, bool for_sums) const {
     if constexpr (kWidens) {
-      if (for_sums) return BarrierArrive(&ring.empty[stage], 1);
+      if (for_sums) return BarrierArrive(ring.empty(stage), 1);
       __syncwarp();
     }
-    if (Lane() == 0) BarrierArrive(&ring.empty[stage], kWarpSize);
+    if (Lane() == 0) BarrierArrive(ring.empty(stage), kWarpSize);
   }
 
-  __device__ static __forceinline__ uint32_t ReadWord(uint32_t at) {
-    uint32_t word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(at));
-    return word;
+  // The words of a unit: 4 reads of 4 matrices of 8 rows by 16 bytes, whose pieces lie swizzled by the row.
+  __device__ static __forceinline__ void ReadWords(uint32_t unit, Raw& raw) {
+    const int row = Lane() % 16, piece = Lane() / 16;
+    const uint32_t lane = unit + (Warp() * 16 + row) * kUnitRowBytes + (piece ^ row % 8) * 16;
+#pragma unroll
+    for (int step = 0; step < Unit::kBoxes * kSteps; step += 2) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(raw[step][0]), "=r"(raw[step][1]), "=r"(raw[step + 1][0]), "=r"(raw[step + 1][1])
+                   : "r"(lane ^ step * 16));
+    }
   }
-  // Two bytes of a word, the lane's by k, as bf16.
-  __device__ static __forceinline__ uint32_t Widen(uint32_t word) {
-    using Traits = WeightTraits<kType>;
-    return Traits::WidenPair(Traits::Extend(word, Lane() % 2 == 0 ? Traits::kBytes01 : Traits::kBytes23));
-  }
-
-  // Words that hold weights of 64 of k. The 16-byte pieces of a row lie swizzled by the row.
-  __device__ static __forceinline__ void ReadWords(uint32_t unit, int box, Words& a) {
-    const int g = Lane() / 4;
-    const uint32_t lane = unit + (Warp() * 16 + g) * kUnitRowBytes + g * 16 + Lane() % 4 / 2 * 4;
+  // Of a box, to bf16.
+  __device__ static __forceinline__ void Widen(const Raw& raw, int box, Words& a) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const uint32_t at = lane ^ (box * kSteps + step) * 16;
-      a[step][0] = ReadWord(at), a[step][1] = ReadWord(at + 8 * kUnitRowBytes);
-      a[step][2] = ReadWord(at + 8), a[step][3] = ReadWord(at + 8 * kUnitRowBytes + 8);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        WeightTraits<kType>::Widen(raw[box * kSteps + step][half], a[step][half], a[step][2 + half]);
+      }
     }
   }
   // Instructions read their words after they were issued. What nvcc 13.0 makes of two boxes in turn, each waited for
@@ -74,19 +72,16 @@ struct Consumer {
     for (auto& words : a) asm volatile("" ::"r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]));
   }
 
-  // sums += 64 of k; in flight at the end. raw, a: words of the box, where they are widened.
-  __device__ __forceinline__ void MultiplyBox(uint32_t unit, int box, const Words& raw, Words& a,
+  // sums += 64 of k; in flight at the end. a: the box's words, where they are widened.
+  __device__ __forceinline__ void MultiplyBox(uint32_t unit, int box, const Words& a,
                                               float (&sums)[kColumns][4]) const {
     const uint64_t b = WgmmaOperand(unit + kWeightBytes + box * Unit::kBoxBytes);
+    WgmmaBegin();
     if constexpr (kWidens) {
-#pragma unroll
-      for (int i = 0; i < kSteps * 4; ++i) a[i / 4][i % 4] = Widen(raw[i / 4][i % 4]);
-      WgmmaBegin();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) Wgmma<kTokens>(sums, a[step], b + step * kWgmmaNextK);
     } else {
       const uint64_t weights = WgmmaOperand(unit + Group() * kGroupRows * kUnitRowBytes);
-      WgmmaBegin();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         Wgmma<kTokens>(sums, weights + step * kWgmmaNextK, b + step * kWgmmaNextK);
@@ -95,32 +90,43 @@ struct Consumer {
     WgmmaCommit();
   }
 
-  // sums of `count` units from zero, of `left` that the block still has to do.
+  __device__ __forceinline__ void WaitForUnit() const {
+    BarrierWait(ring.full(turn.stage), turn.parity);
+    if constexpr (Unit::kPaced) BarrierWait(ring.tokens(turn.stage), turn.parity);
+  }
+
+  // sums of `count` units from zero, of `left` that the block still has to do. Words of the next unit are read while
+  // this one's are multiplied.
   __device__ __forceinline__ void Multiply(int count, int left, float (&sums)[kColumns][4]) {
-    constexpr bool kReadsUnit = kTokens <= 64;  // all of a unit's words at once: beyond there are no registers for it
-    Words words[Unit::kBoxes] = {}, raw[Unit::kBoxes];
+    Words words[Unit::kBoxes] = {};
+    Raw raw;
 #pragma unroll
     for (auto& column : sums) {
 #pragma unroll
       for (float& x : column) x = 0.0f;
     }
+    if constexpr (kWidens) {
+      WaitForUnit();
+      ReadWords(At(turn.stage), raw);
+    }
     int previous = 0;
     for (int i = 0; i < count; ++i) {
-      BarrierWait(&ring.full[turn.stage], turn.parity);
-      if constexpr (Unit::kPaced) BarrierWait(&ring.tokens[turn.stage], turn.parity);
+      if constexpr (!kWidens) WaitForUnit();
+      const int stage = turn.stage;
+      turn.Next(ring.stages);
 #pragma unroll
       for (int box = 0; box < Unit::kBoxes; ++box) {
-        if constexpr (kWidens) {
-          if (box == 0 || !kReadsUnit) ReadWords(At(turn.stage), box, raw[box]);
-          if (box == 0 && kReadsUnit) ReadWords(At(turn.stage), 1, raw[1]);
+        if constexpr (kWidens) Widen(raw, box, words[box]);
+        MultiplyBox(At(stage), box, words[box], sums);
+        if (kWidens && box + 1 == Unit::kBoxes && i + 1 < count) {
+          WaitForUnit();
+          ReadWords(At(turn.stage), raw);
         }
-        MultiplyBox(At(turn.stage), box, raw[box], words[box], sums);
         WgmmaWait<1>();
         if constexpr (kWidens) WordsInUse(words[1 - box]);
-        if (box == 0 && i > 0) Release(previous, left - i < stages);
+        if (box == 0 && i > 0) Release(previous, left - i < ring.stages);
       }
-      previous = turn.stage;
-      turn.Next(stages);
+      previous = stage;
     }
     WgmmaWait<0>();
     if constexpr (kWidens) WordsInUse(words[1]);
@@ -129,7 +135,7 @@ struct Consumer {
 #pragma unroll
       for (float& x : column) asm volatile("" : "+f"(x)::"memory");
     }
-    Release(previous, left - count < stages);
+    Release(previous, left - count < ring.stages);
   }
 
   // For the block that holds the beginning of the tile.
@@ -148,8 +154,8 @@ struct Consumer {
 
   // The sums of the `behind` blocks behind, in order.
   __device__ __forceinline__ void Add(int behind, float (&sums)[kColumns][4]) {
-    for (int i = 0; i < behind * kGroups; ++i, turn.Next(stages)) {
-      BarrierWait(&ring.full[turn.stage], turn.parity);
+    for (int i = 0; i < behind * kGroups; ++i, turn.Next(ring.stages)) {
+      BarrierWait(ring.full(turn.stage), turn.parity);
       __syncwarp();  // racecheck takes one lane of a warp to have waited
       if (i % kGroups == Group()) {
         const uint32_t at = At(turn.stage) + threadIdx.x % kGroupThreads * sizeof(float4);
@@ -162,31 +168,12 @@ struct Consumer {
           sums[j][0] += x, sums[j][1] += y, sums[j][2] += z, sums[j][3] += w;
         }
       }
-      BarrierArrive(&ring.empty[turn.stage], 1);  // each lane for itself: racecheck again
+      BarrierArrive(ring.empty(turn.stage), 1);  // each lane for itself: racecheck again
     }
   }
 
-  // Into end.scales; a warp sums every kConsumers-th token's parts, the lanes in a fixed order.
-  __device__ __forceinline__ void ReadScales() const {
-    if (!kNorms || p.norm_before.squares == nullptr) return;
-    constexpr int kEach = kTokens / kConsumers;
-    const int parts = static_cast<int>(NormParts(p.w.cols));
-    float sums[kEach] = {};
-    for (int i = Lane(); i < parts; i += kWarpSize) {
-#pragma unroll
-      for (int t = 0; t < kEach; ++t) {  // no branches, so that loads overlap
-        const int token = min(Warp() + t * kConsumers, rows - 1);
-        sums[t] += __ldcg(p.norm_before.squares + int64_t{token} * parts + i);
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kEach; ++t) {
-      for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) sums[t] += __shfl_xor_sync(0xFFFFFFFFu, sums[t], lanes);
-      if (Lane() == 0) {
-        end.scales[Warp() + t * kConsumers] = 1.0f / sqrtf(sums[t] / static_cast<float>(p.w.cols) + p.norm_before.eps);
-      }
-    }
-    ConsumerBarrier();
+  static __device__ __forceinline__ void ScalesBarrier() {
+    asm volatile("bar.sync 2, %0;" ::"n"((kConsumers + 1) * kWarpSize) : "memory");
   }
 
   __device__ void Run() {
@@ -194,7 +181,7 @@ struct Consumer {
     // Only of the last tile is a part elsewhere.
     const int behind = Behind(shares, share, ((last - 1) / shares.depth + 1) * shares.depth);
     GridWait();
-    ReadScales();
+    bool scales_wait = kNorms && p.norm_before.squares != nullptr;
     Epilogue<kTokens, kNorms> epilogue{p, rows, end};
     for (int unit = Begin(shares, share); unit < last;) {
       const int tile = unit / shares.depth, stop = min(last, (tile + 1) * shares.depth);
@@ -208,10 +195,38 @@ struct Consumer {
       }
       epilogue.ReadAhead(tile);
       if (unit == last) Add(behind, sums);
+      if (scales_wait) ScalesBarrier();
+      scales_wait = false;
       epilogue.Write(tile, sums);
     }
+    if (scales_wait) ScalesBarrier();  // nobody leaves before all have met there
   }
 };
+
+// What a warp of its own does where a norm is in front: end.scales, while the others multiply. Each lane adds the parts
+// of its tokens in order. (By the warps that multiply, before they do: 4.5 us at 64 tokens, an H200.)
+template <int kTokens>
+__device__ __forceinline__ void MakeScales(const GemmParams& p, int rows, TileEnd<kTokens>& end) {
+  if (p.norm_before.squares == nullptr) return;
+  constexpr int kEach = (kTokens + kWarpSize - 1) / kWarpSize;  // tokens of a lane
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, parts = static_cast<int>(NormParts(p.w.cols));
+  const float* of[kEach];
+#pragma unroll
+  for (int t = 0; t < kEach; ++t) of[t] = p.norm_before.squares + min(lane + t * kWarpSize, rows - 1) * parts;
+  float sums[kEach] = {};
+  GridWait();
+#pragma unroll 8
+  for (int i = 0; i < parts; ++i) {
+#pragma unroll
+    for (int t = 0; t < kEach; ++t) sums[t] += __ldcg(of[t] + i);
+  }
+#pragma unroll
+  for (int t = 0; t < kEach; ++t) {
+    const int token = lane + t * kWarpSize;
+    if (token < kTokens) end.scales[token] = InverseRms(sums[t], p.w.cols, p.norm_before.eps);
+  }
+  asm volatile("bar.arrive 2, %0;" ::"n"((kConsumers + 1) * kWarpSize) : "memory");
+}
 
 #endif
 

@@ -26,10 +26,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   auto* to = reinterpret_cast<uint4*>(out) + 2 * i;
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {  // even and odd bytes of a word back in order
+  for (int half = 0; half < 2; ++half) {
     const uint32_t* p = pairs + half * 4;
-    to[half] = {__byte_perm(p[0], p[1], 0x5410), __byte_perm(p[0], p[1], 0x7632), __byte_perm(p[2], p[3], 0x5410),
-                __byte_perm(p[2], p[3], 0x7632)};
+    to[half] = {p[0], p[1], p[2], p[3]};
   }
 }
 

@@ -28,8 +28,8 @@ enum LinspecCudaType {
   kLinspecCudaF32 = 0,
   kLinspecCudaF16 = 1,
   kLinspecCudaBf16 = 2,
-  kLinspecCudaI8 = 3,   // with one fp32 scale per row
-  kLinspecCudaFp8 = 4,  // e4m3, with one fp32 scale per row
+  kLinspecCudaI8 = 3,   // with one fp32 scale per row; in a matrix that was packed, columns in an order of its own
+  kLinspecCudaFp8 = 4,  // e4m3, likewise
 };
 
 typedef struct LinspecCudaContext LinspecCudaContext;

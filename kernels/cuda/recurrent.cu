@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads) RecurrentInputKernel(const Recurrent
   auto* state = reinterpret_cast<float4*>(p.state + blockIdx.x * dim);
   const auto* weights = reinterpret_cast<const float4*>(of_token ? p.token_norm : p.state_norm);
   auto* out = reinterpret_cast<uint2*>(p.out + (blockIdx.x * 2 + blockIdx.y) * dim);
-  const auto norm = [&](const auto* from, auto widen) {
+  const auto norm = [&](auto from, auto widen) {
     float sum = 0.0f;
     for (int64_t i = threadIdx.x; i < dim / 4; i += kThreads) sum += Squares(widen(from[i]));
     squares[threadIdx.x / kWarp][threadIdx.x % kWarp] = sum;

@@ -18,6 +18,7 @@
 // once a call (4 us more a call), fetching the embeddings of the blocks' best tokens into the L2.
 #include <algorithm>
 #include <climits>
+#include <type_traits>
 #include <utility>
 
 #include "kernels/cuda/embedding.h"
@@ -129,9 +130,9 @@ struct LevelsBlock {
   }
 
   // A lane's vectors of a row, all loads at once.
-  template <typename Raw, typename Widen>
-  __device__ void ReadVectors(const Raw* from, Widen widen, float4 (&values)[kVectors]) const {
-    Raw raw[kVectors];
+  template <typename From, typename Widen>
+  __device__ void ReadVectors(From from, Widen widen, float4 (&values)[kVectors]) const {
+    std::decay_t<decltype(from[0])> raw[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) raw[v] = from[min(v * kWarpSize + lane, dim / 4 - 1)];
 #pragma unroll
@@ -161,7 +162,7 @@ struct LevelsBlock {
       float4 weights[kVectors], values[kVectors] = {};
       if (of_token) {
         const int token = level == 0 ? shared.rows[row].token : BestToken(row);
-        ReadEmbedding(p.embedding, token, [&](const auto* from, auto widen) { ReadVectors(from, widen, values); });
+        ReadEmbedding(p.embedding, token, [&](auto from, auto widen) { ReadVectors(from, widen, values); });
       } else if (level == 0) {
         ReadVectors(Hidden(row), [](const float4& v) { return v; }, values);
       } else {
@@ -175,8 +176,7 @@ struct LevelsBlock {
       auto* to = reinterpret_cast<uint2*>(input + row * plan.input_pitch + (of_token ? 2 * dim : 0)) + lane;
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
-        if (v * kWarpSize + lane < dim / 4)
-          to[v * kWarpSize] = ResidentTiles<kType>::Ordered(Normed(values[v], scale, weights[v]));
+        if (v * kWarpSize + lane < dim / 4) to[v * kWarpSize] = Normed(values[v], scale, weights[v]);
       }
     }
   }
@@ -186,9 +186,7 @@ struct LevelsBlock {
     for (auto pair = static_cast<int>(threadIdx.x); pair < pairs; pair += kLevelThreads) {
       Collect<kMostLevelsRows>(
           rows, call, [&](int row) { return from + 2 * (row * pairs + pair); },
-          [&](int row, uint32_t a, uint32_t b) {
-            reinterpret_cast<uint2*>(x + row * plan.x_pitch)[pair] = ResidentTiles<kType>::Ordered({a, b});
-          });
+          [&](int row, uint32_t a, uint32_t b) { reinterpret_cast<uint2*>(x + row * plan.x_pitch)[pair] = {a, b}; });
     }
   }
 

@@ -50,14 +50,8 @@ struct ResidentTiles {
     }
   }
 
-  // Four bf16 values of a token in the order in which products take them.
-  static __device__ uint2 Ordered(const uint2& four) {
-    const uint4 pair = WeightTraits<kType>::Pair({four.x, four.y, 0, 0});
-    return {pair.x, pair.y};
-  }
-
   // Sums of this warp's range of all tiles, kTiles at once, to partial [kSplit, most_tiles, kWarpSize]. tokens: rows of
-  // token_pitch bytes, Ordered.
+  // token_pitch bytes.
   template <int kTiles>
   __device__ void Multiply(const uint8_t* tokens, int token_pitch, int rows, float4* partial, int most_tiles) const {
     const uint8_t* x = tokens + min(g, rows - 1) * token_pitch + token_offset;

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include "kernels/cuda/stored_column.h"
 #include "kernels/cuda/weights.h"
 
 namespace linspec::cuda {
@@ -59,11 +60,12 @@ __global__ void __launch_bounds__(kPackThreads)
     PackKernel(LinspecCudaSource s, const void* staged, const float* scales, int64_t first, LinspecCudaMatrix m) {
   const int64_t local = blockIdx.x, row = first + local;
   const int64_t out_row = s.row_begin + (s.interleave != 0 ? row / 8 * 16 + row % 8 : row);
+  const bool bytes = m.type == kLinspecCudaI8 || m.type == kLinspecCudaFp8;
   const bool keep_bits = staged != nullptr && s.type == kLinspecCudaI8 && m.type == kLinspecCudaI8;
   float scale = 1.0f;
   if (keep_bits) {
     scale = scales[local];
-  } else if (m.type == kLinspecCudaI8 || m.type == kLinspecCudaFp8) {
+  } else if (bytes) {
     float largest = 0.0f;
     for (int64_t c = threadIdx.x; c < s.cols; c += kPackThreads) {
       largest = fmaxf(largest, fabsf(Value(s, staged, scales, local, row, c)));
@@ -74,7 +76,7 @@ __global__ void __launch_bounds__(kPackThreads)
   }
   if (m.scales != nullptr && threadIdx.x == 0) const_cast<float*>(m.scales)[out_row] = scale;
   for (int64_t c = threadIdx.x; c < s.cols; c += kPackThreads) {
-    const int64_t at = out_row * m.cols + c;
+    const int64_t at = out_row * m.cols + (bytes ? StoredColumn(c) : c);
     if (keep_bits) {
       static_cast<int8_t*>(const_cast<void*>(m.data))[at] = static_cast<const int8_t*>(staged)[local * s.cols + c];
       continue;

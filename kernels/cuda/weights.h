@@ -12,6 +12,7 @@ namespace linspec::cuda {
 // Converts `rows` rows of source to rows [source.row_begin, ...) of matrix. staged is the same part of source.data in
 // device memory (null when source.data is null: the values are drawn); staged_scales likewise. Types without a scale
 // are rounded to nearest even; int8 and fp8 get scale = max |row| / 127 or / 448. int8 to int8 keeps bits and scales.
+// Columns of int8 and fp8 lie as stored_column.h says, and their number is a multiple of 16.
 // kLinspecCudaUnsupported for a pair of types that has no conversion.
 int32_t LaunchPack(const LinspecCudaSource& source, const void* staged, const float* staged_scales, int64_t row,
                    int64_t rows, const LinspecCudaMatrix& matrix, cudaStream_t stream);

@@ -1,12 +1,14 @@
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
+#include "kernels/cuda/stored_column.h"
 #include "tests/cuda/gemm_reference.h"
 
 namespace linspec::cuda {
 namespace {
 
-__device__ double Weight(const LinspecCudaMatrix& w, int64_t i) {
+__device__ double Weight(const LinspecCudaMatrix& w, int64_t row, int64_t column) {
+  const int64_t i = row * w.cols + (w.type == kLinspecCudaBf16 ? column : StoredColumn(column));
   if (w.type == kLinspecCudaBf16) return __bfloat162float(static_cast<const __nv_bfloat16*>(w.data)[i]);
   if (w.type == kLinspecCudaI8) return static_cast<const int8_t*>(w.data)[i];
   return static_cast<float>(static_cast<const __nv_fp8_e4m3*>(w.data)[i]);
@@ -16,8 +18,7 @@ __global__ void ReferenceKernel(const GemmParams p, double* y) {  // a warp for 
   const int64_t n = blockIdx.x, m = blockIdx.y;
   double sum = 0;
   for (int64_t k = threadIdx.x; k < p.w.cols; k += 32) {
-    sum +=
-        Weight(p.w, n * p.w.cols + k) * __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.x)[m * p.w.cols + k]);
+    sum += Weight(p.w, n, k) * __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(p.x)[m * p.w.cols + k]);
   }
   for (int offset = 16; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, offset);
   if (threadIdx.x == 0) y[m * p.w.rows + n] = p.w.scales == nullptr ? sum : sum * p.w.scales[n];
