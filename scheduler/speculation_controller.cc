@@ -232,6 +232,11 @@ double SpeculationController::Value(const SpeculationRequest& request, int draft
   return std::max((state.gain - 1) * steps - reading * num_requests_ / plain_seconds_, 0.0);
 }
 
+bool SpeculationController::StaysPlain() const {
+  const bool pays = std::any_of(drafters_.begin(), drafters_.end(), [](const DrafterState& d) { return d.pays; });
+  return run_left_ > 0 && (closed_ || (!pays && trial_.steps_left == 0));
+}
+
 bool SpeculationController::StillPays(int drafter, int num_asked) const {
   const DrafterState& state = drafters_[drafter];
   const int levels = static_cast<int>(std::lround(state.estimate.levels));

@@ -68,6 +68,23 @@ bool Speculator::reads_hidden() const {
   return std::any_of(drafters_.begin(), drafters_.end(), [](const auto& drafter) { return drafter->reads_hidden(); });
 }
 
+SpeculationMode Speculator::ModeOf(const Sequence& sequence) const {
+  const SpeculationMode mode = sequence.request().speculation;
+  return mode == SpeculationMode::kDefault ? options_.speculation : mode;
+}
+
+bool Speculator::Crowded(int64_t num_sequences) const {
+  return options_.spec_max_batch > 0 && num_sequences > options_.spec_max_batch;
+}
+
+bool Speculator::StaysPlain(std::span<Sequence* const> sequences) const {
+  if (drafters_.empty() || options_.max_draft_nodes == 1 || Crowded(std::ssize(sequences))) return true;
+  const bool all_off = std::all_of(sequences.begin(), sequences.end(), [&](const Sequence* sequence) {
+    return ModeOf(*sequence) == SpeculationMode::kOff;
+  });
+  return all_off || (options_.calibrate && controller_.StaysPlain());
+}
+
 std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, std::span<const int> deepest,
                                            int max_draft_rows, StepStats* stats) {
   std::vector<DraftTree> trees;
@@ -133,11 +150,10 @@ int Speculator::DrafterOfMost() const {
 
 std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences,
                                                      std::span<const int> deepest) const {
-  const bool crowded = options_.spec_max_batch > 0 && std::ssize(sequences) > options_.spec_max_batch;
+  const bool crowded = Crowded(std::ssize(sequences));
   std::vector<SpeculationRequest> requests;
   for (const Sequence* sequence : sequences) {
-    SpeculationMode mode = sequence->request().speculation;
-    if (mode == SpeculationMode::kDefault) mode = options_.speculation;
+    const SpeculationMode mode = ModeOf(*sequence);
     SpeculationRequest request;
     request.sequence_id = sequence->id();
     request.drafter = FindDrafter(mode);  // of a mode that names none: kAnyDrafter
@@ -315,7 +331,7 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
     controller_.ObserveReply(std::ssize(sequence.tokens()) - sequence.num_prompt_tokens() + std::ssize(walk.tokens));
   }
   progress_ += static_cast<double>(walk.path.size());
-  if (choices_[index].nodes <= 1) return;
+  if (choices_.empty() || choices_[index].nodes <= 1) return;
   const SpeculationChoice& choice = choices_[index];
   const int accepted = static_cast<int>(walk.path.size()) - 1;
   if (tree.num_nodes() <= 1) return;

@@ -33,6 +33,9 @@ class Speculator {
   // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
   absl::Status Calibrate(Model* model, StatePool* pool);
 
+  // Whether the next Propose for the same sequences, each a token longer, is certain to give roots only and to ask no
+  // drafter, so that it may come when that step runs already.
+  bool StaysPlain(std::span<Sequence* const> sequences) const;
   // One tree per sequence, root = its pending token. deepest: [sequence] of its tree's nodes; empty: any depth will do.
   // Fills the draft fields of stats.
   std::vector<DraftTree> Propose(std::span<Sequence* const> sequences, std::span<const int> deepest, int max_draft_rows,
@@ -51,6 +54,8 @@ class Speculator {
   void Forget(uint64_t sequence_id);
 
  private:
+  SpeculationMode ModeOf(const Sequence& sequence) const;
+  bool Crowded(int64_t num_sequences) const;  // so many that nobody drafts
   std::vector<SpeculationRequest> Describe(std::span<Sequence* const> sequences, std::span<const int> deepest) const;
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
   // Asks one drafter for the requests at `indices`, for at most nodes[i] nodes each; roots alone where it failed.
