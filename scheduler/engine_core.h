@@ -1,9 +1,9 @@
 // One step of the engine, without threads or locks: news in, outputs out.
 //
 // Where a model can, a plain step is started before the one ahead of it is read (DecodeAhead): the device then never
-// waits for the host. It is bound to the requests that it was started for. Who joins gets a slot, and the next plan; who
-// ended has a row there that comes to nothing, and a slot that may be given away at once, because zeroing, copies and
-// commits are queued behind what runs.
+// waits for the host. It is bound to the requests that it was started for. Who joins gets a slot, and the next plan.
+// Who ended has a row there that comes to nothing, and a slot that may be given away at once, because zeroing, copies
+// and commits are queued behind what runs.
 //
 // Threads: engine thread only. A sequence that ends, for whatever reason, gives its slot back within the same step.
 #pragma once

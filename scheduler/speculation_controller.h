@@ -100,8 +100,8 @@ class SpeculationController {
   // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not
   // counted.
   std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
-  // Whether the next Choose for the same requests is certain to choose no drafts, of what costs nothing neither: nothing
-  // pays, or drafts are over, until the end of the run. Not in a trial, which is to tell what plain steps cost.
+  // Whether the next Choose for the same requests is certain to choose no drafts, of what costs nothing neither:
+  // nothing pays, or drafts are over, until the end of the run. Not in a trial, which is to tell what plain steps cost.
   bool StaysPlain() const;
   // Whether a drafter that costs nothing is to be asked for all requests of the step, not only for those that try it.
   bool AsksAll(int drafter) const { return drafters_[drafter].pays; }

@@ -1,5 +1,5 @@
-// Row operations: advance, embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32 arithmetic,
-// fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
+// Row operations: advance, embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32
+// arithmetic, fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
 // that row. Launched overlapped (pdl.h): the product after a row operation fetches its weights while that still runs.
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 4 F + 2 F; RoPE 8 (H + Hkv) d, and

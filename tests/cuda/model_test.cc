@@ -1,6 +1,6 @@
 // The CUDA model against the CPU's, and against itself: a plain program that exits 0 only if every check passed.
-// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN [--quick]]; --quick: what has to do with
-// steps ahead of their results, for compute-sanitizer
+// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN [--quick]]
+// --quick: steps ahead of their results only, for compute-sanitizer
 #include "models/model.h"
 
 #include <fmt/format.h>
