@@ -1,6 +1,7 @@
 // Row operations: advance, embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32
-// arithmetic, fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
-// that row. Launched overlapped (pdl.h): the product after a row operation fetches its weights while that still runs.
+// arithmetic, fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits
+// depend on that row. Launched overlapped (pdl.h), but for advance: the product after a row operation fetches its
+// weights while that still runs.
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 4 F + 2 F; RoPE 8 (H + Hkv) d, and
 // 8 Hkv d where k and v move; argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
