@@ -2,9 +2,9 @@
 //
 // One step is one upload of a packed input block, the layers, the head, and (with sampling) the choice of a token per
 // row. A verify step of a shape seen before is replayed as a CUDA graph, one per bucket of (tasks, rows): everything
-// else that changes between steps is data. VerifyNext starts the step after a plain one before that was read: it needs
-// no upload, because the device advances the block of the one before, in a graph of its own kind. Rows and tasks that pad a bucket belong to no slot; their results are never
-// read and reach no state.
+// else that changes between steps is data. VerifyNext starts the step after a plain one before that was read: without
+// an upload, because the device advances the block of the one before, in a graph of its own kind. Rows and tasks that
+// pad a bucket belong to no slot; their results are never read and reach no state.
 //
 // A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
 // above the k and v that the levels before left in kept_kv_. All levels are one graph.

@@ -231,10 +231,10 @@ typedef struct LinspecCudaApi {
   int32_t (*reserve)(LinspecCudaModel*, const LinspecCudaStepSize*);
   int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_start)(LinspecCudaModel*, const LinspecCudaStep*);
-  // While one step is started and not finished, of one row a task, each with a slot of its own, with sampling and without
-  // logits and hidden states: commits its rows, and starts what follows, in which every row is the token that is chosen
-  // after it (0 where none can be), at the next position. Nothing is uploaded and nothing waited for; no other call but
-  // verify_finish may come before both are finished, or, after the first, verify_next again.
+  // While one step is started and not finished, of one row a task, each with a slot of its own, with sampling and
+  // without logits and hidden states: commits its rows, and starts what follows, in which every row is the token that
+  // is chosen after it (0 where none can be), at the next position. Nothing is uploaded and nothing waited for; no
+  // other call but verify_finish may come before both are finished, or, after the first, verify_next again.
   int32_t (*verify_next)(LinspecCudaModel*);
   // Of the step that was started first.
   int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);
