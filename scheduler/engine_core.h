@@ -59,10 +59,11 @@ class EngineCore {
   // Before it waits, the next step is started where that can be, and the news of the last one are delivered where a
   // device works meanwhile.
   absl::StatusOr<VerifyResult> AwaitVerify(absl::Status started, StepStats* stats);
-  bool MayRunAhead();
-  void DropFinished();  // from decoding_
+  bool CouldRunAhead();  // had nobody drafts
+  void DropFinished();   // from decoding_
   int DraftRows(const StepPlan& plan) const;
-  std::vector<int> DeepestNodes() const;  // of each decoding request; empty: no limit
+  StepStart StartOf(const StepPlan& plan) const;  // before decoding_ and batch_ are its
+  std::vector<int> DeepestNodes() const;          // of each decoding request; empty: no limit
   VerifyBatch Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats);
   void AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch);
   // Walks the trees, appends tokens, scores prompts; returns the accepted path of every request of the batch.
@@ -91,6 +92,7 @@ class EngineCore {
   std::vector<int> requests_;                         // [decoding_] which of batch_ each is
   VerifyBatch batch_;                                 // of the step under way
   bool ahead_ = false;                                // it was started and not read
+  bool waits_ = false;                                // the next one could be started ahead, but for drafts
   uint64_t next_sequence_id_ = 1;
 };
 

@@ -33,6 +33,7 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
     Deliver(stats);
     return;
   }
+  const StepStart start = StartOf(plan);
   decoding_.clear();
   requests_.clear();
   for (const int index : plan.decode) {
@@ -40,7 +41,7 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
     decoding_.push_back(sequences_[index].get());
   }
   DecodeTimes times{.start = Clock::now()};
-  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, DeepestNodes(), DraftRows(plan), stats);
+  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, DeepestNodes(), DraftRows(plan), start, stats);
   batch_ = Pack(plan, trees, stats);
   times.drafted = Clock::now();
   Complete(plan, trees, model_->StartVerify(batch_, *pool_), times, stats);
@@ -54,7 +55,10 @@ void EngineCore::DecodeAhead(StepStats* stats) {
   DecodeTimes times{.start = Clock::now()};
   std::span<Sequence* const> proposed = decoding_;
   if (std::ssize(decoding_) != batch_.num_requests()) proposed = {};
-  std::vector<DraftTree> roots = speculator_->Propose(proposed, DeepestNodes(), /*max_draft_rows=*/0, stats);
+  StepPlan plan;
+  plan.draft_rows = options_.max_step_tokens - static_cast<int>(decoding_.size());
+  std::vector<DraftTree> roots =
+      speculator_->Propose(proposed, DeepestNodes(), DraftRows(plan), StepStart::kAhead, stats);
   for (size_t i = roots.size(); i < decoding_.size(); ++i) {
     roots.push_back(DraftTree::Root(decoding_[i]->pending_token()));
   }
@@ -101,7 +105,8 @@ void EngineCore::Complete(const StepPlan& plan, std::span<const DraftTree> trees
 absl::StatusOr<VerifyResult> EngineCore::AwaitVerify(absl::Status started, StepStats* stats) {
   if (!started.ok()) return started;
   absl::Status next;
-  if (MayRunAhead()) {
+  waits_ = CouldRunAhead();
+  if (waits_ && batch_.num_rows() == batch_.num_requests() && speculator_->StaysPlain(decoding_)) {
     next = model_->StartNext(pool_);
     ahead_ = next.ok();
   }
@@ -117,19 +122,24 @@ absl::StatusOr<VerifyResult> EngineCore::AwaitVerify(absl::Status started, StepS
 }
 
 // Only where the step after this one is known but for its tokens: the same requests, each with its root alone, chosen
-// on the device in the same way, and nobody who drafts for them or waits for a place among them.
-bool EngineCore::MayRunAhead() {
+// on the device in the same way, and nobody who waits for a place among them.
+bool EngineCore::CouldRunAhead() {
   if (!options_.run_ahead || !model_->CanRunAhead()) return false;
   const auto requests = std::ssize(decoding_);
-  if (requests != std::ssize(sequences_) || requests != batch_.num_requests() || requests != batch_.num_rows()) {
-    return false;
-  }
+  if (requests != std::ssize(sequences_) || requests != batch_.num_requests()) return false;
   if (batch_.want_logits || batch_.want_hidden) return false;
   for (Sequence* sequence : decoding_) {
     if (sequence->finished() || sequence->num_tokens_left() < 2) return false;
     if (!ChosenAlikeNext(sequence->walk_input(model_->config().eos_token_ids))) return false;
   }
-  return speculator_->StaysPlain(decoding_);
+  return true;
+}
+
+// It was not started ahead. Whether it could have been was found for the step before, if that had the same requests.
+StepStart EngineCore::StartOf(const StepPlan& plan) const {
+  const bool same = plan.prefill.empty() && plan.decode.size() == decoding_.size() &&
+                    std::ssize(plan.decode) == batch_.num_requests();
+  return waits_ && same ? StepStart::kWaited : StepStart::kAlone;
 }
 
 void EngineCore::DropFinished() {

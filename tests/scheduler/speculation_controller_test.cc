@@ -81,34 +81,6 @@ TEST(SpeculationControllerTest, NoticesThatADrafterBecameGood) {
   EXPECT_GT(simulator.Run(&controller, 1000, 1).rate(), 1.3 * plain);
 }
 
-// What says that it stays plain does; and it says so often where nothing pays, and never in a trial.
-TEST(SpeculationControllerTest, StaysPlainWhereItSaysSo) {
-  SpeculationController controller = Calibrated(Machine(0.1, 0.5));
-  Settle(&controller, 2);
-  const std::vector<SpeculationRequest> requests = {Request(1), Request(2)};
-  int promised = 0, drafted = 0;
-  for (int step = 0; step < 4000; ++step) {
-    const bool plain = controller.StaysPlain();
-    promised += plain;
-    bool drafts = false;
-    for (const SpeculationChoice& choice : controller.Choose(requests, 100)) drafts |= choice.nodes > 1;
-    ASSERT_FALSE(plain && drafts) << "step " << step;
-    drafted += drafts;
-    if (drafts) Watch(&controller, 0, 2, [](int) { return 0; });
-    const double seconds = controller.step_costs().Estimate(drafts ? 4 : 2, 2) + (drafts ? 1e-3 : 0);
-    controller.ObserveStep({.rows = drafts ? 4 : 2,
-                            .requests = 2,
-                            .tokens = 2,
-                            .drafter = drafts ? 0 : kAnyDrafter,
-                            .verify_seconds = seconds,
-                            .draft_seconds = drafts ? 1e-3 : 0,
-                            .seconds = seconds,
-                            .expected_seconds = seconds});
-  }
-  EXPECT_GT(drafted, 0);
-  EXPECT_GT(promised, 2000);
-}
-
 TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
   SpeculationController controller = Calibrated(Machine(0, 0.1));
   Settle(&controller, 4);
