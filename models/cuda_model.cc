@@ -56,14 +56,15 @@ class CudaModel final : public Model {
   absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status StartVerify(const VerifyBatch& batch, const StatePool& pool) override;
   absl::StatusOr<VerifyResult> FinishVerify() override;
+  bool CanRunAhead() const override { return true; }
+  absl::Status StartNext(StatePool* pool) override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
 
  private:
   absl::Status PrefillPass(std::span<const PrefillChunk> pieces, StatePool* pool);
-  absl::Status Start(const VerifyBatch& batch, const StatePool& pool);
-  void FillStep(const VerifyBatch& batch, const StatePool& pool);
+  absl::Status CheckIdle() const;  // no verify is started and not finished
 
   const ModelConfig config_;
   const TransformerWeights weights_;
@@ -73,14 +74,12 @@ class CudaModel final : public Model {
   LinspecCudaModel* model_ = nullptr;
   std::string device_name_;
 
-  VerifiedBatch verified_;
-  // The step under way, as the plugin reads it.
-  std::vector<LinspecCudaTask> tasks_;
+  VerifiedBatch verified_;  // what was started last; its tokens are those of the first in flight
+  CudaStep step_;
+  std::vector<LinspecCudaTask> tasks_;  // of a prefill
   std::vector<int64_t> positions_;
-  std::vector<uint64_t> ancestors_;
-  std::vector<LinspecCudaSampling> sampling_;
-  std::vector<LinspecCudaLogitEdit> edits_;
-  int num_rows_ = 0;
+  int num_rows_ = 0;           // of every step in flight
+  int num_in_flight_ = 0;      // started and not finished: at most 2
   std::vector<float> logits_;  // of Extend's new rows, and of Unembed
 
   // For device_stats, which any thread may call. Seconds and bytes.
@@ -249,72 +248,39 @@ absl::Status CudaModel::PrefillPass(std::span<const PrefillChunk> pieces, StateP
   return absl::OkStatus();
 }
 
-void CudaModel::FillStep(const VerifyBatch& batch, const StatePool& pool) {
-  tasks_.clear();
-  positions_.clear();
-  ancestors_.clear();
-  sampling_.clear();
-  edits_.clear();
-  for (int r = 0; r < batch.num_requests(); ++r) {
-    const int32_t begin = batch.row_starts[r];
-    const int64_t length = pool.length(batch.slots[r]);
-    tasks_.push_back({.length = length,
-                      .slot = batch.slots[r],
-                      .row_begin = begin,
-                      .num_rows = NumNodes(batch, r),
-                      .path_begin = 0,
-                      .path_length = 0,
-                      .reserved = 0});
-    for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
-      const int32_t parent = batch.parents[row];
-      ancestors_.push_back((parent < 0 ? 0 : ancestors_[begin + parent]) | uint64_t{1} << (row - begin));
-      positions_.push_back(parent < 0 ? length : positions_[begin + parent] + 1);
-    }
-  }
-  for (const RowSampling& row : batch.sampling) {
-    sampling_.push_back({.seed = row.seed,
-                         .position = row.position,
-                         .temperature = row.temperature,
-                         .top_p = row.top_p,
-                         .min_p = row.min_p,
-                         .top_k = row.top_k,
-                         .edits_begin = row.edits_begin,
-                         .edits_count = row.edits_count});
-  }
-  for (const LogitEdit& edit : batch.edits) edits_.push_back({edit.token, edit.bias, edit.repetition, edit.subtract});
-}
-
-absl::Status CudaModel::Start(const VerifyBatch& batch, const StatePool& pool) {
-  FillStep(batch, pool);
-  verified_.Set(batch, pool);
-  num_rows_ = batch.num_rows();
-  LinspecCudaStep step = {};
-  step.states = StatesOf(pool);
-  step.tasks = tasks_.data();
-  step.tokens = batch.tokens.data();
-  step.positions = positions_.data();
-  step.ancestors = ancestors_.data();
-  step.sampling = sampling_.empty() ? nullptr : sampling_.data();
-  step.edits = edits_.data();
-  step.num_tasks = batch.num_requests();
-  step.num_rows = num_rows_;
-  step.num_edits = static_cast<int32_t>(edits_.size());
-  step.want_logits = batch.want_logits || sampling_.empty();
-  step.want_hidden = batch.want_hidden;
-  return device_->Check(device_->api().verify_start(model_, &step), "verify");
+absl::Status CudaModel::CheckIdle() const {
+  return num_in_flight_ == 0 ? absl::OkStatus() : absl::InternalError("a verify was not finished");
 }
 
 absl::Status CudaModel::StartVerify(const VerifyBatch& batch, const StatePool& pool) {
+  if (absl::Status idle = CheckIdle(); !idle.ok()) return idle;
   if (absl::Status valid = CheckBatch(batch, config_.vocab_size, pool.capacity()); !valid.ok()) return valid;
   if (!batch.sampling.empty() && static_cast<int>(batch.sampling.size()) != batch.num_rows()) {
     return absl::InternalError(
         fmt::format("verify: {} rows, but sampling for {}", batch.num_rows(), batch.sampling.size()));
   }
-  return Start(batch, pool);
+  verified_.Set(batch, pool);
+  num_rows_ = batch.num_rows();
+  const LinspecCudaStep step = step_.Fill(batch, pool);
+  absl::Status started = device_->Check(device_->api().verify_start(model_, &step), "verify");
+  num_in_flight_ += started.ok();
+  return started;
+}
+
+absl::Status CudaModel::StartNext(StatePool* pool) {
+  if (absl::Status valid = verified_.CheckRoots(*pool); !valid.ok()) return valid;
+  absl::Status started = device_->Check(device_->api().verify_next(model_), "verify");
+  if (!started.ok()) return started;
+  ++num_in_flight_;
+  for (size_t r = 0; r < verified_.lengths.size(); ++r) {
+    pool->set_length(verified_.batch.slots[r], ++verified_.lengths[r]);
+  }
+  return absl::OkStatus();
 }
 
 absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   LinspecCudaVerifyResult result = {};
+  if (num_in_flight_ > 0) --num_in_flight_;
   absl::Status status = device_->Check(device_->api().verify_finish(model_, &result), "verify");
   if (!status.ok()) return status;
   verify_s_ = verify_s_ + result.verify_ms * 1e-3;
@@ -324,6 +290,7 @@ absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   if (result.logits != nullptr) out.logits = {result.logits, rows * config_.vocab_size};
   if (result.hidden != nullptr) out.hidden = {result.hidden, rows * config_.hidden_size};
   if (result.sampled != nullptr) out.sampled = {result.sampled, rows};
+  if (num_in_flight_ > 0) verified_.batch.Advance(out.sampled);
   return out;
 }
 
@@ -359,6 +326,7 @@ absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const S
 }
 
 absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
+  if (absl::Status idle = CheckIdle(); !idle.ok()) return idle;
   return CommitPaths(cuda(), &verified_, batch, paths, pool);
 }
 

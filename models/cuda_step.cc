@@ -14,6 +14,49 @@ LinspecCudaTask TaskOf(const VerifyBatch& batch, int request, int64_t length) {
           .reserved = 0};
 }
 
+LinspecCudaStep CudaStep::Fill(const VerifyBatch& batch, const StatePool& pool) {
+  tasks_.clear();
+  positions_.clear();
+  ancestors_.clear();
+  sampling_.clear();
+  edits_.clear();
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    const int32_t begin = batch.row_starts[r];
+    const int64_t length = pool.length(batch.slots[r]);
+    tasks_.push_back(TaskOf(batch, r, length));
+    for (int32_t row = begin; row < batch.row_starts[r + 1]; ++row) {
+      const int32_t parent = batch.parents[row];
+      ancestors_.push_back((parent < 0 ? 0 : ancestors_[begin + parent]) | uint64_t{1} << (row - begin));
+      positions_.push_back(parent < 0 ? length : positions_[begin + parent] + 1);
+    }
+  }
+  for (const RowSampling& row : batch.sampling) {
+    sampling_.push_back({.seed = row.seed,
+                         .position = row.position,
+                         .temperature = row.temperature,
+                         .top_p = row.top_p,
+                         .min_p = row.min_p,
+                         .top_k = row.top_k,
+                         .edits_begin = row.edits_begin,
+                         .edits_count = row.edits_count});
+  }
+  for (const LogitEdit& edit : batch.edits) edits_.push_back({edit.token, edit.bias, edit.repetition, edit.subtract});
+  LinspecCudaStep step = {};
+  step.states = StatesOf(pool);
+  step.tasks = tasks_.data();
+  step.tokens = batch.tokens.data();
+  step.positions = positions_.data();
+  step.ancestors = ancestors_.data();
+  step.sampling = sampling_.empty() ? nullptr : sampling_.data();
+  step.edits = edits_.data();
+  step.num_tasks = batch.num_requests();
+  step.num_rows = batch.num_rows();
+  step.num_edits = static_cast<int32_t>(edits_.size());
+  step.want_logits = batch.want_logits || sampling_.empty();
+  step.want_hidden = batch.want_hidden;
+  return step;
+}
+
 absl::Status CommitPaths(const CudaHandle& handle, VerifiedBatch* verified, const VerifyBatch& batch,
                          std::span<const std::vector<int32_t>> paths, StatePool* pool) {
   if (absl::Status valid = verified->CheckCommit(batch, paths, *pool); !valid.ok()) return valid;

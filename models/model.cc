@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <optional>
 #include <utility>
@@ -73,6 +74,11 @@ void VerifyBatch::Add(int32_t slot, const DraftTree& tree) {
   slots.push_back(slot);
 }
 
+void VerifyBatch::Advance(std::span<const int32_t> sampled) {
+  std::transform(sampled.begin(), sampled.end(), tokens.begin(), [](int32_t token) { return std::max(token, 0); });
+  for (RowSampling& row : sampling) ++row.position;
+}
+
 absl::Status Model::StartVerify(const VerifyBatch& batch, const StatePool& pool) {
   started_ = Verify(batch, pool);
   return absl::OkStatus();
@@ -81,6 +87,10 @@ absl::Status Model::StartVerify(const VerifyBatch& batch, const StatePool& pool)
 absl::StatusOr<VerifyResult> Model::FinishVerify() {
   if (!started_.has_value()) return absl::InternalError("no verify was started");
   return *std::exchange(started_, std::nullopt);
+}
+
+absl::Status Model::StartNext(StatePool*) {
+  return absl::UnimplementedError("this model does not run ahead of its results");
 }
 
 absl::StatusOr<std::unique_ptr<StatePool>> Model::CreatePool(int num_slots) const {

@@ -52,6 +52,9 @@ struct VerifyBatch {
   bool want_logits = true, want_hidden = true;  // on the host
 
   void Add(int32_t slot, const DraftTree& tree);
+  // A batch of roots with sampling becomes the one after it: every root is the token chosen after the one before it, or
+  // 0 where none could be.
+  void Advance(std::span<const int32_t> sampled);
   int num_requests() const { return static_cast<int>(slots.size()); }
   int num_rows() const { return static_cast<int>(tokens.size()); }
 };
@@ -113,9 +116,16 @@ class Model {
   virtual absl::Status Prefill(std::span<const PrefillChunk> chunks, StatePool* pool) = 0;
   // Logits of every node. Writes no state; keeps the nodes' k and v until Commit or the next Verify.
   virtual absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, const StatePool& pool) = 0;
-  // The same in two halves, so that the caller can work while a device does: nothing else may be called in between.
+  // The same in two halves, so that the caller can work while a device does: nothing but StartNext may be called in
+  // between. Slots may be acquired, released and copied, since the pool's work is queued behind the model's.
   virtual absl::Status StartVerify(const VerifyBatch& batch, const StatePool& pool);
   virtual absl::StatusOr<VerifyResult> FinishVerify();
+  virtual bool CanRunAhead() const { return false; }
+  // Where it can: commits every root of the one batch that is started and not finished, and starts what Advance will
+  // make of it, before anybody has seen the tokens. For distinct slots, one node each, with sampling and neither logits
+  // nor hidden states wanted. FinishVerify then gives the results of the first; the second is finished, committed or
+  // followed by a third like any other. An error leaves the first to be finished, with its roots committed or not.
+  virtual absl::Status StartNext(StatePool* pool);
   // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
   // not, the engine cuts trees there.
   virtual bool exact_across_groups() const { return true; }

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace linspec {
 namespace {
@@ -16,6 +17,16 @@ bool IsPath(const VerifyBatch& batch, int request, std::span<const int32_t> path
     previous = node;
   }
   return true;
+}
+
+absl::Status ChangedError(int32_t slot) {
+  return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", slot));
+}
+
+absl::Status CheckDistinct(std::vector<int32_t> slots) {
+  std::sort(slots.begin(), slots.end());
+  const auto twice = std::adjacent_find(slots.begin(), slots.end());
+  return twice == slots.end() ? absl::OkStatus() : ChangedError(*twice);
 }
 
 }  // namespace
@@ -111,15 +122,20 @@ absl::Status VerifiedBatch::CheckCommit(const VerifyBatch& committed, std::span<
     if (!IsPath(batch, r, paths[r])) {
       return absl::InternalError(fmt::format("commit: nodes of request {} are not a path from its root", r));
     }
-    if (pool.length(slot) != lengths[r]) {
-      return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", slot));
-    }
+    if (pool.length(slot) != lengths[r]) return ChangedError(slot);
     slots.push_back(slot);
   }
-  std::sort(slots.begin(), slots.end());
-  const auto twice = std::adjacent_find(slots.begin(), slots.end());
-  if (twice == slots.end()) return absl::OkStatus();
-  return absl::InternalError(fmt::format("commit: slot {} changed since it was verified", *twice));
+  return CheckDistinct(std::move(slots));
+}
+
+absl::Status VerifiedBatch::CheckRoots(const StatePool& pool) const {
+  if (batch.num_requests() == 0 || batch.num_rows() != batch.num_requests()) {
+    return absl::InternalError("commit: not a batch of single nodes that was verified");
+  }
+  for (int r = 0; r < batch.num_requests(); ++r) {
+    if (pool.length(batch.slots[r]) != lengths[r]) return ChangedError(batch.slots[r]);
+  }
+  return CheckDistinct(batch.slots);
 }
 
 }  // namespace linspec

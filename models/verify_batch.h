@@ -31,6 +31,8 @@ struct VerifiedBatch {
 
   void Set(const VerifyBatch& verified, const StatePool& pool);
   absl::Status CheckExtend(const VerifyBatch& to, const StatePool& pool) const;
+  // Its requests have a node each, their slots are distinct and as they were.
+  absl::Status CheckRoots(const StatePool& pool) const;
   // batch is the one verified, slots are as they were, and each path is one from a root.
   absl::Status CheckCommit(const VerifyBatch& committed, std::span<const std::vector<int32_t>> paths,
                            const StatePool& pool) const;

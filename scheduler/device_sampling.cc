@@ -52,6 +52,10 @@ bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance) {
   return coupled && params.logprobs < 0 && params.typical_p >= 1.0f && !restricted;
 }
 
+bool ChosenAlikeNext(const WalkInput& input) {
+  return !HasPenalties(*input.params) && input.num_output_tokens + 1 != input.params->min_tokens;
+}
+
 void AppendRowSampling(const DraftTree& tree, const WalkInput& input, VerifyBatch* batch) {
   const SamplingParams& params = *input.params;
   if (!ChosenOnDevice(params, input.acceptance)) {

@@ -39,6 +39,7 @@ struct EngineOptions {
   int spec_max_batch = 0;         // 0: decided from measured step costs; n: no drafting above n decoding requests
   bool calibrate = true;          // measure step costs at Create and adapt; false: always max_draft_nodes, whatever
                                   // it costs, kAuto with the first drafter (deterministic, for tests and figures)
+  bool run_ahead = true;          // a device starts plain steps before the tokens of those ahead of them are read
   double warm_up_s = 10;  // most seconds that Create spends on capturing CUDA graphs; 0: captured when they are needed
 };
 

@@ -1,5 +1,10 @@
 // One step of the engine, without threads or locks: news in, outputs out.
 //
+// Where a model can, a plain step is started before the one ahead of it is read (DecodeAhead): the device then never
+// waits for the host. It is bound to the requests that it was started for. Who joins gets a slot, and the next plan.
+// Who ended has a row there that comes to nothing, and a slot that may be given away at once, because zeroing, copies
+// and commits are queued behind what runs.
+//
 // Threads: engine thread only. A sequence that ends, for whatever reason, gives its slot back within the same step.
 #pragma once
 
@@ -43,14 +48,25 @@ class EngineCore {
   void KeepState(Sequence* sequence);
   void EndCancelled(const std::unordered_set<uint64_t>& cancelled, bool abort);
   void Prefill(const StepPlan& plan, StepStats* stats);
+  struct DecodeTimes {
+    Clock::time_point start, drafted = {};
+  };
   void Decode(const StepPlan& plan, StepStats* stats);
+  void DecodeAhead(StepStats* stats);
+  // What both end with, of the step in batch_; trees: of decoding_.
+  void Complete(const StepPlan& plan, std::span<const DraftTree> trees, absl::Status started, const DecodeTimes& times,
+                StepStats* stats);
+  // Before it waits, the next step is started where that can be, and the news of the last one are delivered where a
+  // device works meanwhile.
+  absl::StatusOr<VerifyResult> AwaitVerify(absl::Status started, StepStats* stats);
+  bool CouldRunAhead();  // had nobody drafts
+  void DropFinished();   // from decoding_
   int DraftRows(const StepPlan& plan) const;
-  std::vector<int> DeepestNodes() const;  // of each decoding request; empty: no limit
+  StepStart StartOf(const StepPlan& plan) const;  // before decoding_ and batch_ are its
+  std::vector<int> DeepestNodes() const;          // of each decoding request; empty: no limit
   VerifyBatch Pack(const StepPlan& plan, std::span<const DraftTree> trees, StepStats* stats);
   void AddSampling(const StepPlan& plan, std::span<const DraftTree> trees, VerifyBatch* batch);
-  // Verify; the news of the step before are delivered while a device works.
-  absl::StatusOr<VerifyResult> Verify(const VerifyBatch& batch, StepStats* stats);
-  // Walks the trees, appends tokens, scores prompts; returns the accepted path of every row of the batch.
+  // Walks the trees, appends tokens, scores prompts; returns the accepted path of every request of the batch.
   std::vector<std::vector<int32_t>> Accept(const StepPlan& plan, std::span<const DraftTree> trees,
                                            const VerifyResult& result, StepStats* stats);
   void AcceptOne(int index, const DraftTree& tree, const VerifyResult& rows, std::vector<int32_t>* path,
@@ -60,6 +76,9 @@ class EngineCore {
   void Reap(std::vector<uint64_t>* ended);  // sequences whose last news were delivered
   void Fail(Sequence* sequence, const absl::Status& status);
   StepPlan Plan() const;
+  static double Seconds(Clock::time_point from, Clock::time_point to) {
+    return std::chrono::duration<double>(to - from).count();
+  }
 
   Model* model_;
   StatePool* pool_;
@@ -69,7 +88,11 @@ class EngineCore {
   Scheduler scheduler_;
   PrefixCache prefix_cache_;
   std::vector<std::unique_ptr<Sequence>> sequences_;  // in order of admission
-  std::vector<Sequence*> decoding_;                   // of the step under way
+  std::vector<Sequence*> decoding_;                   // of the step under way, as far as they did not end
+  std::vector<int> requests_;                         // [decoding_] which of batch_ each is
+  VerifyBatch batch_;                                 // of the step under way
+  bool ahead_ = false;                                // it was started and not read
+  bool waits_ = false;                                // the next one could be started ahead, but for drafts
   uint64_t next_sequence_id_ = 1;
 };
 

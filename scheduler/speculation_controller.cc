@@ -130,6 +130,7 @@ void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
   if (num_requests_ == 0) return;
   if (outcome.requests == num_requests_) {
     const SpeculationLedger::Booking booking = ledger_.Book({.requests = num_requests_,
+                                                             .start = start_,
                                                              .tokens = outcome.tokens,
                                                              .prompt_tokens = outcome.prompt_tokens,
                                                              .drafted = drafting_ || outcome.rows > outcome.requests,
@@ -152,7 +153,8 @@ void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
   }
   const bool changed = std::exchange(drafted_before_, drafting_) != drafting_;
   if (changed || (drafting_ && outcome.rows <= outcome.requests)) return;
-  const double factor = step_costs_.Observe(outcome.rows, outcome.requests, outcome.verify_seconds);
+  const double waited = start_ == StepStart::kAhead ? 1 + saved_ahead_ / plain_seconds_ : 1;
+  const double factor = step_costs_.Observe(outcome.rows, outcome.requests, outcome.verify_seconds * waited);
   for (DrafterState& drafter : drafters_) drafter.costs.Scale(factor);
 }
 
@@ -172,7 +174,7 @@ void SpeculationController::ObserveFree(int drafter, int num_asked, double gains
 
 // Looks one level up and down from what paid best.
 void SpeculationController::EvaluateDrafter(DrafterState* drafter) const {
-  const double plain = num_requests_ / verify_[0];
+  const double plain = num_requests_ / plain_seconds_;
   const SpeculationStep step{num_requests_, plain * std::max(drafter->gain, 1.0), verify_, MostSeconds()};
   const int levels = drafter->max_levels;
   drafter->history.NoticeChange();
@@ -232,11 +234,27 @@ double SpeculationController::Value(const SpeculationRequest& request, int draft
   return std::max((state.gain - 1) * steps - reading * num_requests_ / plain_seconds_, 0.0);
 }
 
+bool SpeculationController::WorthWaiting(int drafter, double wait_seconds) const {
+  const DrafterState& state = drafters_[drafter];
+  const double cost = drafting_ ? 0 : price_ * wait_seconds;
+  return state.pays && (cost <= kNegligible * num_requests_ || state.net >= cost);
+}
+
+bool SpeculationController::StaysPlain() const {
+  if (closed_ || (trial_.steps_left > 0 && trial_.drafter == kPlain)) return true;
+  if (trial_.steps_left > 0 || num_requests_ == 0) return false;
+  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
+    if (costs_nothing_[d] ? WorthWaiting(d, saved_ahead_) : drafters_[d].pays) return false;
+  }
+  return true;
+}
+
 bool SpeculationController::StillPays(int drafter, int num_asked) const {
   const DrafterState& state = drafters_[drafter];
   const int levels = static_cast<int>(std::lround(state.estimate.levels));
   const double plain = num_requests_ / plain_seconds_;
-  const double before_drafting = state.gain - 1 + plain * state.costs.Seconds(num_requests_, levels) / num_requests_;
+  const double before_drafting =
+      state.gain - 1 + Wait() + plain * state.costs.Seconds(num_requests_, levels) / num_requests_;
   return num_asked * before_drafting > plain * state.costs.Seconds(num_asked, levels);
 }
 
@@ -254,7 +272,7 @@ SpeculationChoice SpeculationController::Use(int drafter, const SpeculationReque
           .min_probability = stated(kPathSlack * price * step.RowSeconds()),
           .min_level_probability = stated(step.LevelWorth(state.costs)),
           .trial = false,
-          .gain = state.gain - 1};
+          .gain = state.gain - 1 + Wait()};
 }
 
 int SpeculationController::UseBest(std::span<const SpeculationRequest> requests, int rows,
@@ -287,11 +305,15 @@ int SpeculationController::UseBest(std::span<const SpeculationRequest> requests,
 }
 
 std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const SpeculationRequest> requests,
-                                                             int max_draft_rows) {
+                                                             int max_draft_rows, StepStart start) {
   ++step_;
+  start_ = start;
   num_requests_ = static_cast<int>(requests.size());
   std::vector<SpeculationChoice> choices(requests.size());
   plain_seconds_ = step_costs_.Estimate(num_requests_, num_requests_);
+  const double usual = step_costs_.Usual(num_requests_), ahead = ledger_.AheadSeconds(num_requests_, usual);
+  saved_ahead_ = ledger_.SavedAhead(num_requests_, usual);
+  if (start != StepStart::kAlone && ahead > 0) plain_seconds_ = std::min(plain_seconds_, ahead);
   const double plain = num_requests_ / plain_seconds_;
   price_ = 0;
   drafting_ = false;
@@ -308,7 +330,7 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
                      std::ssize(verify_) != most_nodes_;
   const bool evaluate = --run_left_ < 0 || other;
   if (evaluate) Evaluate(other);
-  closed_ = !ledger_.Open(num_requests_) || (closed_ && !evaluate);
+  closed_ = !ledger_.Open(num_requests_, start) || (closed_ && !evaluate);
   EarnCredit();
   if (closed_) {
     trial_.steps_left = 0;
@@ -317,6 +339,12 @@ std::vector<SpeculationChoice> SpeculationController::Choose(std::span<const Spe
   }
   const int rows_left = UseBest(requests, max_draft_rows, &choices);
   if (evaluate && trial_.steps_left == 0 && !std::exchange(after_trial_, false)) StartTrial(requests, choices);
+  if (start == StepStart::kAhead) {
+    choices.assign(requests.size(), {});
+    price_ = plain;
+    if (trial_.drafter == kPlain && trial_.steps_left > 0) --trial_.steps_left;
+    return choices;
+  }
   if (trial_.steps_left > 0) ApplyTrial(requests, rows_left, &choices);
   drafting_ = std::any_of(choices.begin(), choices.end(), [](const auto& choice) { return choice.nodes > 1; });
   return choices;

@@ -26,6 +26,11 @@
 // **What may be lost** is limited by what was: speculation_ledger.h. And no step of several requests takes longer than
 // most_slowdown times a plain one, because a request that accepts nothing waits for the drafts of the others.
 //
+// **Plain steps that run ahead** (StepStart) are shorter than plain steps that wait for the host, as steps with drafts
+// have to. They are what everything is measured by, where they can be had; and what costs nothing but such a wait is
+// asked where its drafts bring more than that. Until then it is asked beside steps that run already, for the sake of
+// knowing.
+//
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
 
@@ -61,7 +66,7 @@ struct SpeculationChoice {
   float min_level_probability = 0;  // nor are those worth computing first
   bool trial = false;               // of this drafter; without nodes: of plain decoding, so not even free drafts
   int free_trial = kAnyDrafter;     // a drafter that costs nothing, whose draft is to be used whatever it promises
-  double gain = 0;                  // tokens that drafting is expected to bring, less what it costs
+  double gain = 0;                  // tokens that drafting is expected to bring, less what it costs but for the wait
 };
 
 // A tree as drafted, for one request of the step.
@@ -99,9 +104,14 @@ class SpeculationController {
 
   // One choice per request, and with it the start of a step. max_draft_rows bounds the nodes of all trees, roots not
   // counted.
-  std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
+  // One that was started ahead has no drafts: what is decided holds from the next step on.
+  std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows,
+                                        StepStart start = StepStart::kAlone);
+  // Whether the next step may be started ahead: nobody is to draft in it, not even for nothing.
+  bool StaysPlain() const;
   // Whether a drafter that costs nothing is to be asked for all requests of the step, not only for those that try it.
-  bool AsksAll(int drafter) const { return drafters_[drafter].pays; }
+  bool AsksAll(int drafter) const { return WorthWaiting(drafter, start_ == StepStart::kAlone ? 0 : saved_ahead_); }
+  double plain_seconds() const { return plain_seconds_; }  // of a step as this one, without drafts
   // Whether asking a chosen drafter pays for so many of the step's requests; the others found something better.
   bool StillPays(int drafter, int num_asked) const;
   // Tokens that verifying the best part of the tree brings its request beyond what it costs, if all requests of the
@@ -164,6 +174,10 @@ class SpeculationController {
   // Lets requests use the best drafter; returns how many of the rows are left.
   int UseBest(std::span<const SpeculationRequest> requests, int rows, std::vector<SpeculationChoice>* choices);
   double Value(const SpeculationRequest& request, int drafter) const;
+  // Tokens of a request that waiting for drafts costs, beside a plain step that could be started ahead.
+  double Wait() const { return start_ == StepStart::kAlone ? 0 : saved_ahead_ / plain_seconds_; }
+  // Whether a drafter that costs nothing brings more than it takes to look, and to wait for that if nobody else drafts.
+  bool WorthWaiting(int drafter, double wait_seconds) const;
   double CatchUpCost(int64_t tokens, int drafter) const;
   double MostSeconds() const;
   void EarnCredit();
@@ -183,9 +197,11 @@ class SpeculationController {
   std::vector<DrafterState> drafters_;
   int best_ = kPlain;
   int64_t step_ = 0;
-  int num_requests_ = 0;        // of the step
-  double price_ = 0;            // lambda
+  int num_requests_ = 0;  // of the step
+  double price_ = 0;      // lambda
+  StepStart start_ = StepStart::kAlone;
   double plain_seconds_ = 0;    // of a step with these requests
+  double saved_ahead_ = 0;      // that a plain step with these requests takes less where it is started ahead
   std::vector<double> verify_;  // [nodes beyond the root] seconds of a step in which each request has so many
   double plain_credit_ = 0;
   double reply_tokens_ = kCatchUpHorizon;           // mean of those that ended lately

@@ -45,14 +45,32 @@ double SpeculationLedger::Price::Ratio() const {
   return count > 0 ? std::max(y - PerToken() * x, 0.0) / count : kAtFirst;
 }
 
+const SpeculationLedger::Price& SpeculationLedger::PriceOf(int requests, StepStart start) const {
+  const Price &alone = prices_[0][Bucket(requests)], &ahead = prices_[1][Bucket(requests)];
+  const bool known = alone.count >= kLeastCount || ahead.count < kLeastCount;
+  return start == StepStart::kAlone && known ? alone : ahead;
+}
+
+double SpeculationLedger::AheadSeconds(int requests, double usual_seconds) const {
+  const Price& ahead = prices_[1][Bucket(requests)];
+  return ahead.count >= kLeastCount ? ahead.Ratio() * usual_seconds : 0;
+}
+
+double SpeculationLedger::SavedAhead(int requests, double usual_seconds) const {
+  const Price &alone = prices_[0][Bucket(requests)], &ahead = prices_[1][Bucket(requests)];
+  if (alone.count < kLeastCount || ahead.count < kLeastCount) return 0;
+  return std::max(alone.Ratio() - ahead.Ratio(), 0.0) * usual_seconds;
+}
+
 // Interruptions would have met a plain step as well, so they count for little on either side. A step that mostly read
 // prompts says nothing. The first plain step after drafts finds caches that a drafter displaced: it is charged to the
 // drafts.
 SpeculationLedger::Booking SpeculationLedger::Book(const Step& step) {
   if (!(step.usual_seconds > 0)) return {};
-  Price& price = prices_[Bucket(step.requests)];
+  Price& own = prices_[step.start == StepStart::kAhead][Bucket(step.requests)];
   ++step_;
-  price.Fade(std::pow(kAging, static_cast<double>(step_ - std::exchange(price.step, step_))));
+  own.Fade(std::pow(kAging, static_cast<double>(step_ - std::exchange(own.step, step_))));
+  const Price& price = PriceOf(step.requests, step.start);
   const bool after_drafts = std::exchange(drafted_before_, step.drafted);
   const double plain = price.Ratio() * step.usual_seconds;
   const double prompts = price.PerToken() * static_cast<double>(step.prompt_tokens);
@@ -61,16 +79,19 @@ SpeculationLedger::Booking SpeculationLedger::Book(const Step& step) {
   balance_ += kShare * std::min(step.seconds, kInterrupted * plain);
 
   Booking booking;
-  if (step.drafted || after_drafts) {
+  const bool plain_step = !step.drafted && !after_drafts;
+  if (!plain_step || step.start == StepStart::kWaited) {
     if (price.count > 0 && prompts <= plain) {
       const double most = kInterrupted * std::max(step.expected_seconds, plain);
       booking = {.worth = plain * step.tokens / step.requests, .cost = std::min(step.seconds - prompts, most)};
     }
   } else {
-    const double seconds = std::min(step.seconds - step.draft_seconds, kInterrupted * (plain + prompts));
-    price.Fade(kPlainDecay);
-    price.Add(static_cast<double>(step.prompt_tokens) / step.usual_seconds, seconds / step.usual_seconds);
     booking.cost = step.draft_seconds;
+  }
+  if (plain_step) {
+    const double seconds = std::min(step.seconds - step.draft_seconds, kInterrupted * (plain + prompts));
+    own.Fade(kPlainDecay);
+    own.Add(static_cast<double>(step.prompt_tokens) / step.usual_seconds, seconds / step.usual_seconds);
   }
   saved_ += booking.worth - booking.cost;
   balance_ = std::min(balance_ + booking.worth - booking.cost, limit_);

@@ -7,7 +7,8 @@
 //
 // A plain step's price is measured by plain steps, for each power of two of requests. Prompts that are read beside make
 // a step longer where a device works them off asynchronously, so the price has a second part, for a token of a prompt.
-// A price grows old: without plain steps from time to time drafts are over as well.
+// A price grows old: without plain steps from time to time drafts are over as well. Where plain steps are started ahead
+// (StepStart), theirs is the price, and steps that wait because somebody may draft are charged, drafts or not.
 //
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact. Seconds throughout.
 #pragma once
@@ -17,10 +18,18 @@
 
 namespace linspec {
 
+// How a step began, where plain steps are started before the ones ahead of them are read, which drafts have to be.
+enum class StepStart : uint8_t {
+  kAlone,   // a plain step of these requests could not have been started ahead
+  kWaited,  // it could, had nobody been going to draft
+  kAhead,   // it was: it has no drafts
+};
+
 class SpeculationLedger {
  public:
   struct Step {
     int requests = 1;
+    StepStart start = StepStart::kAlone;
     double tokens = 0;            // as plain decoding counts them: one for each request and step
     int64_t prompt_tokens = 0;    // read beside
     bool drafted = false;         // a drafter that costs something was asked, or drafts were verified
@@ -36,7 +45,12 @@ class SpeculationLedger {
   // After each step.
   Booking Book(const Step& step);
   // Whether a step of so many requests may have drafts.
-  bool Open(int requests) const { return !used_up_ && PriceOf(requests).count >= kLeastCount; }
+  bool Open(int requests, StepStart start = StepStart::kAlone) const {
+    return !used_up_ && PriceOf(requests, start).count >= kLeastCount;
+  }
+  // Of a plain step that is started ahead, and by how much it is shorter than one that is not; 0: not known.
+  double AheadSeconds(int requests, double usual_seconds) const;
+  double SavedAhead(int requests, double usual_seconds) const;
   // Whether it may lose so much on purpose.
   bool CanLose(double seconds) const;
   // How much of what may ever be lost is there, 0 to 1.
@@ -56,9 +70,10 @@ class SpeculationLedger {
     double Ratio() const;  // without prompts
   };
   static int Bucket(int requests);
-  const Price& PriceOf(int requests) const { return prices_[Bucket(requests)]; }
+  // Of a step that cannot be started ahead that of one that can, as long as no other is known: it is lower.
+  const Price& PriceOf(int requests, StepStart start) const;
 
-  std::array<Price, kBuckets> prices_{};
+  std::array<std::array<Price, kBuckets>, 2> prices_{};  // [started ahead][bucket]
   int64_t step_ = 0;
   bool drafted_before_ = false;  // in the last step
   bool begun_ = false;

@@ -68,15 +68,32 @@ bool Speculator::reads_hidden() const {
   return std::any_of(drafters_.begin(), drafters_.end(), [](const auto& drafter) { return drafter->reads_hidden(); });
 }
 
+SpeculationMode Speculator::ModeOf(const Sequence& sequence) const {
+  const SpeculationMode mode = sequence.request().speculation;
+  return mode == SpeculationMode::kDefault ? options_.speculation : mode;
+}
+
+bool Speculator::Crowded(int64_t num_sequences) const {
+  return options_.spec_max_batch > 0 && num_sequences > options_.spec_max_batch;
+}
+
+bool Speculator::StaysPlain(std::span<Sequence* const> sequences) const {
+  if (drafters_.empty() || options_.max_draft_nodes == 1 || Crowded(std::ssize(sequences))) return true;
+  const bool all_off = std::all_of(sequences.begin(), sequences.end(), [&](const Sequence* sequence) {
+    return ModeOf(*sequence) == SpeculationMode::kOff;
+  });
+  return all_off || (options_.calibrate && controller_.StaysPlain());
+}
+
 std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences, std::span<const int> deepest,
-                                           int max_draft_rows, StepStats* stats) {
+                                           int max_draft_rows, StepStart start, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
   choices_.clear();
   if (drafters_.empty() || sequences.empty()) return trees;
   ++step_;
   const std::vector<SpeculationRequest> requests = Describe(sequences, deepest);
-  choices_ = Choose(requests, max_draft_rows);
+  choices_ = Choose(requests, max_draft_rows, start);
   drafted_.assign(sequences.size(), false);
   drafts_.clear();
   asked_any_ = false;
@@ -86,7 +103,13 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
     AskChosenDrafters(sequences, requests, &trees, stats);
     return trees;
   }
-  const Clock::time_point start = Clock::now();
+  if (start == StepStart::kAhead) {
+    WatchFreeDrafters(sequences, requests, stats);
+    stats->expected_tokens = static_cast<double>(sequences.size());
+    stats->expected_verify_s = controller_.plain_seconds();
+    return trees;
+  }
+  const Clock::time_point begin = Clock::now();
   int rows = max_draft_rows;
   for (const SpeculationChoice& choice : choices_) rows -= choice.nodes - 1;
   AskFreeDrafters(sequences, requests, rows, &trees, stats);
@@ -105,7 +128,7 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   for (const DraftTree& tree : trees) num_rows += tree.num_nodes();
   stats->expected_verify_s = controller_.step_costs().Estimate(num_rows, num_requests);
   ObserveDrafts(SecondsSince(drafted));
-  if (asked_any_) draft_seconds_ = SecondsSince(start);
+  if (asked_any_) draft_seconds_ = SecondsSince(begin);
   return trees;
 }
 
@@ -133,11 +156,10 @@ int Speculator::DrafterOfMost() const {
 
 std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> sequences,
                                                      std::span<const int> deepest) const {
-  const bool crowded = options_.spec_max_batch > 0 && std::ssize(sequences) > options_.spec_max_batch;
+  const bool crowded = Crowded(std::ssize(sequences));
   std::vector<SpeculationRequest> requests;
   for (const Sequence* sequence : sequences) {
-    SpeculationMode mode = sequence->request().speculation;
-    if (mode == SpeculationMode::kDefault) mode = options_.speculation;
+    const SpeculationMode mode = ModeOf(*sequence);
     SpeculationRequest request;
     request.sequence_id = sequence->id();
     request.drafter = FindDrafter(mode);  // of a mode that names none: kAnyDrafter
@@ -158,8 +180,9 @@ std::vector<SpeculationRequest> Speculator::Describe(std::span<Sequence* const> 
   return requests;
 }
 
-std::vector<SpeculationChoice> Speculator::Choose(std::span<const SpeculationRequest> requests, int max_draft_rows) {
-  if (options_.calibrate) return controller_.Choose(requests, max_draft_rows);
+std::vector<SpeculationChoice> Speculator::Choose(std::span<const SpeculationRequest> requests, int max_draft_rows,
+                                                  StepStart start) {
+  if (options_.calibrate) return controller_.Choose(requests, max_draft_rows, start);
   std::vector<SpeculationChoice> choices;
   for (const SpeculationRequest& request : requests) {
     const int nodes = std::min(request.max_nodes, max_draft_rows + 1);
@@ -236,56 +259,6 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
   return trees;
 }
 
-std::vector<size_t> Speculator::RequestsForFree(int drafter, std::span<const SpeculationRequest> requests) const {
-  std::vector<size_t> indices;
-  for (size_t i = 0; i < requests.size(); ++i) {
-    const bool may = requests[i].drafter == kAnyDrafter || requests[i].drafter == drafter;
-    const bool asked = controller_.AsksAll(drafter) || choices_[i].free_trial == drafter;
-    if (may && asked && requests[i].max_nodes > 1 && !choices_[i].trial) indices.push_back(i);
-  }
-  return indices;
-}
-
-int Speculator::TakeFree(int drafter, size_t index, uint64_t sequence_id, DraftTree proposed, int rows, DraftTree* tree,
-                         double* gains) {
-  SpeculationChoice& choice = choices_[index];
-  // What the chosen drafter would have had is free again; it covers this draft, or the rest of the step does.
-  const int extra = proposed.num_nodes() - choice.nodes;
-  if (proposed.num_nodes() <= 1 || extra > rows) return 0;
-  const double gain = controller_.Gain({sequence_id, drafter, false, &proposed}) - choice.gain;
-  const bool trial = gain <= 0 && choice.free_trial == drafter;
-  if (gain <= 0 && !trial) return 0;
-  *gains += std::max(gain, 0.0);
-  choice = {
-      .drafter = drafter, .nodes = proposed.num_nodes(), .trial = trial, .gain = choice.gain + std::max(gain, 0.0)};
-  *tree = std::move(proposed);
-  drafted_[index] = true;
-  return extra;
-}
-
-void Speculator::AskFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
-                                 int rows, std::vector<DraftTree>* trees, StepStats* stats) {
-  for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
-    if (!drafters_[d]->costs_nothing()) continue;
-    const std::vector<size_t> indices = RequestsForFree(d, requests);
-    if (indices.empty()) continue;
-    const Clock::time_point start = Clock::now();
-    std::vector<int> nodes;
-    for (const size_t i : indices) nodes.push_back(requests[i].max_nodes);
-    std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
-    double gains = 0;
-    bool used = false;
-    for (size_t i = 0; i < indices.size(); ++i) {
-      const size_t index = indices[i];
-      rows -= TakeFree(d, index, sequences[index]->id(), std::move(proposed[i]), rows, &(*trees)[index], &gains);
-      used |= drafted_[index];
-    }
-    const double seconds = SecondsSince(start);
-    stats->expected_draft_s += seconds;
-    controller_.ObserveFree(d, static_cast<int>(indices.size()), gains, used, seconds);
-  }
-}
-
 void Speculator::AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                                    std::vector<DraftTree>* trees, StepStats* stats) {
   for (int d = 0; d < static_cast<int>(drafters_.size()); ++d) {
@@ -315,7 +288,7 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
     controller_.ObserveReply(std::ssize(sequence.tokens()) - sequence.num_prompt_tokens() + std::ssize(walk.tokens));
   }
   progress_ += static_cast<double>(walk.path.size());
-  if (choices_[index].nodes <= 1) return;
+  if (choices_.empty() || choices_[index].nodes <= 1) return;
   const SpeculationChoice& choice = choices_[index];
   const int accepted = static_cast<int>(walk.path.size()) - 1;
   if (tree.num_nodes() <= 1) return;

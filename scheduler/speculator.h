@@ -33,10 +33,12 @@ class Speculator {
   // Measures verify steps and drafts. Uses scratch slots of the pool and gives them back. Errors: the model's.
   absl::Status Calibrate(Model* model, StatePool* pool);
 
+  // Whether the next step of the same sequences may be started ahead, because nobody is to draft in it.
+  bool StaysPlain(std::span<Sequence* const> sequences) const;
   // One tree per sequence, root = its pending token. deepest: [sequence] of its tree's nodes; empty: any depth will do.
-  // Fills the draft fields of stats.
+  // Roots for a step that was started ahead. Fills the draft fields of stats.
   std::vector<DraftTree> Propose(std::span<Sequence* const> sequences, std::span<const int> deepest, int max_draft_rows,
-                                 StepStats* stats);
+                                 StepStart start, StepStats* stats);
   // After the walk over the tree that Propose returned for sequences[index].
   void ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk, StepStats* stats);
   // After the step. requests: of the batch that was verified, prompts that were scored among them; prompt_tokens: read
@@ -51,8 +53,11 @@ class Speculator {
   void Forget(uint64_t sequence_id);
 
  private:
+  SpeculationMode ModeOf(const Sequence& sequence) const;
+  bool Crowded(int64_t num_sequences) const;  // so many that nobody drafts
   std::vector<SpeculationRequest> Describe(std::span<Sequence* const> sequences, std::span<const int> deepest) const;
-  std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows);
+  std::vector<SpeculationChoice> Choose(std::span<const SpeculationRequest> requests, int max_draft_rows,
+                                        StepStart start);
   // Asks one drafter for the requests at `indices`, for at most nodes[i] nodes each; roots alone where it failed.
   std::vector<DraftTree> Ask(int drafter, std::span<Sequence* const> sequences,
                              std::span<const SpeculationRequest> requests, std::span<const size_t> indices,
@@ -62,6 +67,9 @@ class Speculator {
                        std::vector<DraftTree>* trees, StepStats* stats);
   void AskChosenDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
                          std::vector<DraftTree>* trees, StepStats* stats);
+  // What drafters that cost nothing would bring, beside a step that runs already: for some of the requests.
+  void WatchFreeDrafters(std::span<Sequence* const> sequences, std::span<const SpeculationRequest> requests,
+                         StepStats* stats);
   // Those to ask, of a drafter that costs nothing.
   std::vector<size_t> RequestsForFree(int drafter, std::span<const SpeculationRequest> requests) const;
   // Takes what a free drafter proposed to the request at `index`, if it is better or on trial; returns the nodes it

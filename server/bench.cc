@@ -96,7 +96,8 @@ class Machinery {
 
 class Bencher {
  public:
-  Bencher(Model* model, double seconds, int chunk) : model_(model), seconds_(seconds), chunk_(chunk) {}
+  Bencher(Model* model, double seconds, int chunk, bool run_ahead)
+      : model_(model), seconds_(seconds), chunk_(chunk), run_ahead_(run_ahead) {}
 
   struct Step {
     double seconds = 0, device_seconds = 0;  // mean of a step; device_seconds 0 on a CPU
@@ -109,6 +110,7 @@ class Bencher {
   absl::StatusOr<double> PrefillTokensPerSecond(int prompt);
 
  private:
+  absl::Status Start(std::span<const StateSlot> slots, const DraftTree& tree, const StatePool& pool);
   std::vector<int32_t> Prompt(int length) const {
     std::vector<int32_t> tokens(length);
     for (int i = 0; i < length; ++i) tokens[i] = static_cast<int32_t>((i * 7919LL + 13) % model_->config().vocab_size);
@@ -127,7 +129,19 @@ class Bencher {
   Model* const model_;
   const double seconds_;
   const int chunk_;  // tokens of one Prefill call
+  const bool run_ahead_;
+  VerifyBatch batch_;  // of the step under way
 };
+
+absl::Status Bencher::Start(std::span<const StateSlot> slots, const DraftTree& tree, const StatePool& pool) {
+  batch_ = {};
+  for (const StateSlot& slot : slots) batch_.Add(slot.id(), tree);
+  if (model_->chooses_tokens()) {
+    batch_.sampling.resize(batch_.num_rows());
+    batch_.want_logits = batch_.want_hidden = false;
+  }
+  return model_->StartVerify(batch_, pool);
+}
 
 absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, int nodes,
                                                   const std::vector<double>& acceptance) {
@@ -152,6 +166,11 @@ absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, i
   for (int node = 1; node < nodes; ++node) chain.Add(node, node - 1);
   std::mt19937 random(1);
   std::uniform_real_distribution<double> uniform;
+  // As the engine does: a plain step on a device is started before the one ahead of it is read.
+  const bool ahead = nodes == 1 && run_ahead_ && model_->CanRunAhead();
+  if (ahead) {
+    if (absl::Status started = Start(slots, chain, **pool); !started.ok()) return started;
+  }
   Step mean;
   double tokens = 0, device_begin = 0;
   int steps = -3;  // warm-up: graphs are made
@@ -165,16 +184,13 @@ absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, i
       if (steps >= 0) tokens += static_cast<double>(path.size());
     }
     const auto start = Clock::now();
-    VerifyBatch batch;
-    for (int i = 0; i < batch_size; ++i) batch.Add(slots[i].id(), chain);
-    if (model_->chooses_tokens()) {
-      batch.sampling.resize(batch.num_rows());
-      batch.want_logits = batch.want_hidden = false;
-    }
-    auto result = model_->Verify(batch, **pool);
+    absl::Status status = ahead ? model_->StartNext(pool->get()) : Start(slots, chain, **pool);
+    if (!status.ok()) return status;
+    auto result = model_->FinishVerify();
     if (!result.ok()) return result.status();
     if (absl::Status chosen = CheckChosen(*result); !chosen.ok()) return chosen;
-    if (absl::Status status = model_->Commit(batch, paths, pool->get()); !status.ok()) return status;
+    if (!ahead) status = model_->Commit(batch_, paths, pool->get());
+    if (!status.ok()) return status;
     if (++steps == 0) device_begin = DeviceSeconds();
     if (steps <= 0) continue;
     const double seconds = SecondsSince(start);
@@ -182,6 +198,9 @@ absl::StatusOr<Bencher::Step> Bencher::DecodeStep(int batch_size, int context, i
     mean.best_seconds = std::min(mean.best_seconds, seconds);
   }
   mean.device_seconds = (DeviceSeconds() - device_begin) / steps;
+  if (ahead) {
+    if (auto last = model_->FinishVerify(); !last.ok()) return last.status();
+  }
   mean.seconds /= steps;
   mean.tokens = tokens / steps / batch_size;
   return mean;
@@ -314,7 +333,7 @@ absl::Status Bench(std::span<const std::string> args) {
       "{:.2f},\n\"decode\": [",
       (*model)->Describe(), machine->ops->num_threads(), bandwidth / 1e9, weight_bytes, DTypeName(state_dtype),
       state_bytes, (*model)->SlotsThatFit(), machinery.weight_macs_per_s() * 2e-12);
-  Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine));
+  Bencher bencher(model->get(), seconds, MaxStepTokens(*config, *machine), config->engine.run_ahead);
   const char* comma = "\n";
   for (const int batch : batches) {
     const double step_bytes = weight_bytes + batch * state_read;

@@ -59,6 +59,7 @@ constexpr char kBenchHelp[] = R"(linspec bench [--model FOLDER | --shape 7b|13b|
   --acceptance LIST  are accepted at depth 1, 2, ..., each given those before it (default 0.7, the last one goes on)
   --seconds S        per measurement, default 2
   --warm-up-requests N  at last, what a server of so many requests captures before the first one (GPU)
+  --run-ahead false  start each plain step only when the one ahead of it is read (GPU)
   --threads N, --isa NAME
 )";
 

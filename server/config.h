@@ -64,6 +64,7 @@ struct ServerConfig {
     bool adaptive_speculation = true;
     double max_draft_slowdown = 2;
     double warm_up_s = 10;
+    bool run_ahead = true;
     int draft_depth = 6;
     int draft_top_k = 0;  // 0: what suits the machine
     std::string medusa_tree = "dynamic";

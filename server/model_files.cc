@@ -349,6 +349,7 @@ EngineOptions EngineOptionsOf(const ServerConfig& config) {
   options.calibrate = engine.adaptive_speculation;
   options.max_draft_slowdown = engine.max_draft_slowdown;
   options.warm_up_s = engine.warm_up_s;
+  options.run_ahead = engine.run_ahead;
   return options;
 }
 

@@ -36,7 +36,7 @@ DeviceModel::ChainLayout DeviceModel::LayoutOf(const ChainSize& size) {
 int32_t DeviceModel::CheckChains(const LinspecCudaChainStep& step) const {
   bool valid = step.num_tasks >= 1 && step.states.base != nullptr && step.num_levels >= 1 &&
                step.num_levels <= LINSPEC_CUDA_MAX_DRAFT_LEVELS && step.top_k >= 1 &&
-               step.top_k <= LINSPEC_CUDA_MAX_DRAFT_CANDIDATES && !pending_;
+               step.top_k <= LINSPEC_CUDA_MAX_DRAFT_CANDIDATES && !in_flight();
   const int32_t* token = step.tokens;
   for (int r = 0; valid && r < step.num_tasks; ++r) {
     const int rows = step.tasks[r].num_rows;

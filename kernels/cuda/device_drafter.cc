@@ -198,8 +198,8 @@ void DeviceDrafter::Choose(const Work& work, const float* logits, int first_leve
 }
 
 int32_t DeviceDrafter::CheckStep(const LinspecCudaDraftStep& step) const {
-  bool valid = step.num_rows >= 1 && step.num_levels >= 1 && step.num_levels <= max_levels() && step.top_k >= 1 &&
-               step.top_k <= LINSPEC_CUDA_MAX_DRAFT_CANDIDATES;
+  bool valid = !target_->in_flight() && step.num_rows >= 1 && step.num_levels >= 1 && step.num_levels <= max_levels() &&
+               step.top_k >= 1 && step.top_k <= LINSPEC_CUDA_MAX_DRAFT_CANDIDATES;
   for (int i = 0; valid && i < step.num_rows; ++i) {
     const LinspecCudaDraftRow& row = step.rows[i];
     valid = row.hidden_row >= 0 && row.hidden_row < target_->hidden_rows() && row.token >= 0 && row.token < vocab();

@@ -39,7 +39,7 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   const int rows = input.num_rows;
   float* x = x_.as<float>();
   uint16_t* normed = normed_.as<uint16_t>();
-  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream);
+  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream, !input.advanced);
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
   // A norm runs with the products around it where that can be.
   const auto norm = [&](const float* weight) {

@@ -27,8 +27,9 @@ int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, con
                          "bf16 states need a head_dim of 64 or 128, groups of 8, 16, 32 or 64, at most 32 taps, and a "
                          "chip with 228 KB of shared memory a multiprocessor");
   }
-  for (cudaEvent_t* event : {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_, &made->verify_begin_,
-                             &made->verify_end_}) {
+  std::vector<cudaEvent_t*> events = {&made->prefill_uploaded_, &made->prefill_begin_, &made->prefill_end_};
+  for (StartedStep& step : made->steps_) events.insert(events.end(), {&step.begin, &step.end});
+  for (cudaEvent_t* event : events) {
     LINSPEC_CUDA_TRY(context->Check(cudaEventCreate(event), "event"));
   }
   *model = std::move(made);
@@ -49,7 +50,8 @@ DeviceModel::DeviceModel(Context* context, const LinspecCudaShape& shape, const 
 
 DeviceModel::~DeviceModel() {
   cudaStreamSynchronize(context_->stream());
-  for (const cudaEvent_t event : {prefill_uploaded_, prefill_begin_, prefill_end_, verify_begin_, verify_end_}) {
+  for (const cudaEvent_t event : {prefill_uploaded_, prefill_begin_, prefill_end_, steps_[0].begin, steps_[0].end,
+                                  steps_[1].begin, steps_[1].end}) {
     if (event != nullptr) cudaEventDestroy(event);
   }
 }
@@ -57,6 +59,10 @@ DeviceModel::~DeviceModel() {
 int32_t DeviceModel::CheckStep(const LinspecCudaStep& step) const {
   if (step.num_tasks >= 1 && step.num_rows >= 1 && step.states.base != nullptr) return kLinspecCudaOk;
   return context_->Fail(kLinspecCudaInvalid, "a step needs tasks, rows and states");
+}
+
+int32_t DeviceModel::CheckIdle() {
+  return in_flight() ? context_->Fail(kLinspecCudaInvalid, "a verify was not finished") : kLinspecCudaOk;
 }
 
 int DeviceModel::VerifyRows(int num_rows) { return num_rows <= kMaxGraphRows ? RowBucket(num_rows) : num_rows; }
@@ -83,6 +89,10 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   const BlockLayout at = LayoutOf(num_tasks, num_rows, step.sampling != nullptr);
   auto* tasks = reinterpret_cast<Task*>(host + at.tasks);
   std::memcpy(static_cast<void*>(tasks), step.tasks, step.num_tasks * sizeof(Task));
+  for (int i = 0; i < step.num_tasks; ++i) {  // its root, for CommitRoots
+    tasks[i].path_begin = 0;
+    tasks[i].path_length = 1;
+  }
   for (int i = step.num_tasks; i < num_tasks; ++i) tasks[i] = {0, -1, 0, 0, 0, 0};
   const auto fill = [&](int64_t offset, const auto* values, auto padding) {
     auto* to = reinterpret_cast<std::remove_const_t<std::remove_pointer_t<decltype(values)>>*>(host + offset);
@@ -113,11 +123,11 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
   LINSPEC_CUDA_TRY(context_->Enter());
   LINSPEC_CUDA_TRY(CheckStep(step));
   if (step.ancestors == nullptr) return context_->Fail(kLinspecCudaInvalid, "verify needs ancestor sets");
-  if (pending_) return context_->Fail(kLinspecCudaInvalid, "the verify before this one was not finished");
-  const bool graph = step.num_rows <= kMaxGraphRows;
+  LINSPEC_CUDA_TRY(CheckIdle());
+  const bool graph = step.num_rows <= kMaxGraphRows, sampling = step.sampling != nullptr;
   const int num_rows = VerifyRows(step.num_rows);
   const int num_tasks = graph ? PowerOfTwo(step.num_tasks) : step.num_tasks;
-  const int64_t block_bytes = LayoutOf(num_tasks, num_rows, step.sampling != nullptr).size;
+  const int64_t block_bytes = LayoutOf(num_tasks, num_rows, sampling).size;
   LINSPEC_CUDA_TRY(ReserveVerify(num_rows, num_rows));
   LINSPEC_CUDA_TRY(verify_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_verify_block_.Reserve(context_, block_bytes));
@@ -130,74 +140,145 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
         cudaMemcpyAsync(edits_.as<void>(), host_edits_.as<void>(), bytes, cudaMemcpyHostToDevice, context_->stream()),
         "upload logit edits"));
   }
-  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(verify_begin_, context_->stream()), "event"));
-  const StepInput input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
-                                    verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>());
-  LINSPEC_CUDA_TRY(graph ? ReplayVerify(input, block_bytes, step.states)
-                         : EnqueueVerify(input, block_bytes, step.states));
-  LINSPEC_CUDA_TRY(EnqueueResults(step));
-  pending_ = true;
+  last_ = {.input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
+                              verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>()),
+           .states = step.states,
+           .block_bytes = block_bytes,
+           .num_rows = step.num_rows,
+           .graph = graph,
+           .may_be_followed = step.num_rows == step.num_tasks && sampling && !step.want_logits && !step.want_hidden};
   hidden_rows_ = step.num_rows;
-  return context_->Check(cudaEventRecord(verify_end_, context_->stream()), "event");
+  return StartLast(/*advanced=*/false, sampling, step.want_logits, step.want_hidden);
 }
 
-int32_t DeviceModel::EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
-  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(verify_block_.as<void>(), host_verify_block_.as<void>(), block_bytes,
-                                                   cudaMemcpyHostToDevice, context_->stream()),
-                                   "upload a step"));
-  Layers(input, states, Attention::kVerify);
+int32_t DeviceModel::VerifyNext() {
+  LINSPEC_CUDA_TRY(context_->Enter());
+  if (num_in_flight_ != 1 || !last_.may_be_followed) {
+    return context_->Fail(kLinspecCudaInvalid, "only one step of single rows that are chosen can be followed");
+  }
+  LINSPEC_CUDA_TRY(CommitRoots());
+  return StartLast(/*advanced=*/true, /*sampled=*/true, /*logits=*/false, /*hidden=*/false);
+}
+
+int32_t DeviceModel::StartLast(bool advanced, bool sampled, bool logits, bool hidden) {
+  StartedStep& step = steps_[num_started_ % 2];
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(step.begin, context_->stream()), "event"));
+  StepInput input = last_.input;
+  input.advanced = advanced;
+  LINSPEC_CUDA_TRY(last_.graph ? ReplayVerify(input) : EnqueueVerify(input));
+  LINSPEC_CUDA_TRY(EnqueueResults(sampled, logits, hidden, &step));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(step.end, context_->stream()), "event"));
+  ++num_started_;
+  ++num_in_flight_;
+  return kLinspecCudaOk;
+}
+
+int32_t DeviceModel::EnqueueVerify(const StepInput& input) {
+  if (input.advanced) {
+    auto* block = verify_block_.as<std::byte>();
+    const BlockLayout at = LayoutOf(input.num_tasks, input.num_rows, true);
+    LaunchAdvance({.tasks = reinterpret_cast<Task*>(block + at.tasks),
+                   .tokens = reinterpret_cast<int32_t*>(block + at.tokens),
+                   .positions = reinterpret_cast<int64_t*>(block + at.positions),
+                   .sampling = reinterpret_cast<LinspecCudaSampling*>(block + at.sampling),
+                   .sampled = sampled_.as<int32_t>()},
+                  input.num_tasks, input.num_rows, context_->stream());
+  } else {
+    LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(verify_block_.as<void>(), host_verify_block_.as<void>(),
+                                                     last_.block_bytes, cudaMemcpyHostToDevice, context_->stream()),
+                                     "upload a step"));
+  }
+  Layers(input, last_.states, Attention::kVerify);
   Head(input);
   return context_->CheckLaunch("verify");
 }
 
-int32_t DeviceModel::ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states) {
-  uint64_t stamp = reinterpret_cast<uintptr_t>(states.base);
-  stamp += ScratchStamp() + verify_block_.generation() + host_verify_block_.generation();
-  const int sampling = input.sampling != nullptr;
-  const int kernels = input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
-  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling}, kernels, stamp,
-                     [&] { return EnqueueVerify(input, block_bytes, states); });
+uint64_t DeviceModel::VerifyStamp() const {
+  return reinterpret_cast<uintptr_t>(last_.states.base) + ScratchStamp() + verify_block_.generation() +
+         host_verify_block_.generation();
 }
 
-int32_t DeviceModel::EnqueueResults(const LinspecCudaStep& step) {
-  result_ = {};
+// A step that is advanced has the kernels of the one that it follows, and one more.
+int32_t DeviceModel::ReplayVerify(const StepInput& input) {
+  const int sampling = input.sampling != nullptr;
+  const int kernels = input.advanced ? -1 : input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
+  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling, input.advanced}, kernels,
+                     VerifyStamp(), [&] { return EnqueueVerify(input); });
+}
+
+int32_t DeviceModel::EnqueueResults(bool sampled, bool logits, bool hidden, StartedStep* step) {
+  step->result = {};
   const auto fetch = [&](Buffer& to, const void* from, int64_t bytes) {
     LINSPEC_CUDA_TRY(to.Reserve(context_, bytes));
     return context_->Check(cudaMemcpyAsync(to.as<void>(), from, bytes, cudaMemcpyDeviceToHost, context_->stream()),
                            "download results");
   };
-  const int64_t rows = step.num_rows;
-  if (step.sampling != nullptr) {
-    LINSPEC_CUDA_TRY(fetch(host_sampled_, sampled_.as<void>(), rows * static_cast<int64_t>(sizeof(int32_t))));
-    result_.sampled = host_sampled_.as<int32_t>();
+  const int64_t rows = last_.num_rows;
+  if (sampled) {
+    LINSPEC_CUDA_TRY(fetch(step->sampled, sampled_.as<void>(), rows * static_cast<int64_t>(sizeof(int32_t))));
+    step->result.sampled = step->sampled.as<int32_t>();
   }
-  if (step.want_logits) {
-    LINSPEC_CUDA_TRY(fetch(host_logits_, logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
-    result_.logits = host_logits_.as<float>();
+  if (logits) {
+    LINSPEC_CUDA_TRY(
+        fetch(host_logits_, this->logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
+    step->result.logits = host_logits_.as<float>();
   }
-  if (step.want_hidden) {
+  if (hidden) {
     LINSPEC_CUDA_TRY(
         fetch(host_hidden_, hidden_.as<void>(), rows * shape_.hidden_size * static_cast<int64_t>(sizeof(float))));
-    result_.hidden = host_hidden_.as<float>();
+    step->result.hidden = host_hidden_.as<float>();
   }
   return kLinspecCudaOk;
 }
 
+// Waits for the step, not for what was started behind it.
 int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
+  if (!in_flight()) return context_->Fail(kLinspecCudaInvalid, "no verify was started");
+  StartedStep& step = steps_[(num_started_ - num_in_flight_) % 2];
+  --num_in_flight_;
   LINSPEC_CUDA_TRY(context_->Enter());
-  if (!pending_) return context_->Fail(kLinspecCudaInvalid, "no verify was started");
-  pending_ = false;
-  LINSPEC_CUDA_TRY(context_->Sync("verify"));
-  LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.verify_ms, verify_begin_, verify_end_), "time"));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventSynchronize(step.end), "verify"));
+  LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&step.result.verify_ms, step.begin, step.end), "time"));
   if (std::exchange(prefilled_, false)) {
-    LINSPEC_CUDA_TRY(context_->Check(cudaEventElapsedTime(&result_.prefill_ms, prefill_begin_, prefill_end_), "time"));
+    LINSPEC_CUDA_TRY(
+        context_->Check(cudaEventElapsedTime(&step.result.prefill_ms, prefill_begin_, prefill_end_), "time"));
   }
-  *result = result_;
+  *result = step.result;
   return kLinspecCudaOk;
+}
+
+// The tasks of the step stand in its block, each with its root as the accepted path; the layers are described once for
+// all steps that use the same memory.
+int32_t DeviceModel::CommitRoots() {
+  const int64_t layers_at = Align(sizeof(int32_t));  // behind the one path there is
+  LINSPEC_CUDA_TRY(
+      roots_block_.Reserve(context_, layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams))));
+  auto* block = roots_block_.as<std::byte>();
+  auto* layers = reinterpret_cast<const AttentionParams*>(block + layers_at);
+  if (const uint64_t stamp = VerifyStamp(); stamp != roots_stamp_) {
+    std::vector<AttentionParams> params;
+    for (int i = 0; i < shape_.num_layers; ++i) {
+      params.push_back(AttentionOf(i, last_.states));
+      params.back().kv = kept_kv(i);
+      params.back().tasks = last_.input.tasks;
+      params.back().paths = reinterpret_cast<const int32_t*>(block);
+    }
+    const cudaStream_t stream = context_->stream();
+    LINSPEC_CUDA_TRY(context_->Check(cudaMemsetAsync(block, 0, layers_at, stream), "upload layers"));
+    // From pageable memory, which is free again when the call returns.
+    LINSPEC_CUDA_TRY(
+        context_->Check(cudaMemcpyAsync(block + layers_at, params.data(), params.size() * sizeof(AttentionParams),
+                                        cudaMemcpyHostToDevice, stream),
+                        "upload layers"));
+    roots_stamp_ = stamp;
+  }
+  LaunchCommitLayers(ShapeOf(0), bf16_states(), layers, shape_.num_layers, last_.input.num_tasks, context_->stream());
+  return context_->CheckLaunch("commit");
 }
 
 int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
   LINSPEC_CUDA_TRY(context_->Enter());
+  LINSPEC_CUDA_TRY(CheckIdle());
   LINSPEC_CUDA_TRY(CheckStep(step));
   const int64_t block_bytes = LayoutOf(step.num_tasks, step.num_rows, false).size;
   int64_t num_groups = 0;
@@ -227,6 +308,7 @@ int32_t DeviceModel::Prefill(const LinspecCudaStep& step) {
 int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks,
                             const int32_t* paths, int num_paths) {
   LINSPEC_CUDA_TRY(context_->Enter());
+  LINSPEC_CUDA_TRY(CheckIdle());
   const int64_t paths_at = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
   const int64_t layers_at = paths_at + Align(int64_t{num_paths} * 4);
   const int64_t bytes = layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams));
@@ -253,6 +335,7 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
 
 int32_t DeviceModel::Unembed(const float* hidden, int rows, float* logits) {
   LINSPEC_CUDA_TRY(context_->Enter());
+  LINSPEC_CUDA_TRY(CheckIdle());
   const int64_t dim = shape_.hidden_size, f32 = sizeof(float);
   // Not what a verify keeps: a commit may follow.
   LINSPEC_CUDA_TRY(products_.Reserve());

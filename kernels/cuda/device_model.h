@@ -2,8 +2,9 @@
 //
 // One step is one upload of a packed input block, the layers, the head, and (with sampling) the choice of a token per
 // row. A verify step of a shape seen before is replayed as a CUDA graph, one per bucket of (tasks, rows): everything
-// else that changes between steps is data. Rows and tasks that pad a bucket belong to no slot; their results are never
-// read and reach no state.
+// else that changes between steps is data. VerifyNext starts the step after a plain one before that was read: without
+// an upload, because the device advances the block of the one before, in a graph of its own kind. Rows and tasks that
+// pad a bucket belong to no slot; their results are never read and reach no state.
 //
 // A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
 // above the k and v that the levels before left in kept_kv_. All levels are one graph.
@@ -34,6 +35,7 @@ class DeviceModel {
 
   int32_t Prefill(const LinspecCudaStep& step);
   int32_t VerifyStart(const LinspecCudaStep& step);
+  int32_t VerifyNext();
   int32_t VerifyFinish(LinspecCudaVerifyResult* result);
   int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
                  int num_paths);
@@ -50,6 +52,7 @@ class DeviceModel {
   // The states after the final norm of the last verify [hidden_rows, D], fp32; both change with the next one.
   const float* hidden() const { return hidden_.as<float>(); }
   int hidden_rows() const { return hidden_rows_; }
+  bool in_flight() const { return num_in_flight_ > 0; }  // a verify is started and not finished
 
  private:
   // Device views of one step's input block, and its size in tasks and rows (padding included).
@@ -65,6 +68,21 @@ class DeviceModel {
     int num_groups;                      // prefill: that the tasks touch
     const int32_t* kept_rows = nullptr;  // chains: where in kept_kv_ each row's k and v go; null: row by row
     int last_rows = 0;                   // chains: as AttentionParams
+    bool advanced = false;               // the device writes it, at the head of the step
+  };
+  // A verify that is started: when it runs, and what it will have given. Two of them, in turn.
+  struct StartedStep {
+    cudaEvent_t begin = nullptr, end = nullptr;
+    Buffer sampled{true};
+    LinspecCudaVerifyResult result = {};
+  };
+  // The verify started last, for VerifyNext.
+  struct LastStep {
+    StepInput input;
+    LinspecCudaStates states;
+    int64_t block_bytes;
+    int num_rows;  // without padding
+    bool graph, may_be_followed;
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
@@ -83,6 +101,7 @@ class DeviceModel {
 
   static BlockLayout LayoutOf(int num_tasks, int num_rows, bool sampling);
   int32_t CheckStep(const LinspecCudaStep& step) const;
+  int32_t CheckIdle();  // nothing is in flight
   // Bytes of x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_ for a step of one kind.
   using ScratchSizes = std::array<int64_t, 9>;
   ScratchSizes VerifySizes(int64_t rows, int64_t kept_rows) const;
@@ -114,9 +133,14 @@ class DeviceModel {
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
                       const LinspecCudaLogitEdit* edits) const;
 
-  int32_t EnqueueVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states);
-  int32_t ReplayVerify(const StepInput& input, int64_t block_bytes, const LinspecCudaStates& states);
-  int32_t EnqueueResults(const LinspecCudaStep& step);
+  // Of the last step; input.advanced: advanced, else uploaded.
+  int32_t EnqueueVerify(const StepInput& input);
+  int32_t ReplayVerify(const StepInput& input);
+  uint64_t VerifyStamp() const;
+  int32_t EnqueueResults(bool sampled, bool logits, bool hidden, StartedStep* step);
+  // Queues the last step between the events of its turn.
+  int32_t StartLast(bool advanced, bool sampled, bool logits, bool hidden);
+  int32_t CommitRoots();  // of the last step
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
   void Logits(int rows, float* hidden);
@@ -146,20 +170,22 @@ class DeviceModel {
   Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_;
   int hidden_rows_ = 0;
   int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
-  Buffer verify_block_, prefill_block_, commit_block_, edits_;
+  Buffer verify_block_, prefill_block_, commit_block_, edits_, roots_block_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
-  Buffer host_logits_{true}, host_hidden_{true}, host_sampled_{true};
+  Buffer host_logits_{true}, host_hidden_{true};
   Buffer chain_block_, chain_tokens_, candidates_;  // chain_tokens_: chosen at the level before
   Buffer host_chain_block_{true}, host_candidates_{true};
   cudaEvent_t prefill_uploaded_ = nullptr, prefill_begin_ = nullptr, prefill_end_ = nullptr;
-  cudaEvent_t verify_begin_ = nullptr, verify_end_ = nullptr;
   bool prefilled_ = false;  // since the verify before
 
-  GraphCache graphs_;        // by tasks, rows, rows of one task, sampling
+  GraphCache graphs_;        // by tasks, rows, rows of one task, sampling, advanced
   GraphCache chain_graphs_;  // by ChainSize
 
-  LinspecCudaVerifyResult result_ = {};
-  bool pending_ = false;  // verify_start without verify_finish
+  LastStep last_ = {};
+  uint64_t roots_stamp_ = 0;  // of what roots_block_ points to
+  std::array<StartedStep, 2> steps_;
+  int64_t num_started_ = 0;
+  int num_in_flight_ = 0;  // at most 2
 };
 
 }  // namespace linspec::cuda

@@ -89,7 +89,10 @@ int32_t DeviceModel::Reserve(const LinspecCudaStepSize& size) {
 int32_t DeviceModel::ReserveVerify(int num_rows, int kept_rows) {
   LINSPEC_CUDA_TRY(ReserveScratch(VerifySizes(num_rows, kept_rows)));
   kept_rows_ = std::max<int64_t>(kept_rows_, kept_rows);
-  return host_sampled_.Reserve(context_, num_rows * int64_t{sizeof(int32_t)});
+  for (StartedStep& step : steps_) {
+    LINSPEC_CUDA_TRY(step.sampled.Reserve(context_, num_rows * int64_t{sizeof(int32_t)}));
+  }
+  return kLinspecCudaOk;
 }
 
 int32_t DeviceModel::ReservePrefill(const LinspecCudaStep& step, int64_t* num_groups) {

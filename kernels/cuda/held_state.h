@@ -44,6 +44,11 @@ struct HeldState {
       LoadRows<step>(state + Layout::Row(0) * kDim + Layout::Column(), std::make_integer_sequence<int, 4>());
     }
   }
+  // Before the next step is asked for.
+  template <int step>
+  __device__ __forceinline__ void AwaitStep() const {
+    if constexpr (step + 1 < kSteps) AwaitLoad(s[step][3].x[3]);
+  }
   __device__ __forceinline__ void Load(const T* state) {
     static_assert(kSteps <= 4);
     LoadStep<0>(state);

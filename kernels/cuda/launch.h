@@ -43,7 +43,20 @@ struct EmbedParams {
   const int32_t* tokens;    // [rows]
   float* out;               // [rows, D]
 };
-void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream);
+// overlapped: may start before the kernel ahead of it has ended (pdl.h).
+void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream, bool overlapped = true);
+
+// A step of one row a task becomes the one after it: lengths and positions one further, and the token of a row the one
+// that was chosen after it, 0 where none could be. Not overlapped, and what reads the step must come behind a kernel
+// that is not either: verify reads tasks early.
+struct AdvanceParams {
+  Task* tasks;      // [num_tasks]
+  int32_t* tokens;  // this and the others: [rows]
+  int64_t* positions;
+  LinspecCudaSampling* sampling;
+  const int32_t* sampled;
+};
+void LaunchAdvance(const AdvanceParams& params, int num_tasks, int rows, cudaStream_t stream);
 
 struct RmsNormRows {  // dim % 4 == 0, everything aligned to 16 bytes
   const float* x;     // [rows, dim]

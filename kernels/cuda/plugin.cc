@@ -215,6 +215,7 @@ int32_t Reserve(LinspecCudaModel* model, const LinspecCudaStepSize* size) { retu
 
 int32_t Prefill(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->Prefill(*step); }
 int32_t VerifyStart(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->VerifyStart(*step); }
+int32_t VerifyNext(LinspecCudaModel* model) { return model->impl->VerifyNext(); }
 int32_t VerifyFinish(LinspecCudaModel* model, LinspecCudaVerifyResult* result) {
   return model->impl->VerifyFinish(result);
 }
@@ -273,6 +274,7 @@ constexpr LinspecCudaApi kApi = {
     .reserve = Reserve,
     .prefill = Prefill,
     .verify_start = VerifyStart,
+    .verify_next = VerifyNext,
     .verify_finish = VerifyFinish,
     .commit = Commit,
     .unembed = Unembed,

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define LINSPEC_CUDA_ABI_VERSION 4
+#define LINSPEC_CUDA_ABI_VERSION 5
 #define LINSPEC_CUDA_ENTRY "linspec_cuda_api"
 
 #ifdef __cplusplus
@@ -133,7 +133,7 @@ typedef struct LinspecCudaStepSize {  // the largest steps that a model has to h
   int64_t prefill_groups;  // that the tasks of a prefill touch
 } LinspecCudaStepSize;
 
-typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start
+typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start or _next
   const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
   const float* logits;                    // [num_rows, V] after the edits, or null
   const float* hidden;                    // [num_rows, D] after the final norm, or null
@@ -231,6 +231,12 @@ typedef struct LinspecCudaApi {
   int32_t (*reserve)(LinspecCudaModel*, const LinspecCudaStepSize*);
   int32_t (*prefill)(LinspecCudaModel*, const LinspecCudaStep*);
   int32_t (*verify_start)(LinspecCudaModel*, const LinspecCudaStep*);
+  // While one step is started and not finished, of one row a task, each with a slot of its own, with sampling and
+  // without logits and hidden states: commits its rows, and starts what follows, in which every row is the token that
+  // is chosen after it (0 where none can be), at the next position. Nothing is uploaded and nothing waited for; no
+  // other call but verify_finish may come before both are finished, or, after the first, verify_next again.
+  int32_t (*verify_next)(LinspecCudaModel*);
+  // Of the step that was started first.
   int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);
   // tasks as given to the last verify, with paths filled in; reads the k and v which that verify kept.
   int32_t (*commit)(LinspecCudaModel*, const LinspecCudaStates*, const LinspecCudaTask* tasks, int32_t num_tasks,

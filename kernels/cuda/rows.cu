@@ -1,9 +1,11 @@
-// Row operations: embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32 arithmetic,
-// fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits depend on
-// that row. Launched overlapped (pdl.h): the product after a row operation fetches its weights while that still runs.
+// Row operations: advance, embed, RMSNorm, SiLU * up, RoPE + L2 norm, argmax. One block (or warp) per row, fp32
+// arithmetic, fixed reduction order: lane partials over a fixed stride, then halves onto halves, so that a row's bits
+// depend on that row. Launched overlapped (pdl.h), but for advance: the product after a row operation fetches its
+// weights while that still runs.
 //
 // Floor in bytes per row: embed D * (type + 4); RMSNorm 4 D read + 2 D written; SiLU 4 F + 2 F; RoPE 8 (H + Hkv) d, and
 // 8 Hkv d where k and v move; argmax 4 V. All are under 2 % of a 7B layer's weights up to 64 rows.
+#include <algorithm>
 #include <climits>
 
 #include "kernels/cuda/embedding.h"
@@ -33,6 +35,15 @@ __global__ void EmbedKernel(const EmbedParams p) {
   for (int64_t i = threadIdx.x; i < dim; i += kThreads) {
     p.out[blockIdx.x * dim + i] = EmbeddingValue(p.table, token, i);
   }
+}
+
+__global__ void __launch_bounds__(kThreads) AdvanceKernel(const AdvanceParams p, int num_tasks, int rows) {
+  const int i = static_cast<int>(blockIdx.x) * kThreads + static_cast<int>(threadIdx.x);
+  if (i < num_tasks) ++p.tasks[i].length;
+  if (i >= rows) return;
+  p.tokens[i] = max(p.sampled[i], 0);
+  ++p.positions[i];
+  ++p.sampling[i].position;
 }
 
 __global__ void __launch_bounds__(kThreads) RmsNormKernel(const RmsNormRows p) {
@@ -152,8 +163,17 @@ __global__ void ArgmaxKernel(const float* logits, int64_t vocab, int32_t* out) {
 
 }  // namespace
 
-void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream) {
-  LaunchOverlapped(EmbedKernel, rows, kThreads, 0, stream, 1, params);
+void LaunchEmbed(const EmbedParams& params, int rows, cudaStream_t stream, bool overlapped) {
+  if (overlapped) {
+    LaunchOverlapped(EmbedKernel, rows, kThreads, 0, stream, 1, params);
+  } else {
+    EmbedKernel<<<rows, kThreads, 0, stream>>>(params);
+  }
+}
+
+void LaunchAdvance(const AdvanceParams& params, int num_tasks, int rows, cudaStream_t stream) {
+  const int blocks = (std::max(num_tasks, rows) + kThreads - 1) / kThreads;
+  AdvanceKernel<<<blocks, kThreads, 0, stream>>>(params, num_tasks, rows);
 }
 
 void LaunchRmsNorm(const RmsNormRows& params, int rows, cudaStream_t stream) {

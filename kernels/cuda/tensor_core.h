@@ -205,4 +205,14 @@ __device__ __forceinline__ void LoadEarly(uint32_t (&x)[2], const uint16_t* glob
                : "l"(global), "n"(kOffset));
 }
 
+// Until x, on its way from memory, is there: something depends on it that can neither be dropped nor be done without a
+// branch, which would make those wait who go around it. For grids of one row: that blockIdx.y is 0 the compiler does
+// not know.
+__device__ __forceinline__ void AwaitLoad(float x) {
+  uint32_t now;
+  do {
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(now)::"memory");
+  } while ((__float_as_uint(x) & blockIdx.y) > now);
+}
+
 }  // namespace linspec::cuda

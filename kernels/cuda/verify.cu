@@ -129,6 +129,22 @@ struct Verifier {
     }
   }
 
+  // Of the two blocks of a multiprocessor, the one to stay behind: it asks for a part of its first S when it has the
+  // part before. In step both would wait for S at once and compute at once, with nothing under way in the last round;
+  // apart, one's S travels while the other computes, over the end of the kernel. A hint: only the warps' places on the
+  // multiprocessor tell its blocks apart.
+  __device__ __forceinline__ bool StaysBehind() const {
+    uint32_t place;
+    asm volatile("mov.u32 %0, %%warpid;" : "=r"(place));
+    return work.pairs && place / Tile::kWarps % 2 != 0;
+  }
+  template <int step>
+  __device__ __forceinline__ static void AwaitStep(const State& s, bool behind) {
+    if constexpr (sizeof(T) == sizeof(float) && !kRaw) {
+      if (behind) s.template AwaitStep<step>();
+    }
+  }
+
   // The loads of the first item; rows of the step only once the kernel before this one has ended. What others wait for
   // is stored first: it would stand behind the loads of S.
   __device__ __forceinline__ void Begin(State& s) const {
@@ -144,14 +160,18 @@ struct Verifier {
     if (Warp() == kItemWarp) Publish(0, own);
     if (publishes_second) Publish(1, Item(p, second, IndexOf(1), work, kRows));
     const T* state = static_cast<const T*>(own.state);
+    const bool behind = StaysBehind();
     s.template LoadStep<0>(state);
+    AwaitStep<0>(s, behind);
     s.template LoadStep<1>(state);
     __syncthreads();
     const Fetch fetch = FetchOf(0);
     const Item& item = ItemOf(0);
     fetch.OldKeys(item, schedule.rows[0]);
     fetch.OldValues(item);
+    AwaitStep<1>(s, behind);
     s.template LoadStep<2>(state);
+    AwaitStep<2>(s, behind);
     s.template LoadStep<3>(state);
     GridWait();
     fetch.NewKeys(item);
@@ -315,8 +335,9 @@ int Resident(const AttentionParams& p) {
 
 template <int kDim, int kRows, typename T, bool kRaw = false>
 void LaunchTiles(const AttentionParams& p, int num_tasks, cudaStream_t stream) {
-  const VerifyWork work = WorkOf(p, num_tasks, kRows);
+  VerifyWork work = WorkOf(p, num_tasks, kRows);
   const int bytes = SharedBytes<kDim, kRows, T>(p), resident = CurrentDevice().processors * Resident<kDim, kRows, T>(p);
+  work.pairs = std::min(work.items, resident) > CurrentDevice().processors;
   const auto kernel = VerifyTileKernel<kDim, kRows, T, kRaw>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   LaunchOverlapped(kernel, dim3(std::min(work.items, resident)), dim3(kThreads), bytes, stream, 1, p, work);

@@ -12,6 +12,7 @@ struct VerifyWork {
   int tokens;  // capacity of a window: ring and nodes
   // Divisors, unsigned since divisions take long: tiles of the largest task; kv heads; query heads of one.
   unsigned splits, kv_heads, heads;
+  bool pairs = false;  // more blocks than multiprocessors
 };
 
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it

@@ -14,7 +14,7 @@ from .config import VARIANTS, ModelConfig
 BASE = ModelConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                    num_key_value_heads=4, head_dim=16, group_size=16, conv_kernel=8, max_position_embeddings=4096)
 
-# name: (shape, number of tokens); 131 and 200 cross several groups and end inside one
+# name: (shape, number of tokens); 131 and 200 cross several groups and end inside one, as 67 do in groups of 16
 MODELS = {
     "paper": (BASE.replace(head_dim=8, tie_word_embeddings=False, **VARIANTS["aug"]), 131),
     "full": (BASE, 131),
@@ -121,6 +121,8 @@ def main():
         stored, weights = stored_in_bf16(random_weights(cfg, rng),
                                          but=(lambda tensor: "_proj" not in tensor) if name == MIXED else None)
         tokens = rng.integers(0, cfg.vocab_size, length).astype(np.int32)
+        if cfg.group_size == 16:
+            tokens = tokens[:67]  # what is drawn after them stays as it is
         logits = reference.logits(hf, weights, tokens).astype(np.float32)
         save_torch(stored, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         save_file({"tokens": tokens, "logits": logits}, os.path.join(folder, "golden.safetensors"))
@@ -128,7 +130,7 @@ def main():
             write_medusa(folder, cfg, weights, rng, *MEDUSA[name])
         if name == "full":
             write_recurrent(folder, cfg, weights, rng)
-        print(f"{name}: {length} tokens, logits within +-{np.abs(logits).max():.2f}, deviation {logits.std():.2f}")
+        print(f"{name}: {len(tokens)} tokens, logits within +-{np.abs(logits).max():.2f}, deviation {logits.std():.2f}")
 
 
 if __name__ == "__main__":

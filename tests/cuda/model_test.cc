@@ -1,5 +1,6 @@
 // The CUDA model against the CPU's, and against itself: a plain program that exits 0 only if every check passed.
-// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN]
+// usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN [--quick]]
+// --quick: steps ahead of their results only, for compute-sanitizer
 #include "models/model.h"
 
 #include <fmt/format.h>
@@ -14,6 +15,7 @@
 
 #include "models/sampler.h"
 #include "tests/cuda/model_checks.h"
+#include "tests/cuda/run_ahead_checks.h"
 
 namespace linspec {
 namespace {
@@ -265,6 +267,7 @@ void WideModel(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<
       const double tolerance = std::string(dtype) == "fp8" ? 0.2 : std::string(dtype) == "int8" ? 0.05 : 0.03;
       const std::string name = fmt::format("wide {}{}", dtype, deterministic ? " deterministic" : "");
       AgreesWithCpu(name, cuda.get(), cpu.get(), tolerance);
+      RunsAhead(name, cuda.get());
       if (!deterministic) continue;
       ChunksAgree(name, cuda.get());
       NeighboursDoNotMatter(name, cuda.get(), 128);
@@ -288,11 +291,21 @@ void OutOfMemoryIsAnError(Model* model) {
 int main(int argc, char** argv) {
   using namespace linspec;
   if (argc < 3) {
-    fmt::print("usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN]\n");
+    fmt::print("usage: cuda_model_test FOLDER_OF_TINY_MODELS FOLDER_OF_BUNDLED_MODELS [PLUGIN [--quick]]\n");
     return 2;
   }
   const std::string tiny = argv[1], bundled = argv[2];
   const auto device = Must(CudaDevice::Open(argc > 3 ? argv[3] : ""), "GPU");
+  if (argc > 4) {
+    for (const char* name : {"full64", "paper"}) {
+      LoadOptions options;
+      options.path = tiny + "/" + name;
+      options.cuda = device;
+      options.weight_dtype = "bf16";
+      RunsAhead(name, Must(LoadModel(options), name).get());
+    }
+    return Finish("cuda_model_test");
+  }
   const std::shared_ptr<CpuOps> ops = Must(CpuOps::Create({.num_threads = 8}), "CPU");
   for (const char* name : {"full", "full64", "gqa", "paper"}) {
     LoadOptions options;
@@ -313,6 +326,7 @@ int main(int argc, char** argv) {
       ChunksAgree(name, cuda.get());
       NeighboursDoNotMatter(name, cuda.get(), 64);
       SamplesAsTheHost(name, cuda.get());
+      RunsAhead(name, cuda.get());
     }
   }
   {
@@ -324,6 +338,7 @@ int main(int argc, char** argv) {
     TreeEqualsSequence("bundled", target.get());
     NeighboursDoNotMatter("bundled, deterministic", target.get(), 256);
     SamplesAsTheHost("bundled", target.get());
+    RunsAhead("bundled", target.get());
     OutOfMemoryIsAnError(target.get());
   }
   WideModel(device, ops);

@@ -45,6 +45,8 @@ if [[ $mode == all ]] && command -v compute-sanitizer >/dev/null; then
   run gemm_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_gemm_test" --quick
   run draft_memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_draft_test" "$here/tiny" \
     "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so" --quick
+  run model_memcheck 180 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_model_test" "$here/tiny" \
+    "$root/share/linspec/models" "$root/lib/liblinspec_cuda.so" --quick
   run attention_memcheck 300 compute-sanitizer --tool memcheck --error-exitcode 3 "$here/cuda_attention_test" --quick
   run attention_racecheck 300 compute-sanitizer --tool racecheck --error-exitcode 3 "$here/cuda_attention_test" --quick
 fi

@@ -10,7 +10,7 @@
 
 namespace linspec {
 
-class ChoosingModel final : public FakeModel {
+class ChoosingModel : public FakeModel {
  public:
   using FakeModel::FakeModel;
   bool chooses_tokens() const override { return true; }

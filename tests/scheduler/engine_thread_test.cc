@@ -6,6 +6,7 @@
 #include "gtest/gtest.h"
 #include "models/ngram_drafter.h"
 #include "scheduler/engine.h"
+#include "tests/scheduler/run_ahead_model.h"
 #include "tests/scheduler/test_engine.h"
 
 namespace linspec {
@@ -42,21 +43,23 @@ class Latch {
   std::vector<FinishReason> reasons_;
 };
 
-std::unique_ptr<Engine> StartEngine(int max_requests, std::function<void(const StepStats&)> observer = nullptr) {
+std::unique_ptr<Engine> StartEngine(int max_requests, std::function<void(const StepStats&)> observer = nullptr,
+                                    std::unique_ptr<Model> model = std::make_unique<FakeModel>()) {
   EngineOptions options = TestEngine::StaticOptions();
+  if (model->CanRunAhead()) options.speculation = SpeculationMode::kOff;
   options.max_requests = max_requests;
   options.max_step_tokens = 32;
   std::vector<std::unique_ptr<Drafter>> drafters;
   drafters.push_back(std::make_unique<NgramDrafter>());
-  auto engine = *Engine::Create(std::make_unique<FakeModel>(), std::move(drafters), options, std::move(observer));
+  auto engine = *Engine::Create(std::move(model), std::move(drafters), options, std::move(observer));
   engine->Start();
   return engine;
 }
 
-TEST(EngineThreadTest, ConcurrentSubmitAndCancelLeakNothing) {
+void SubmitAndCancelConcurrently(std::unique_ptr<Model> model) {
   Latch latch;
   std::atomic<int> steps = 0;
-  auto engine = StartEngine(4, [&](const StepStats&) { ++steps; });
+  auto engine = StartEngine(4, [&](const StepStats&) { ++steps; }, std::move(model));
   constexpr int kClients = 4, kRequests = 50;
   std::vector<std::thread> clients;
   for (int c = 0; c < kClients; ++c) {
@@ -80,6 +83,11 @@ TEST(EngineThreadTest, ConcurrentSubmitAndCancelLeakNothing) {
   EXPECT_EQ(stats.requests_finished, kClients * kRequests);
   EXPECT_EQ(latch.reasons().size(), static_cast<size_t>(kClients * kRequests));
   EXPECT_GT(steps.load(), 0);
+}
+
+TEST(EngineThreadTest, ConcurrentSubmitAndCancelLeakNothing) {
+  SubmitAndCancelConcurrently(std::make_unique<FakeModel>());
+  SubmitAndCancelConcurrently(std::make_unique<RunAheadModel>());
 }
 
 TEST(EngineThreadTest, DrainTimesOutAndAborts) {

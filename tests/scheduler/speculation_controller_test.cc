@@ -98,6 +98,8 @@ TEST(SpeculationControllerTest, RespectsRowBudgetModesAndLimits) {
     for (const SpeculationChoice& choice : choices) EXPECT_LE(choice.nodes, 8);
   }
   EXPECT_GT(drafted(controller.Choose(requests, 100)), 0);
+  EXPECT_EQ(drafted(controller.Choose(requests, 100, StepStart::kAhead)), 0);
+  EXPECT_TRUE(controller.StaysPlain());  // until steps that are started ahead have a price
 }
 
 TEST(SpeculationControllerTest, NodesGoToTheRequestThatAcceptsThem) {
@@ -239,6 +241,26 @@ SpeculationLedger::Step DraftedStep(double tokens, double seconds) {
           .draft_seconds = 0.1,
           .expected_seconds = seconds,
           .usual_seconds = 1};
+}
+
+// Where plain steps run ahead, one that does not is a loss, whether it had drafts or not.
+TEST(SpeculationLedgerTest, StepsThatWaitForDraftsAreChargedForIt) {
+  SpeculationLedger ledger;
+  const auto book = [&](StepStart start, double seconds) {
+    const double saved = ledger.saved();
+    ledger.Book({.requests = 4, .start = start, .tokens = 4, .seconds = seconds, .usual_seconds = 2});
+    return ledger.saved() - saved;
+  };
+  for (int i = 0; i < 8; ++i) EXPECT_EQ(book(StepStart::kAlone, 3), 0);
+  EXPECT_EQ(ledger.SavedAhead(4, 2), 0);  // not known yet
+  EXPECT_FALSE(ledger.Open(4, StepStart::kWaited));
+  for (int i = 0; i < 8; ++i) EXPECT_EQ(book(StepStart::kAhead, 2), 0);
+  EXPECT_NEAR(ledger.AheadSeconds(4, 2), 2, 1e-6);
+  EXPECT_NEAR(ledger.SavedAhead(4, 2), 1, 1e-6);
+  ASSERT_TRUE(ledger.Open(4, StepStart::kWaited));
+  EXPECT_NEAR(book(StepStart::kWaited, 3), -1, 1e-6);
+  for (int i = 0; i < 20; ++i) book(StepStart::kWaited, 3);
+  EXPECT_FALSE(ledger.Open(4, StepStart::kWaited));
 }
 
 TEST(SpeculationLedgerTest, LossesEndWithWhatWasAllowedAndStepsEarnItAgain) {

@@ -227,6 +227,38 @@ TEST(FreeDraftsTest, AreTriedAgainForLittle) {
   }
 }
 
+// Plain steps that run ahead of the host are shorter than those that could have had drafts. Nobody loses beside them;
+// and what pays beside them too is found as before.
+TEST(RunAheadTest, DraftsAreMeasuredByStepsThatRunAhead) {
+  const std::vector<SimulatedText> texts = {{0.67, 0.72, 0.3}, {0.3, 0.3, 0.02}, {0.05, 0.05, 0.05}, {0.1, 0.1, 0.75}};
+  for (const double ahead : {0.98, 0.85, 0.7}) {
+    for (const int batch : {1, 4, 16, 64}) {
+      SimulatedMachine machine = OneLaunch();
+      machine.ahead = ahead;
+      const auto fixed = [&](int drafter, int nodes, int text) {
+        return SpeculationSimulator(machine, texts, batch, 400, 7).RunFixed(drafter, nodes, 1000, text).rate();
+      };
+      for (int text = 0; text < std::ssize(texts); ++text) {
+        const double plain = fixed(-1, 1, text);
+        double best = plain;
+        for (int drafter = 0; drafter < 3; ++drafter) {
+          for (const int nodes : {4, 8}) best = std::max(best, fixed(drafter, nodes, text));
+        }
+        for (const uint32_t seed : {1, 2}) {
+          SpeculationSimulator simulator(machine, texts, batch, 400, seed);
+          SpeculationController controller(simulator.Free());
+          simulator.Calibrate(&controller, 0.1);
+          const double start = simulator.Run(&controller, 400, text).rate();
+          const double rate = simulator.Run(&controller, 3000, text).rate();
+          EXPECT_GT(start, 0.93 * plain) << ahead << " " << batch << " " << text << " " << seed;
+          EXPECT_GT(rate, 0.975 * plain) << ahead << " " << batch << " " << text << " " << seed;
+          EXPECT_GT(rate, 0.9 * best) << ahead << " " << batch << " " << text << " " << seed;
+        }
+      }
+    }
+  }
+}
+
 TEST(SlowdownTest, NoRequestWaitsLongForTheDraftsOfOthers) {
   const std::vector<SimulatedText> texts = {{0.05}, {0.85}};
   for (const int batch : {16, 64}) {

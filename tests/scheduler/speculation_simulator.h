@@ -11,49 +11,9 @@
 #include <vector>
 
 #include "scheduler/speculation_controller.h"
+#include "tests/scheduler/simulated_machine.h"
 
 namespace linspec {
-
-struct SimulatedDrafter {
-  std::string name;
-  double first_ms = 0, level_ms = 0;  // of one context
-  double more_contexts = 0;           // share of that for each further context
-  double catch_up_ms = 0;             // of a token
-  double decay = 0.85;                // acceptance of a level beside that of the level above
-  int siblings = 0;                   // tokens beside each of the chain, as the second guess
-  int depth = 6;
-  bool free = false;  // asked before the others, for what it promises
-  double stated = 0;  // of each token, whatever the truth; 0: somewhat more than the truth
-
-  double Ms(int contexts, int levels) const {
-    return (first_ms + level_ms * (levels - 1)) * (1 + more_contexts * (contexts - 1));
-  }
-};
-
-struct SimulatedMachine {
-  std::vector<double> row_ms;           // at 1, 2, 4, ... rows of one request
-  double request_ms = 0;                // each further request
-  double any_draft = 1;                 // factor on steps with more rows than requests
-  std::function<int(int)> padded = {};  // rows that a step of so many rows computes
-  double noise = 0.05;                  // standard deviation of the logarithm of a step's time
-  double interruptions = 0.01;          // share of steps that take three times as long
-  double hidden_ms = 0;                 // of each request drafted for, which no observation of a draft shows
-  double drift = 0.002;                 // per step, of the logarithm of the machine's speed
-  double prompt_ms = 0;                 // of reading a token of a prompt, which delays the step beside it
-  double draft_surprise = 1;            // what drafts take beside what was measured at start-up
-  std::vector<SimulatedDrafter> drafters;
-
-  double VerifyMs(int rows, int requests) const {
-    const double computed = padded ? padded(rows) : rows;
-    const int below = std::clamp(static_cast<int>(std::log2(computed)), 0, static_cast<int>(row_ms.size()) - 2);
-    const double share = computed / std::ldexp(1.0, below) - 1;
-    const double ms = row_ms[below] + share * (row_ms[below + 1] - row_ms[below]) + request_ms * (requests - 1);
-    return rows > requests ? ms * any_draft : ms;
-  }
-};
-
-// [drafter] how often the best child of the root is right, for the text of a request.
-using SimulatedText = std::vector<double>;
 
 class SpeculationSimulator {
  public:
@@ -92,9 +52,10 @@ class SpeculationSimulator {
   Totals Run(SpeculationController* controller, int steps, int text = -1) {
     Totals totals;
     for (int step = 0; step < steps; ++step) {
-      Refill(controller, text);
+      const bool alone = Refill(controller, text) || machine_.ahead == 1;
       const std::vector<SpeculationRequest> requests = Describe();
-      Step(requests, controller->Choose(requests, 1000), controller, &totals);
+      start_ = alone ? StepStart::kAlone : controller->StaysPlain() ? StepStart::kAhead : StepStart::kWaited;
+      Step(requests, controller->Choose(requests, 1000, start_), controller, &totals);
     }
     return totals;
   }
@@ -109,7 +70,8 @@ class SpeculationSimulator {
   Totals RunFixed(int drafter, int nodes, int steps, int text = -1) {
     Totals totals;
     for (int step = 0; step < steps; ++step) {
-      Refill(nullptr, text);
+      const bool alone = Refill(nullptr, text);
+      start_ = alone || drafter >= 0 ? StepStart::kAlone : StepStart::kAhead;
       const std::vector<SpeculationRequest> requests = Describe();
       std::vector<SpeculationChoice> choices(requests.size());
       for (size_t r = 0; r < requests.size() && drafter >= 0; ++r) {
@@ -128,11 +90,13 @@ class SpeculationSimulator {
     std::vector<int64_t> unseen;  // [drafter]
   };
 
-  void Refill(SpeculationController* controller, int text) {
+  // True if somebody is new.
+  bool Refill(SpeculationController* controller, int text) {
     std::erase_if(running_, [&](const Running& request) {
       if (request.tokens_left <= 0 && controller != nullptr) controller->acceptance().Forget(request.id);
       return request.tokens_left <= 0;
     });
+    const bool full = std::ssize(running_) == batch_;
     while (std::ssize(running_) < batch_) {
       const size_t which = text >= 0 ? text : next_id_ % texts_.size();
       const int tokens = running_.empty() || batch_ == 1 ? max_tokens_ : 1 + static_cast<int>(random_() % max_tokens_);
@@ -141,6 +105,7 @@ class SpeculationSimulator {
       prompts_ms_ += machine_.prompt_ms * static_cast<double>(prompt_tokens);
       prompt_tokens_ += prompt_tokens;
     }
+    return !full;
   }
 
   std::vector<SpeculationRequest> Describe() const {
@@ -238,8 +203,10 @@ class SpeculationSimulator {
     bool used = false;
     for (size_t r = 0; r < requests.size(); ++r) {
       SpeculationChoice& choice = (*choices)[r];
-      const bool wanted = controller->AsksAll(d) || choice.free_trial == d;
-      if (!wanted || choice.trial || requests[r].max_nodes < 2) continue;
+      const bool watched = start_ == StepStart::kAhead && r < std::max<size_t>(8, requests.size() / 8);
+      const bool wanted = start_ != StepStart::kAhead && !choice.trial;
+      if (!watched && (!wanted || (!controller->AsksAll(d) && choice.free_trial != d))) continue;
+      if (requests[r].max_nodes < 2) continue;
       ++asked;
       int levels = 0;
       DraftTree tree = Draft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels);
@@ -247,13 +214,15 @@ class SpeculationSimulator {
       const double gain = controller->Gain({requests[r].sequence_id, d, false, &tree}) - choice.gain;
       const bool trial = gain <= 0 && choice.free_trial == d;
       if (gain <= 0 && !trial) continue;
-      used = true;
       gains += std::max(gain, 0.0);
+      if (watched) continue;
+      used = true;
       choice = {.drafter = d, .nodes = tree.num_nodes(), .trial = trial};
       drafting->trees[r] = std::move(tree);
     }
     if (asked == 0) return;
     const double ms = drafter.Ms(asked, 1);
+    if (start_ == StepStart::kAhead) return controller->ObserveFree(d, asked, gains, false, 1e-3 * ms);
     drafting->ms += ms;
     drafting->seconds += 1e-3 * ms;
     drafting->expected_seconds += 1e-3 * ms;
@@ -333,7 +302,8 @@ class SpeculationSimulator {
     }
     totals->tokens += step_tokens;
     // Noise and drift mislead the controller; what counts is what the steps take without them.
-    const double plain_ms = machine_.VerifyMs(batch, batch), verify_ms = machine_.VerifyMs(rows, batch);
+    const double plain_ms = machine_.VerifyMs(batch, batch),
+                 verify_ms = machine_.VerifyMs(rows, batch) * (start_ == StepStart::kAhead ? machine_.ahead : 1);
     const double prompts_ms = std::exchange(prompts_ms_, 0), hidden_ms = machine_.hidden_ms * drafting.contexts;
     const double ms = verify_ms + prompts_ms + drafting.ms + hidden_ms;
     totals->ms += ms;
@@ -386,8 +356,9 @@ class SpeculationSimulator {
   std::mt19937 random_;
   std::vector<Running> running_;
   uint64_t next_id_ = 1;
-  double speed_ = 0;       // logarithm
-  double prompts_ms_ = 0;  // of reading the prompts of requests that are new
+  StepStart start_ = StepStart::kAlone;  // of the step under way
+  double speed_ = 0;                     // logarithm
+  double prompts_ms_ = 0;                // of reading the prompts of requests that are new
   int64_t prompt_tokens_ = 0;
 };
 

@@ -31,8 +31,24 @@ class SlowAtFirstModel final : public FakeModel {
     return FakeModel::Verify(batch, pool);
   }
 
+  bool CanRunAhead() const override { return ahead; }
+  absl::Status StartNext(StatePool*) override {
+    ++num_next;
+    ++more_;
+    return absl::OkStatus();
+  }
+  absl::StatusOr<VerifyResult> FinishVerify() override {
+    if (std::exchange(more_, 0) > 0) return VerifyResult();
+    return FakeModel::FinishVerify();
+  }
+
+  bool ahead = false;
+  int num_next = 0;
   std::map<std::tuple<int, int, int>, int> steps;
   int64_t free_bytes = int64_t{1} << 30, bytes_of_a_step = 1000;
+
+ private:
+  int more_ = 0;
 };
 
 class RecordingDrafter final : public Drafter {
@@ -95,6 +111,16 @@ TEST_F(WarmUpTest, EverySizeIsMetUntilItIsReady) {
           << contexts << " contexts, " << levels << " levels";
     }
   }
+}
+
+TEST_F(WarmUpTest, PlainSizesAreMetAheadToo) {
+  model_.ahead = true;
+  Run();
+  EXPECT_EQ(model_.num_next, 2);
+  EXPECT_FALSE(model_.FinishVerify().ok()) << "a step was not finished";
+  options_.run_ahead = false;
+  Run();
+  EXPECT_EQ(model_.num_next, 2);
 }
 
 TEST_F(WarmUpTest, NothingWithoutTime) {
