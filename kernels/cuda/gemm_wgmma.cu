@@ -21,21 +21,22 @@
 // What is missing is mostly a fixed 5 to 6 us a product: the launch and the first tokens, 1 us; the last sums, 1.5 to
 // 3.5; their end, 0.5 to 4.5 (`o` of 64 tokens, for 1.6 of `down`; not because y had left the L2: docs/cuda.md).
 //
-// Rejected: up to four products in one launch with a barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms
-// for 4.80, fp8 3.07 for 2.94); the next product's first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03
-// ms); four groups on 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB
-// (bf16 the same, fp8 3 % slower); clusters of two that share tokens by multicast (an H200, a step of 32, 64, 128 rows
-// in bf16 4.69, 6.00, 8.07 ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half the speed where
-// arrivals at the other's barriers release in the cluster's scope); clusters of four that share a tile (an H100 runs 30
-// of the 32 at once); tiles of 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products
-// share a multiprocessor (1 to 15 % slower in a step); fetching 256 bytes into the L2 for each 128 asked for (5
-// points); less work for blocks that only hand sums over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader
-// polls for, without flags: one block reading all, 2 to 3 us slower a product at 64 (an H100); all blocks of a tile
-// completing some of its tokens each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms
-// for 3.03, 5.56 for 5.18; 0.16 of both, by reckoning, because each lane read one token's sums of squares, all blocks
-// the same lines). Words of two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each
-// other. A slot given back before its warps wait for the next unit, when their instructions are done: 3 % slower in
-// fp8. What the end of a tile reads fetched into the L2 at the start: nothing.
+// Rejected, all but the last two before warps were uniform (gemm_tile.h): up to four products in one launch with a
+// barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms for 4.80, fp8 3.07 for 2.94); the next product's
+// first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit weights, a box each
+// (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower); clusters of
+// two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07 ms for 4.61,
+// 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half the speed where arrivals at the other's barriers
+// release in the cluster's scope); clusters of four that share a tile (an H100 runs 30 of the 32 at once); tiles of
+// 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products share a multiprocessor (1
+// to 15 % slower in a step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks
+// that only hand sums over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one
+// block reading all, 2 to 3 us slower a product at 64 (an H100); all blocks of a tile completing some of its tokens
+// each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms for 3.03, 5.56 for 5.18; 0.16
+// of both, by reckoning, because each lane read one token's sums of squares, all blocks the same lines). Words of
+// two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each other. A slot given back
+// before its warps wait for the next unit, when their instructions are done: 3 % slower in fp8. What the end of a
+// tile reads fetched into the L2 at the start: nothing.
 #include <cuda.h>
 
 #include <algorithm>
