@@ -17,10 +17,10 @@ inline constexpr int kWarpSize = 32;
 inline constexpr int kTileRows = 16, kTileTokens = 8;
 inline constexpr int kStepBytes = 64;  // of a weight row
 
-// The number of a thread's warp in its block, by all threads. nvcc takes a shuffled value to be the same in all lanes:
-// what follows from it stays in uniform registers, and no lanes have to be gathered again before instructions of a whole
-// warp, of which it otherwise put several into the loop of the warpgroup products (fp8, 16 tokens: 2.68 ms a step for
-// 2.90, an H200).
+// The number of a thread's warp in its block, by all threads. nvcc takes a shuffled value to be the same in all
+// lanes: what follows from it stays in uniform registers, and lanes need not be gathered again before instructions
+// of a whole warp, several of which it otherwise put into the loop of the warpgroup products (fp8, 16 tokens: 2.68
+// ms a step for 2.90, an H200).
 __device__ __forceinline__ int UniformWarp() {
   return __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpSize, 0);
 }

@@ -1,5 +1,5 @@
-// Where a column of an int8 or fp8 matrix lies in its row on the device: within each 16 columns, word s of the four holds
-// columns 2 s, 8 + 2 s, 2 s + 1, 8 + 2 s + 1. That is what lane s of four brings of 16 of k to a tensor-core
+// Where a column of an int8 or fp8 matrix lies in its row on the device: within each 16 columns, word s of the four
+// holds columns 2 s, 8 + 2 s, 2 s + 1, 8 + 2 s + 1. That is what lane s of four brings of 16 of k to a tensor-core
 // instruction, its even and its odd bytes two pairs in order.
 #pragma once
 
