@@ -66,6 +66,11 @@ __device__ __forceinline__ void ConsumerBarrier() {
   asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpSize) : "memory");
 }
 
+// Of those and the warp that makes scales of tokens, which does not wait there.
+inline constexpr int kScalesThreads = (kConsumers + 1) * kWarpSize;
+__device__ __forceinline__ void ScalesWait() { asm volatile("bar.sync 2, %0;" ::"n"(kScalesThreads) : "memory"); }
+__device__ __forceinline__ void ScalesMade() { asm volatile("bar.arrive 2, %0;" ::"n"(kScalesThreads) : "memory"); }
+
 // The ring, as every thread knows it: addresses in shared memory of the slots, and of their barriers: a unit, or sums,
 // are there; its tokens are, in a paced product; all is used up.
 struct Ring {

@@ -172,10 +172,6 @@ struct Consumer {
     }
   }
 
-  static __device__ __forceinline__ void ScalesBarrier() {
-    asm volatile("bar.sync 2, %0;" ::"n"((kConsumers + 1) * kWarpSize) : "memory");
-  }
-
   __device__ void Run() {
     const int last = Begin(shares, share + 1);
     // Only of the last tile is a part elsewhere.
@@ -195,11 +191,11 @@ struct Consumer {
       }
       epilogue.ReadAhead(tile);
       if (unit == last) Add(behind, sums);
-      if (scales_wait) ScalesBarrier();
+      if (scales_wait) ScalesWait();
       scales_wait = false;
       epilogue.Write(tile, sums);
     }
-    if (scales_wait) ScalesBarrier();  // nobody leaves before all have met there
+    if (scales_wait) ScalesWait();  // nobody leaves before all have met there
   }
 };
 
@@ -225,7 +221,7 @@ __device__ __forceinline__ void MakeScales(const GemmParams& p, int rows, TileEn
     const int token = lane + t * kWarpSize;
     if (token < kTokens) end.scales[token] = InverseRms(sums[t], p.w.cols, p.norm_before.eps);
   }
-  asm volatile("bar.arrive 2, %0;" ::"n"((kConsumers + 1) * kWarpSize) : "memory");
+  ScalesMade();
 }
 
 #endif

@@ -162,6 +162,10 @@ int32_t Pack(LinspecCudaContext* context, const LinspecCudaSource* source, const
   if (source->row_begin < 0 || last < 0 || last_row >= matrix->rows || source->cols != matrix->cols) {
     return c.Fail(kLinspecCudaInvalid, "pack: the rows do not fit the matrix");
   }
+  const bool bytes = matrix->type == kLinspecCudaI8 || matrix->type == kLinspecCudaFp8;
+  if (bytes && matrix->cols % 16 != 0) {  // columns change places within each 16 (stored_column.h)
+    return c.Fail(kLinspecCudaUnsupported, "pack: int8 and fp8 need a number of columns that is a multiple of 16");
+  }
   const int64_t row_bytes = source->cols * TypeBytes(source->type);
   const int64_t piece = source->data == nullptr
                             ? source->rows

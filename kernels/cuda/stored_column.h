@@ -13,5 +13,7 @@ __host__ __device__ constexpr int64_t StoredColumn(int64_t column) {
   const int64_t k = column % 16;
   return column - k + k % 8 / 2 * 4 + k % 2 * 2 + k / 8;
 }
+static_assert(StoredColumn(0) == 0 && StoredColumn(8) == 1 && StoredColumn(1) == 2 && StoredColumn(9) == 3);
+static_assert(StoredColumn(16 + 6) == 16 + 12 && StoredColumn(16 + 15) == 16 + 15);
 
 }  // namespace linspec::cuda
