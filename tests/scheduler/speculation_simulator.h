@@ -55,7 +55,15 @@ class SpeculationSimulator {
       const bool alone = Refill(controller, text) || machine_.ahead == 1;
       const std::vector<SpeculationRequest> requests = Describe();
       start_ = alone ? StepStart::kAlone : controller->StaysPlain() ? StepStart::kAhead : StepStart::kWaited;
-      Step(requests, controller->Choose(requests, 1000, start_), controller, &totals);
+      continued_ = !alone && MayContinue(*controller);
+      if (continued_) {
+        start_ = StepStart::kWaited;
+        controller->Continue(static_cast<int>(requests.size()));
+        choices_.resize(requests.size(), choices_.front());
+      } else {
+        choices_ = controller->Choose(requests, 1000, start_);
+      }
+      Step(requests, choices_, controller, &totals);
     }
     return totals;
   }
@@ -72,6 +80,7 @@ class SpeculationSimulator {
     for (int step = 0; step < steps; ++step) {
       const bool alone = Refill(nullptr, text);
       start_ = alone || drafter >= 0 ? StepStart::kAlone : StepStart::kAhead;
+      continued_ = !alone && drafter >= 0 && machine_.drafters[drafter].own_heads;
       const std::vector<SpeculationRequest> requests = Describe();
       std::vector<SpeculationChoice> choices(requests.size());
       for (size_t r = 0; r < requests.size() && drafter >= 0; ++r) {
@@ -122,6 +131,22 @@ class SpeculationSimulator {
       requests.push_back(std::move(description));
     }
     return requests;
+  }
+
+  // As Speculator::DraftsOn.
+  bool MayContinue(const SpeculationController& controller) const {
+    if (machine_.drafts_ahead == 1 || of_all_ == kAnyDrafter || nodes_ < 0.5) return false;
+    return machine_.drafters[of_all_].own_heads && controller.MayContinue(of_all_, choices_.front().trial);
+  }
+
+  // Whom all requests used, and how many nodes were verified for each.
+  void NoteDrafterOfAll(std::span<const SpeculationChoice> choices, int rows) {
+    if (continued_) return;
+    const SpeculationChoice& first = choices.front();
+    const bool all = std::ranges::all_of(
+        choices, [&](const auto& choice) { return choice.nodes > 1 && choice.drafter == first.drafter; });
+    of_all_ = all && !machine_.drafters[first.drafter].free ? first.drafter : kAnyDrafter;
+    nodes_ = static_cast<double>(rows) / static_cast<double>(choices.size()) - 1;
   }
 
   double Uniform() { return std::uniform_real_distribution<double>()(random_); }
@@ -203,8 +228,9 @@ class SpeculationSimulator {
     bool used = false;
     for (size_t r = 0; r < requests.size(); ++r) {
       SpeculationChoice& choice = (*choices)[r];
-      const bool watched = start_ == StepStart::kAhead && r < std::max<size_t>(8, requests.size() / 8);
-      const bool wanted = start_ != StepStart::kAhead && !choice.trial;
+      const bool runs = start_ == StepStart::kAhead || continued_;
+      const bool watched = runs && r < std::max<size_t>(8, requests.size() / 8);
+      const bool wanted = !runs && !choice.trial;
       if (!watched && (!wanted || (!controller->AsksAll(d) && choice.free_trial != d))) continue;
       if (requests[r].max_nodes < 2) continue;
       ++asked;
@@ -222,7 +248,7 @@ class SpeculationSimulator {
     }
     if (asked == 0) return;
     const double ms = drafter.Ms(asked, 1);
-    if (start_ == StepStart::kAhead) return controller->ObserveFree(d, asked, gains, false, 1e-3 * ms);
+    if (start_ == StepStart::kAhead || continued_) return controller->ObserveFree(d, asked, gains, false, 1e-3 * ms);
     drafting->ms += ms;
     drafting->seconds += 1e-3 * ms;
     drafting->expected_seconds += 1e-3 * ms;
@@ -242,7 +268,7 @@ class SpeculationSimulator {
       trial |= choices[r].trial;
     }
     const int contexts = static_cast<int>(drafted.size());
-    if (contexts == 0 || (!trial && !controller->StillPays(d, contexts))) return;
+    if (contexts == 0 || (!trial && !continued_ && !controller->StillPays(d, contexts))) return;
     for (const int r : drafted) {
       int own = 0;
       drafting->trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
@@ -263,10 +289,20 @@ class SpeculationSimulator {
     const double seconds = 1e-3 * ms * Noise();
     drafting->seconds += seconds;
     drafting->expected_seconds += controller->draft_costs(d).Seconds(contexts, levels);
+    if (continued_) {
+      for (const int r : drafted) Cut(&drafting->trees[r], 1 + std::max(1, static_cast<int>(std::lround(nodes_))));
+      return;
+    }
     if (catch_up > DraftCosts::kLongCatchUp * contexts) {
       drafting->reading_seconds += controller->draft_costs(d).PerCatchUpToken() * static_cast<double>(catch_up);
     }
     controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
+  }
+
+  static void Cut(DraftTree* tree, int nodes) {
+    std::vector<bool> keep(tree->num_nodes(), false);
+    std::fill_n(keep.begin(), std::min(nodes, tree->num_nodes()), true);  // the likeliest come first
+    *tree = tree->Keep(keep);
   }
 
   void Step(std::span<const SpeculationRequest> requests, std::vector<SpeculationChoice> choices,
@@ -286,7 +322,8 @@ class SpeculationSimulator {
       if (trees[r].num_nodes() < 2) continue;
       drafting.proposals.push_back({requests[r].sequence_id, choices[r].drafter, choices[r].trial, &trees[r]});
     }
-    if (controller != nullptr) controller->Prune(drafting.proposals, batch, drafting.expected_seconds);
+    if (controller != nullptr && continued_) controller->Expect(drafting.proposals);
+    if (controller != nullptr && !continued_) controller->Prune(drafting.proposals, batch, drafting.expected_seconds);
     int rows = 0, step_tokens = 0;
     for (int r = 0; r < batch; ++r) {
       rows += trees[r].num_nodes();
@@ -301,17 +338,19 @@ class SpeculationSimulator {
           {requests[r].sequence_id, choices[r].drafter, &trees[r], path, running_[r].tokens_left > 0});
     }
     totals->tokens += step_tokens;
+    NoteDrafterOfAll(choices, rows);
+    const double ahead = continued_ ? machine_.drafts_ahead : 1;
     // Noise and drift mislead the controller; what counts is what the steps take without them.
     const double plain_ms = machine_.VerifyMs(batch, batch),
                  verify_ms = machine_.VerifyMs(rows, batch) * (start_ == StepStart::kAhead ? machine_.ahead : 1);
     const double prompts_ms = std::exchange(prompts_ms_, 0), hidden_ms = machine_.hidden_ms * drafting.contexts;
-    const double ms = verify_ms + prompts_ms + drafting.ms + hidden_ms;
+    const double ms = ahead * (verify_ms + drafting.ms) + prompts_ms + hidden_ms;
     totals->ms += ms;
     totals->slowest = std::max(totals->slowest, (verify_ms + drafting.ms) / plain_ms);
     const int64_t prompt_tokens = std::exchange(prompt_tokens_, 0);
     if (controller == nullptr) return;
-    const double seconds = 1e-3 * (verify_ms + prompts_ms) * Noise();
-    const double draft_seconds = drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
+    const double seconds = 1e-3 * (ahead * verify_ms + prompts_ms) * Noise();
+    const double draft_seconds = ahead * drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
     controller->ObserveStep({.rows = rows,
                              .requests = batch,
                              .tokens = static_cast<double>(step_tokens),
@@ -322,7 +361,9 @@ class SpeculationSimulator {
                              .draft_seconds = draft_seconds,
                              .seconds = seconds + draft_seconds,
                              .expected_seconds = drafting.expected_seconds + drafting.reading_seconds +
-                                                 controller->step_costs().Estimate(rows, batch)});
+                                                 controller->step_costs().Estimate(rows, batch),
+                             .drafter_of_all = of_all_,
+                             .ahead = continued_});
   }
 
   // The drafter of at least half of the requests, none of them on trial; -1: none.
@@ -357,8 +398,12 @@ class SpeculationSimulator {
   std::vector<Running> running_;
   uint64_t next_id_ = 1;
   StepStart start_ = StepStart::kAlone;  // of the step under way
-  double speed_ = 0;                     // logarithm
-  double prompts_ms_ = 0;                // of reading the prompts of requests that are new
+  bool continued_ = false;               // it has drafts and runs ahead
+  std::vector<SpeculationChoice> choices_;
+  int of_all_ = kAnyDrafter;
+  double nodes_ = 0;
+  double speed_ = 0;       // logarithm
+  double prompts_ms_ = 0;  // of reading the prompts of requests that are new
   int64_t prompt_tokens_ = 0;
 };
 
