@@ -2,7 +2,10 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <utility>
+
+#include "kernels/cuda/step_buckets.h"
 
 namespace linspec {
 namespace {
@@ -19,13 +22,23 @@ DraftTree TreeOf(std::span<const LinspecCudaTreeNode> nodes) {
 
 }  // namespace
 
-void FollowedSteps::Accepted(const VerifiedBatch& verified, std::span<const std::vector<int32_t>> paths,
-                             std::span<const int32_t> sampled) {
+LinspecCudaFollow FollowedSteps::SizeOf(const SelfDraft& draft) {
+  return {.num_levels = std::min(draft.num_levels, LINSPEC_CUDA_MAX_FOLLOW_CANDIDATES / draft.top_k),
+          .top_k = draft.top_k,
+          .num_rows = std::min(cuda::RowBucket(draft.num_rows), cuda::kMaxGraphRows),
+          .max_nodes = std::min(draft.max_nodes, LINSPEC_CUDA_MAX_FOLLOW_NODES)};
+}
+
+void FollowedSteps::Started(const VerifyBatch& batch) {
+  if (batch.num_requests() > 0) slots_ = batch.slots;
+}
+
+void FollowedSteps::Accepted(const VerifiedBatch& verified, std::span<const std::vector<int32_t>> paths) {
   expected_.assign(paths.size(), {});
   for (size_t r = 0; r < paths.size(); ++r) {
     if (paths[r].empty()) continue;
     expected_[r] = {.length = verified.lengths[r] + std::ssize(paths[r]),
-                    .root = sampled[verified.batch.row_starts[r] + paths[r].back()]};
+                    .root = sampled_[verified.batch.row_starts[r] + paths[r].back()]};
   }
 }
 

@@ -14,11 +14,13 @@ namespace linspec {
 
 class FollowedSteps {
  public:
-  // A step that follows `batch` was started.
-  void Started(const VerifyBatch& batch) { slots_ = batch.slots; }
-  // What the engine accepted of that batch: paths as for Model::Commit, and the token chosen after each row.
-  void Accepted(const VerifiedBatch& verified, std::span<const std::vector<int32_t>> paths,
-                std::span<const int32_t> sampled);
+  static LinspecCudaFollow SizeOf(const SelfDraft& draft);
+  // A step that follows `batch` was started; empty: one that follows the last such step.
+  void Started(const VerifyBatch& batch);
+  // The token chosen after each row of the step that is followed.
+  void Finished(std::span<const int32_t> sampled) { sampled_.assign(sampled.begin(), sampled.end()); }
+  // What the engine accepted of it: paths as for Model::Commit.
+  void Accepted(const VerifiedBatch& verified, std::span<const std::vector<int32_t>> paths);
   // The trees of the step that followed, with lengths of its slots. INTERNAL: no trees, or roots and lengths other than
   // by Accepted, of requests that went on.
   absl::Status Read(const LinspecCudaVerifyResult& result, VerifiedBatch* verified);
@@ -31,7 +33,7 @@ class FollowedSteps {
     int64_t length = -1;  // -1: the request ended
     int32_t root = 0;
   };
-  std::vector<int32_t> slots_;
+  std::vector<int32_t> slots_, sampled_;
   std::vector<Expected> expected_;
   std::vector<DraftTree> trees_, drafts_;
 };

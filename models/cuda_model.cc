@@ -6,7 +6,6 @@
 #include <atomic>
 #include <utility>
 
-#include "kernels/cuda/step_buckets.h"
 #include "models/cuda_capacity.h"
 #include "models/cuda_followed.h"
 #include "models/cuda_memory.h"
@@ -90,8 +89,7 @@ class CudaModel final : public Model {
   bool drafted_ = false;   // the last of them has trees that the device makes
   bool followed_ = false;  // and the one ahead of it is not committed
   FollowedSteps followed_steps_;
-  std::vector<int32_t> sampled_;  // of the step finished last, if it is followed
-  std::vector<float> logits_;     // of Extend's new rows, and of Unembed
+  std::vector<float> logits_;  // of Extend's new rows, and of Unembed
 
   // For device_stats, which any thread may call. Seconds and bytes.
   std::atomic<double> verify_s_ = 0, prefill_s_ = 0;
@@ -290,18 +288,15 @@ absl::Status CudaModel::StartNext(StatePool* pool) {
 }
 
 absl::Status CudaModel::StartDrafted(const SelfDraft& draft, StatePool* /*pool*/) {
-  const bool first = verified_.batch.num_requests() > 0;  // else it follows one that was drafted and is not read yet
-  if (!first && !drafted_) return absl::InternalError("only a batch that was verified can be followed");
-  const LinspecCudaFollow follow{
-      .num_levels = std::min(draft.num_levels, LINSPEC_CUDA_MAX_FOLLOW_CANDIDATES / draft.top_k),
-      .top_k = draft.top_k,
-      .num_rows = std::min(cuda::RowBucket(draft.num_rows), cuda::kMaxGraphRows),
-      .max_nodes = std::min(draft.max_nodes, LINSPEC_CUDA_MAX_FOLLOW_NODES)};
+  if (verified_.batch.num_requests() == 0 && !drafted_) {
+    return absl::InternalError("only a batch that was verified can be followed");
+  }
+  const LinspecCudaFollow follow = FollowedSteps::SizeOf(draft);
   const int32_t code = device_->api().verify_follow(model_, draft.heads->cuda(), &follow);
   if (absl::Status started = device_->Check(code, "verify"); !started.ok()) return started;
   ++num_in_flight_;
   followed_ = drafted_ = true;
-  if (first) followed_steps_.Started(verified_.batch);
+  followed_steps_.Started(verified_.batch);
   return absl::OkStatus();
 }
 
@@ -324,7 +319,7 @@ absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   if (result.logits != nullptr) out.logits = {result.logits, rows * config_.vocab_size};
   if (result.hidden != nullptr) out.hidden = {result.hidden, rows * config_.hidden_size};
   if (result.sampled != nullptr) out.sampled = {result.sampled, rows};
-  if (followed_) sampled_.assign(out.sampled.begin(), out.sampled.end());
+  if (followed_) followed_steps_.Finished(out.sampled);
   if (num_in_flight_ > 0 && !followed_) verified_.batch.Advance(out.sampled);
   return out;
 }
@@ -363,7 +358,7 @@ absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const S
 absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
   if (std::exchange(followed_, false)) {  // the device has committed what it accepted
     if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
-    followed_steps_.Accepted(verified_, paths, sampled_);
+    followed_steps_.Accepted(verified_, paths);
     for (size_t r = 0; r < paths.size(); ++r) {
       if (!paths[r].empty()) pool->set_length(batch.slots[r], verified_.lengths[r] + std::ssize(paths[r]));
     }

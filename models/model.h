@@ -138,7 +138,7 @@ class Model {
   // nor hidden states wanted. FinishVerify then gives the results of the first; the second is finished, committed or
   // followed by a third like any other. An error leaves the first to be finished, with its roots committed or not.
   virtual absl::Status StartNext(StatePool* pool);
-  // Likewise for trees: walks each tree along the tokens that are chosen, commits that, drafts behind it with the heads,
+  // Likewise for trees: walks each along the tokens that are chosen, commits that, drafts behind it with the heads,
   // and starts a step of the trees that come of it, each cut where its slot's group ends. The rows of a request are
   // chosen as its first row was, but for positions. FinishVerify gives the results of the first; Commit then only tells
   // the model what the engine accepted of it, which has to be what the model did itself: else the second fails. An

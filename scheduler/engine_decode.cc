@@ -48,8 +48,8 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
   Complete(plan, std::move(trees), model_->StartVerify(batch_, *pool_), times, stats);
 }
 
-// The step was started before the one ahead of it was read. Who ended since has a row that is dropped. Of a step without
-// drafts the speculator hears nothing then, since its cost is that of other requests.
+// The step was started before the one ahead of it was read. Who ended since has a row that is dropped; without drafts
+// the speculator does not hear of such a step, whose cost is that of other requests.
 void EngineCore::DecodeAhead(StepStats* stats) {
   const bool drafted = std::exchange(ahead_, Ahead::kNothing) == Ahead::kDrafted;
   DropFinished();

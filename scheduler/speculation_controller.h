@@ -116,10 +116,10 @@ class SpeculationController {
   bool StaysPlain() const;
   // Whether a drafter that costs nothing is to be asked for all requests of the step, not only for those that try it.
   bool AsksAll(int drafter) const { return WorthWaiting(drafter, start_ == StepStart::kAlone ? 0 : saved_ahead_); }
-  // Whether the run goes on, so that the next step may be drafted as this one is, without being chosen; and that it was.
-  // Not where drafters that cost nothing bring more than waiting costs. trial: this step is of one.
+  // Whether the run goes on, so that the next step may be drafted as this one is without being chosen. Not where
+  // drafters that cost nothing bring more than waiting costs. trial: this step is of one.
   bool MayContinue(int drafter, bool trial) const;
-  void Continue(int num_requests);
+  void Continue(int num_requests);  // in place of Choose
   // Of a step that was continued: tokens that its trees are expected to bring, roots not counted.
   double Expect(std::span<const SpeculationProposal> proposals);
   const AheadCosts& ahead_costs(int drafter) const { return drafters_[drafter].ahead; }

@@ -60,8 +60,8 @@ class StepCosts {
   double noise_ = 0.01;  // variance of a step's log seconds
 };
 
-// What steps with drafts take that run ahead of the host beside those that wait for it, and how many of a drafter's steps
-// do.
+// What steps with drafts take that run ahead of the host beside those that wait for it, and how many of a drafter's
+// steps do.
 class AheadCosts {
  public:
   // Of a step whose requests all used the drafter. waiting: seconds that it takes if it waits.

@@ -137,6 +137,7 @@ void Speculator::StartStep() {
   asked_any_ = continued_ = false;
   draft_seconds_ = reading_seconds_ = progress_ = 0;
   catch_up_ = 0;
+  proposed_nodes_ = 0;
   drafter_of_all_ = kAnyDrafter;
 }
 
@@ -249,6 +250,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     if (depth > deepest) tree = tree.CutBelow(deepest);
     trees[i] = std::move(tree);
     if (free) continue;
+    proposed_nodes_ += trees[i].num_nodes() - 1;
     const bool cut_short = depth >= std::min(contexts[i].max_levels, deepest);
     controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].trial, &trees[i], cut_short});
   }

@@ -109,6 +109,7 @@ class Speculator {
     int64_t catch_up;
     double seconds;
   };
+  int proposed_nodes_ = 0;      // by drafters that cost something, in the step under way
   bool asked_any_ = false;      // in the step under way
   double draft_seconds_ = 0;    // spent on drafts, then
   double reading_seconds_ = 0;  // expected of drafters that read what they had not seen, then

@@ -19,6 +19,7 @@ void Speculator::NoteDrafterOfAll(std::span<const DraftTree> trees) {
   };
   if (choices_.empty() || !std::ranges::all_of(choices_, uses)) return;
   drafter_of_all_ = choices_.front().drafter;
+  if (proposed_nodes_ == 0) return;  // before a request's first step there is nothing to draft from
   double nodes = 0;
   for (const DraftTree& tree : trees) nodes += tree.num_nodes() - 1;
   double& average = nodes_[drafter_of_all_];

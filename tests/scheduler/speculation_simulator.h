@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "scheduler/speculation_controller.h"
+#include "tests/scheduler/simulated_drafts.h"
 #include "tests/scheduler/simulated_machine.h"
 
 namespace linspec {
@@ -149,68 +150,6 @@ class SpeculationSimulator {
     nodes_ = static_cast<double>(rows) / static_cast<double>(choices.size()) - 1;
   }
 
-  double Uniform() { return std::uniform_real_distribution<double>()(random_); }
-
-  // A chain and other guesses beside each of its nodes. levels: computed.
-  DraftTree Draft(const SimulatedDrafter& drafter, double quality, const SpeculationChoice& choice, int* levels) {
-    struct Node {
-      double stated, truth;
-      int parent;
-    };
-    std::vector<Node> nodes = {{1, 1, -1}};
-    double path = 1, mean = quality;
-    int parent = 0;
-    *levels = 0;
-    for (int level = 0; level < std::min({drafter.depth, choice.nodes - 1, choice.max_levels});
-         ++level, mean *= drafter.decay) {
-      if (level > 0 && path * 0.65 < choice.min_level_probability) break;
-      ++*levels;
-      const double spread = 0.9 * std::min(mean, 1 - mean);
-      const double p = mean + spread * (2 * Uniform() - 1);
-      const double stated =
-          drafter.stated > 0 ? drafter.stated : std::pow(p, 0.7);  // drafters are too sure of themselves
-      const int above = parent;
-      if (path * stated < choice.min_probability) break;
-      parent = static_cast<int>(nodes.size());
-      nodes.push_back({path * stated, p, above});
-      for (int s = 0; s < drafter.siblings; ++s) {
-        const double share = std::pow(0.5, s + 1);
-        if (path * (1 - stated) * share >= choice.min_probability) {
-          nodes.push_back({path * (1 - stated) * share, 0.8 * (1 - p) * share, above});
-        }
-      }
-      path *= stated;
-    }
-    std::vector<int> order;
-    for (size_t i = 1; i < nodes.size(); ++i) order.push_back(static_cast<int>(i));
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return nodes[a].stated > nodes[b].stated; });
-    order.resize(std::min<size_t>(order.size(), choice.nodes - 1));
-    DraftTree tree = DraftTree::Root(0);
-    tree.probabilities = {1.0f};
-    std::vector<int> place(nodes.size(), 0);
-    for (const int i : order) {
-      place[i] = tree.Add(static_cast<int32_t>(std::lround(1e6 * nodes[i].truth)), place[nodes[i].parent]);
-      tree.probabilities.push_back(static_cast<float>(nodes[i].stated));
-    }
-    return tree;
-  }
-
-  // A node's token says how likely it is, in millionths, so that this survives pruning.
-  std::vector<int32_t> Walk(const DraftTree& tree) {
-    std::vector<int32_t> path = {0};
-    for (bool moved = true; moved;) {
-      moved = false;
-      double draw = 1e6 * Uniform();
-      for (int child = path.back() + 1; child < tree.num_nodes() && !moved; ++child) {
-        if (tree.parents[child] != path.back()) continue;
-        moved = draw < tree.tokens[child];
-        draw -= tree.tokens[child];
-        if (moved) path.push_back(child);
-      }
-    }
-    return path;
-  }
-
   // What a step spends on drafts; seconds: as the controller sees it, but for what is hidden.
   struct Drafting {
     std::vector<DraftTree> trees;
@@ -235,7 +174,8 @@ class SpeculationSimulator {
       if (requests[r].max_nodes < 2) continue;
       ++asked;
       int levels = 0;
-      DraftTree tree = Draft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels);
+      DraftTree tree =
+          SimulateDraft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels, &random_);
       if (tree.num_nodes() < 2) continue;
       const double gain = controller->Gain({requests[r].sequence_id, d, false, &tree}) - choice.gain;
       const bool trial = gain <= 0 && choice.free_trial == d;
@@ -271,7 +211,7 @@ class SpeculationSimulator {
     if (contexts == 0 || (!trial && !continued_ && !controller->StillPays(d, contexts))) return;
     for (const int r : drafted) {
       int own = 0;
-      drafting->trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
+      drafting->trees[r] = SimulateDraft(drafter, (*running_[r].text)[d], choices[r], &own, &random_);
       levels = std::max(levels, own);
       catch_up += requests[r].catch_up_tokens[d];
       running_[r].unseen[d] = 0;
@@ -299,12 +239,6 @@ class SpeculationSimulator {
     controller->draft_costs(d).Observe(contexts, levels, catch_up, seconds);
   }
 
-  static void Cut(DraftTree* tree, int nodes) {
-    std::vector<bool> keep(tree->num_nodes(), false);
-    std::fill_n(keep.begin(), std::min(nodes, tree->num_nodes()), true);  // the likeliest come first
-    *tree = tree->Keep(keep);
-  }
-
   void Step(std::span<const SpeculationRequest> requests, std::vector<SpeculationChoice> choices,
             SpeculationController* controller, Totals* totals) {
     const int batch = static_cast<int>(requests.size());
@@ -327,7 +261,7 @@ class SpeculationSimulator {
     int rows = 0, step_tokens = 0;
     for (int r = 0; r < batch; ++r) {
       rows += trees[r].num_nodes();
-      const std::vector<int32_t> path = Walk(trees[r]);
+      const std::vector<int32_t> path = SimulateWalk(trees[r], &random_);
       const int tokens = std::min<int>(static_cast<int>(path.size()), running_[r].tokens_left);
       step_tokens += tokens;
       totals->drafts += trees[r].num_nodes() > 1;
@@ -383,7 +317,7 @@ class SpeculationSimulator {
   double Noise() {
     std::normal_distribution<double> normal;
     speed_ = std::clamp(speed_ + machine_.drift * normal(random_), -0.7, 0.7);
-    return std::exp(speed_ + machine_.noise * normal(random_)) * (Uniform() < machine_.interruptions ? 3 : 1);
+    return std::exp(speed_ + machine_.noise * normal(random_)) * (Uniform(&random_) < machine_.interruptions ? 3 : 1);
   }
 
  public:
