@@ -257,7 +257,7 @@ typedef struct LinspecCudaApi {
   // other call but verify_finish may come before both are finished, or, after the first, verify_next again.
   int32_t (*verify_next)(LinspecCudaModel*);
   // Likewise, for any trees with sampling and without logits, of at most LINSPEC_CUDA_MAX_FOLLOW_TASKS tasks: walks
-  // each tree along the tokens that were chosen, commits what that accepts, drafts behind it with the heads of this model,
+  // each tree along the tokens that were chosen, commits what that accepts, drafts behind it with heads of this model,
   // and starts a step of the trees that come of it, whose tasks and rows its result tells. All rows of a task are
   // chosen like its first row was, by the same edits. A tree ends with the slot's open group. May be followed again.
   int32_t (*verify_follow)(LinspecCudaModel*, LinspecCudaDrafter*, const LinspecCudaFollow*);
