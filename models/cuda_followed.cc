@@ -42,7 +42,7 @@ void FollowedSteps::Accepted(const VerifiedBatch& verified, std::span<const std:
   }
 }
 
-absl::Status FollowedSteps::Read(const LinspecCudaVerifyResult& result, VerifiedBatch* verified) {
+absl::Status FollowedSteps::Read(const LinspecCudaVerifyResult& result, int64_t vocab_size, VerifiedBatch* verified) {
   const std::vector<Expected> expected = std::exchange(expected_, {});
   *verified = {};
   trees_.clear();
@@ -61,6 +61,7 @@ absl::Status FollowedSteps::Read(const LinspecCudaVerifyResult& result, Verified
     }
     trees_.push_back(TreeOf({nodes, static_cast<size_t>(task.num_rows)}));
     drafts_.push_back(TreeOf({nodes, static_cast<size_t>(task.reserved)}));
+    if (absl::Status tree = drafts_.back().Validate(vocab_size); !tree.ok()) return absl::InternalError(tree.message());
     verified->batch.Add(slots_[r], trees_.back());
     verified->lengths.push_back(task.length);
   }

@@ -23,7 +23,7 @@ class FollowedSteps {
   void Accepted(const VerifiedBatch& verified, std::span<const std::vector<int32_t>> paths);
   // The trees of the step that followed, with lengths of its slots. INTERNAL: no trees, or roots and lengths other than
   // by Accepted, of requests that went on.
-  absl::Status Read(const LinspecCudaVerifyResult& result, VerifiedBatch* verified);
+  absl::Status Read(const LinspecCudaVerifyResult& result, int64_t vocab_size, VerifiedBatch* verified);
   // As in VerifyResult.
   std::span<const DraftTree> trees() const { return trees_; }
   std::span<const DraftTree> drafts() const { return drafts_; }

@@ -310,7 +310,7 @@ absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   prefill_s_ = prefill_s_ + result.prefill_ms * 1e-3;
   VerifyResult out;
   if (result.tasks != nullptr) {
-    if (status = followed_steps_.Read(result, &verified_); !status.ok()) return status;
+    if (status = followed_steps_.Read(result, config_.vocab_size, &verified_); !status.ok()) return status;
     out.trees = followed_steps_.trees();
     out.drafts = followed_steps_.drafts();
     num_rows_ = verified_.batch.num_rows();

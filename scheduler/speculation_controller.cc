@@ -150,10 +150,10 @@ void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
       state.record.worth += booking.worth;
       state.record.expected_worth += state.stated_gain * std::max(booking.cost - reading, booking.cost / 2);
     }
-  }
-  if (outcome.drafter_of_all != kAnyDrafter && outcome.prompt_tokens == 0) {
-    drafters_[outcome.drafter_of_all].ahead.Observe(num_requests_, outcome.ahead, outcome.seconds,
-                                                    outcome.expected_seconds);
+    if (outcome.drafter_of_all != kAnyDrafter && outcome.prompt_tokens == 0) {
+      drafters_[outcome.drafter_of_all].ahead.Observe(num_requests_, outcome.ahead, outcome.seconds,
+                                                      outcome.expected_seconds);
+    }
   }
   const bool changed = std::exchange(drafted_before_, drafting_) != drafting_;
   if (outcome.ahead) return;

@@ -43,8 +43,7 @@ class Speculator {
   // How the model may draft the next step of the same sequences itself, in place of Propose: where all of them use one
   // drafter, whose heads it has, and go on doing so. Nothing: it may not.
   std::optional<SelfDraft> DraftsOn(const Model& model, std::span<Sequence* const> sequences, int max_draft_rows) const;
-  // In place of Propose, of that step; and, when it was read, its trees, and
-  // what those were taken from.
+  // In place of Propose, of that step; and, when it was read, its trees, and what those were taken from.
   void Continue(std::span<Sequence* const> sequences, std::span<const int> deepest, StepStats* stats);
   void ObserveTrees(std::span<Sequence* const> sequences, std::span<DraftTree> trees, std::span<DraftTree> drafts,
                     StepStats* stats);

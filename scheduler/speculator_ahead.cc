@@ -56,6 +56,7 @@ void Speculator::Continue(std::span<Sequence* const> sequences, std::span<const 
   choices_.assign(sequences.size(), choice);
   drafter_of_all_ = drafter;
   continued_ = true;
+  asked_[drafter] = step_;  // its caches are warm
   if (!options_.calibrate || sequences.empty()) return;
   controller_.Continue(static_cast<int>(sequences.size()));
   WatchFreeDrafters(sequences, Describe(sequences, deepest), stats);

@@ -120,10 +120,9 @@ bool WarmUpRun::DraftLevels(Drafter* drafter, int contexts, int new_tokens, int 
 
 absl::Status WarmUpRun::DraftAhead(const Drafter& drafter, int contexts, int last_level) {
   const DraftHeads heads = drafter.heads();
-  if (!options_.run_ahead || heads.heads == nullptr || !model_->CanDraftWith(*heads.heads, contexts))
-    return absl::OkStatus();
+  const bool can = heads.heads != nullptr && model_->CanDraftWith(*heads.heads, contexts);
   AcquireSlots(contexts);
-  if (std::ssize(slots_) < contexts) return absl::OkStatus();
+  if (!options_.run_ahead || !can || std::ssize(slots_) < contexts) return absl::OkStatus();
   VerifyBatch roots;
   for (int r = 0; r < contexts; ++r) roots.Add(slots_[r].id(), DraftTree::Root(0));
   roots.sampling.resize(contexts);
