@@ -341,10 +341,11 @@ int main(int argc, char** argv) {
     SpeculationChangesNothing(bundled, device, {.requests = 3, .tokens = 24, .plain = true});
     return Finish("cuda_draft_test");
   }
-  for (const bool plain : {false, true}) {
-    for (const int requests : {1, 4, 16, 48}) {
-      SpeculationChangesNothing(bundled, device, {requests, requests > 8 ? 60 : 300, plain});
-    }
+  for (const int requests : {4, 16}) {
+    SpeculationChangesNothing(bundled, device, {requests, requests > 8 ? 60 : 300, /*plain=*/false});
+  }
+  for (const int requests : {1, 3, 16, 48}) {
+    SpeculationChangesNothing(bundled, device, {requests, requests > 8 ? 60 : 300, /*plain=*/true});
   }
   return Finish("cuda_draft_test");
 }
