@@ -41,8 +41,11 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/cluster.h"
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/gemm_wgmma_consumer.h"
+#include "kernels/cuda/gemm_wgmma_pair.h"
+#include "kernels/cuda/gemm_wgmma_tall.h"
 
 namespace linspec::cuda {
 namespace {
@@ -64,21 +67,88 @@ __global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads + (kNorms ? kWa
   const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = UniformWarp();
   const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) {
-      BarrierInit(ring.full(i), 1);
-      BarrierInit(ring.tokens(i), 1);
-      BarrierInit(ring.empty(i), kConsumers * kWarpSize);
-    }
+    MakeRing<Unit>(ring);
     BarrierMade();
   }
   __syncthreads();
   GridLaunchDependents();
   if (warp < kConsumers) {
-    Consumer<kType, kTokens, kNorms>{p, rows, share, shares, workspace, ring, end}.Run();
+    Consumer<kType, kTokens, kNorms>{{ring}, p, rows, share, shares, workspace, end}.Run();
   } else if (warp < Unit::kThreads / kWarpSize) {
-    Producer<Unit>{weights, tokens, shares, workspace, ring, share}.Run(warp - kConsumers);
+    const ShareUnits units(shares, share);
+    Turn turn;
+    if (threadIdx.x % kWarpSize == 0) {
+      turn = Producer<Unit, ShareUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
+    }
+    __syncwarp();
+    if (warp > kConsumers) return;
+    GridWait();
+    OrderSums<Unit>(shares, share, workspace, ring, turn);
   } else {
-    MakeScales<kTokens>(p, rows, end);
+    MakeScales<kTokens>(p, rows, end.scales);
+  }
+#endif
+}
+
+// y += x w^T, and what a norm behind wants, by pairs of blocks (gemm_wgmma_pair.h).
+template <int kType, int kTokens>
+__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kPair>::kThreads)
+    WgmmaPairKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
+                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Unit = Unit<kType, kTokens, Form::kPair>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
+  __shared__ __align__(16) PairEnd<kTokens> end;
+  const int rank = static_cast<int>(blockIdx.x) % kPairBlocks, warp = UniformWarp();
+  const PairUnits units(depth, static_cast<int>(blockIdx.x) / kPairBlocks, rank);
+  const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
+  if (threadIdx.x == 0) {
+    MakeRing<Unit>(ring);
+    BarrierInit(&end.there, 1);
+    BarrierMade();
+    BarrierExpect(&end.there, PairEnd<kTokens>::kBytes);
+  }
+  Cluster().Sync();  // also: the other block, into whose memory this one writes, runs
+  GridLaunchDependents();
+  if (warp < kConsumers) {
+    PairConsumer<kType, kTokens>{{ring}, p, rows, rank, units, end}.Run(warp / (kConsumers / kGroups));
+  } else if (threadIdx.x % kWarpSize == 0) {
+    Producer<Unit, PairUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
+  }
+#endif
+}
+
+// silu(gate) * up, a tile a block (gemm_wgmma_tall.h).
+template <int kType, int kTokens>
+__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kTall>::kThreads + kWarpSize)
+    WgmmaTallKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
+                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int height,
+                    const int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Unit = Unit<kType, kTokens, Form::kTall>;
+  using Consumer = TallConsumer<kType, kTokens>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
+  __shared__ float scales[kTokens];
+  const int warp = UniformWarp();
+  const TallUnits units{static_cast<int>(blockIdx.x), height, depth};
+  const uint32_t misaligned = SharedAddress(shared) % 1024;
+  uint8_t* const buffers = shared + (misaligned == 0 ? 0 : 1024 - misaligned);
+  const Ring ring{SharedAddress(buffers), SharedAddress(barriers), stages};
+  if (threadIdx.x == 0) {
+    MakeRing<Unit>(ring);
+    BarrierMade();
+  }
+  __syncthreads();
+  GridLaunchDependents();
+  if (warp < Unit::kBlockWarps) {
+    auto& sums = *reinterpret_cast<typename Consumer::Sums*>(buffers);
+    Consumer{{ring}, p, rows, units, scales, sums}.Run();
+  } else if (warp == Unit::kThreads / kWarpSize) {
+    MakeScales<kTokens, Unit::kBlockWarps>(p, rows, scales);
+  } else if (threadIdx.x % kWarpSize == 0) {
+    Producer<Unit, TallUnits>{weights, tokens, units, ring}.Run(warp - Unit::kBlockWarps);
   }
 #endif
 }
@@ -127,34 +197,149 @@ Workspace WorkspaceAt(void* of_products) {
   return {.left = reinterpret_cast<unsigned*>(at), .sums = reinterpret_cast<float4*>(at + kLeftBytes)};
 }
 
+// Of a pair's block in shared memory; what the tile's end takes there grows with the tokens.
+constexpr int kPairRingBytes = 205 << 10, kPairRingBytes8Bit = 148 << 10, kPairRingBytes64 = 178 << 10;
+constexpr int kTallRingBytes = 224 << 10, kTallRingBytes8Bit = 148 << 10;
+
+template <typename Unit>
+constexpr int PairStages() {
+  constexpr int kBytes = (Unit::kTokens > 32 ? kPairRingBytes64
+                          : Unit::kWidens    ? kPairRingBytes8Bit
+                                             : kPairRingBytes) -
+                         1024;
+  return std::min(kBytes / Unit::kBytes, Unit::kMostStages);
+}
+
+// Pairs of blocks that run at once: those of any product, whose rings all leave a multiprocessor to one.
+int FindPairs() {
+  using Unit = Unit<kLinspecCudaBf16, 64, Form::kPair>;
+  constexpr int kShared = PairStages<Unit>() * Unit::kBytes + 1024;
+  const auto kernel = &WgmmaPairKernel<kLinspecCudaBf16, 64>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kPairBlocks, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kPairBlocks;
+  config.blockDim = Unit::kThreads;
+  config.dynamicSmemBytes = kShared;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int pairs = 0;
+  if (cudaOccupancyMaxActiveClusters(&pairs, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return pairs;
+}
+
+int MostPairs() {
+  static const int pairs = FindPairs();
+  return pairs;
+}
+
+// Whether a tile of 128 rows has four shares: blocks of their own that keep nine tenths of the chip busy, and that few
+// tokens take by pairs of blocks. By the shape and the chip alone.
+bool HasFourShares(const LinspecCudaMatrix& w, int depth) {
+  const int64_t blocks = w.rows / kUnitRows * kPairSums;
+  return w.rows % kUnitRows == 0 && depth >= kPairSums && blocks * 10 >= CurrentDevice().processors * 9 &&
+         blocks <= std::min<int64_t>(MostPairs() * kPairBlocks, kMaxBlocks);
+}
+
+template <int kType, int kTokens>
+struct Maps {
+  CUtensorMap weights, tokens;
+  bool described;
+  Maps(const GemmParams& p, int rows, int unit_rows)
+      : described(Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, unit_rows, &weights) &&
+                  Describe(false, p.x, rows, p.w.cols, kTokens, &tokens)) {}
+  // None, which no launch can have, without them: the caller finds the error where it looks for all others.
+  int Blocks(int blocks) const { return described ? blocks : 0; }
+};
+
 template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
   constexpr int kBytes =
       (kTokens > 64 || Unit::kPaced ? kLargeRingBytes : kRingBytes) - 1024;  // from a multiple of 1,024 on
-  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
-  constexpr int kFit = kBytes / Unit::kBytes, kStages = std::min(kFit, kMost);
+  constexpr int kStages = std::min(kBytes / Unit::kBytes, Unit::kMostStages);
   constexpr int kShared = kStages * Unit::kBytes + 1024;
   static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
   const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
   const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;
-  CUtensorMap weights, tokens;
-  const bool described = Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, kUnitRows, &weights) &&
-                         Describe(false, p.x, rows, p.w.cols, kTokens, &tokens);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
-  if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
-  LaunchOverlapped(kernel, blocks, Unit::kThreads + (norms ? kWarpSize : 0), kShared, stream, 1, weights, tokens, p,
-                   rows, kStages, WorkspaceAt(p.workspace));
+  const Shares whole(p.w, Unit::kDepth, 1);
+  const int blocks = HasFourShares(p.w, whole.depth) ? whole.total / whole.depth * kPairSums
+                                                     : std::min({whole.total, CurrentDevice().processors, kMaxBlocks});
+  const Maps<kType, kTokens> maps(p, rows, kUnitRows);
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads + (norms ? kWarpSize : 0), kShared, stream, 1,
+                   maps.weights, maps.tokens, p, rows, kStages, WorkspaceAt(p.workspace));
+}
+
+template <int kType, int kTokens>
+void LaunchPairs(const GemmParams& p, int rows, cudaStream_t stream) {
+  using Unit = Unit<kType, kTokens, Form::kPair>;
+  constexpr int kStages = PairStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
+  static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
+  const auto kernel = &WgmmaPairKernel<kType, kTokens>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const Maps<kType, kTokens> maps(p, rows, kGroupRows);
+  const int blocks = static_cast<int>(p.w.rows / kGroupRows) * kPairBlocks;
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads, kShared, stream, kPairBlocks, maps.weights, maps.tokens,
+                   p, rows, Shares(p.w, Unit::kDepth, 1).depth, kStages);
+}
+
+template <typename Unit>
+constexpr int TallStages() {
+  return (Unit::kTokens <= 32 && Unit::kWidens ? kTallRingBytes8Bit : kTallRingBytes) / Unit::kBytes;
+}
+
+// Rows of a tile where each block has one, 0 if that is not to be: the tile would not be tall enough or too tall, or a
+// tenth of the chip idle.
+int TallHeight(const LinspecCudaMatrix& w) {
+  const int64_t processors = CurrentDevice().processors, slices = (w.rows + kTileRows - 1) / kTileRows;
+  const int64_t height = (slices + processors - 1) / processors * kTileRows;
+  const bool busy = (w.rows + height - 1) / height * 10 >= processors * 9;
+  return height > kUnitRows && height <= kTallRows && busy ? static_cast<int>(height) : 0;
+}
+
+template <int kType, int kTokens>
+void LaunchTall(const GemmParams& p, int rows, cudaStream_t stream) {
+  using Unit = Unit<kType, kTokens, Form::kTall>;
+  constexpr int kStages = TallStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
+  static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
+  static_assert(kTokens * (kTallRows + 4) * sizeof(float) <= kStages * Unit::kBytes);
+  const auto kernel = &WgmmaTallKernel<kType, kTokens>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const int height = TallHeight(p.w);
+  const Maps<kType, kTokens> maps(p, rows, height);
+  const int blocks = static_cast<int>((p.w.rows + height - 1) / height);
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads + kWarpSize, kShared, stream, 1, maps.weights,
+                   maps.tokens, p, rows, Shares(p.w, Unit::kDepth, 1).depth, height, kStages);
+}
+
+bool IsTall(const GemmParams& p) { return p.silu_mul && TallHeight(p.w) != 0; }
+
+// In the form that suits.
+template <int kType, int kTokens>
+void LaunchTokens(const GemmParams& p, int rows, cudaStream_t stream) {
+  if (IsTall(p)) return LaunchTall<kType, kTokens>(p, rows, stream);
+  if constexpr (kTokens <= 64) {
+    const bool adds = p.accumulate && p.norm_before.squares == nullptr;
+    if (adds && HasFourShares(p.w, Shares(p.w, Unit<kType, kTokens>::kDepth, 1).depth)) {
+      return LaunchPairs<kType, kTokens>(p, rows, stream);
+    }
+  }
+  Launch<kType, kTokens>(p, rows, stream);
 }
 
 template <int kType>
 void LaunchPass(const GemmParams& p, int rows, cudaStream_t stream) {
-  if (rows <= 8) return Launch<kType, 8>(p, rows, stream);
-  if (rows <= 16) return Launch<kType, 16>(p, rows, stream);
-  if (rows <= 32) return Launch<kType, 32>(p, rows, stream);
-  if (rows <= 64) return Launch<kType, 64>(p, rows, stream);
-  return Launch<kType, 128>(p, rows, stream);
+  if (rows <= 8) return LaunchTokens<kType, 8>(p, rows, stream);
+  if (rows <= 16) return LaunchTokens<kType, 16>(p, rows, stream);
+  if (rows <= 32) return LaunchTokens<kType, 32>(p, rows, stream);
+  if (rows <= 64) return LaunchTokens<kType, 64>(p, rows, stream);
+  return LaunchTokens<kType, 128>(p, rows, stream);
 }
 
 void LaunchPassOfType(const GemmParams& p, int rows, cudaStream_t stream) {
@@ -182,7 +367,7 @@ void SkipRows(RopeRows& rope, int64_t rows) {
 
 int64_t WgmmaGemmWorkspaceBytes() { return kLeftBytes + kSumsBytes; }
 
-bool WgmmaGemmTurnsHeads(const RopeRows& rope) { return rope.head_dim == kUnitRows; }
+bool WgmmaGemmTurnsHeads(int head_dim) { return head_dim == kUnitRows; }
 
 bool WgmmaGemmRuns() { return UsableEncode() != nullptr; }
 
