@@ -1,47 +1,53 @@
 // Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of
 // shared memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
-// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers on the way (gemm_wgmma_consumer.h).
+// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers (gemm_wgmma_multiply.h).
 //
-// The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block gets the same number of
-// consecutive units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in
-// order of k by the block that holds its beginning, as its last work; the others leave their sums in the workspace as
-// their first, and these come through the ring like weights. The cuts depend on the shape and the chip alone and the
-// columns of an instruction do not mix: a row has the same bits beside any other rows. RMSNorms can ride along on both
-// sides (launch.h), which saves two launches a layer.
+// A product has one of three forms, by its matrix, epilogue and chip alone:
+// - Pairs (gemm_wgmma_pair.h), for sums that are added to y: a cluster of two blocks has a tile of 64 rows to itself
+//   and the sums meet in its shared memory, 1 us after the last multiplication. It takes a matrix of which 128 to 132
+//   such blocks, or so, make one wave (4,096 rows), and up to 64 tokens; more have the same bits from shares.
+// - Tall tiles (gemm_wgmma_tall.h), for silu(gate) * up: a block has up to 192 rows and all of k, no sums are exchanged.
+// - Shares, everything else. The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block
+//   gets the same number of consecutive units, so that no multiprocessor idles whatever the shape. A tile that several
+//   blocks share is summed in order of k by the block that holds its beginning, as its last work; the others leave their
+//   sums in the workspace as their first, and these come through the ring like weights. Blocks take their work backwards,
+//   so that a block only waits for blocks that started before it.
+// The cuts of k depend on the shape and the chip alone and the columns of an instruction do not mix: a row has the same
+// bits beside any other rows. RMSNorms can ride along on both sides (launch.h), which saves two launches a layer.
 //
-// Blocks take their work backwards, so that a block only waits for blocks that started before it. Their rings take more
-// than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors that are free
-// first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
+// Rings take more than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors
+// that are free first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
 // Up to 32 tokens in bf16, weights are asked for a few units at a time (kPaced): tokens and sums that a block wants of
 // the L2 meanwhile wait behind all that blocks have asked the memory for, and so does every other read of a warp. The
-// ring is larger then (a step of 16 requests 3.82 ms for 3.90, of 32 4.34 for 4.41, an H200). In 8 bits both gain
-// nothing (16 requests: 2.68 ms paced or not, 2.77 with the larger ring).
+// ring is larger then (before pairs, a step of 16 requests 3.82 ms for 3.90, of 32 4.34 for 4.41, an H200). In 8 bits
+// neither gains (16 requests: 2.52 ms as it is, 2.60 with both), nor pacing 64 tokens, nor pacing the first ring alone.
 //
-// What is missing is mostly a fixed 5 to 6 us a product: the launch and the first tokens, 1 us; the last sums, 1.5 to
-// 3.5; their end, 0.5 to 4.5 (`o` of 64 tokens, for 1.6 of `down`; not because y had left the L2: docs/cuda.md).
+// What is missing: the launch and the first tokens, 1 to 2 us a product, in which the memory idles once rings are full;
+// the heads' end in qkv at 64 tokens, 3 us; 5 us between floor and last multiplication of qkv and 8-bit gate_up, which
+// are neither sums nor the change of tiles (tall tiles have neither and lose as much at few tokens).
 //
-// Rejected, all but the last two before warps were uniform (gemm_tile.h): up to four products in one launch with a
-// barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms for 4.80, fp8 3.07 for 2.94); the next product's
-// first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit weights, a box each
-// (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower); clusters of
-// two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07 ms for 4.61,
-// 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half the speed where arrivals at the other's barriers
-// release in the cluster's scope); clusters of four that share a tile (an H100 runs 30 of the 32 at once); tiles of
-// 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products share a multiprocessor (1
-// to 15 % slower in a step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks
-// that only hand sums over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one
-// block reading all, 2 to 3 us slower a product at 64 (an H100); all blocks of a tile completing some of its tokens
-// each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms for 3.03, 5.56 for 5.18; 0.16
-// of both, by reckoning, because each lane read one token's sums of squares, all blocks the same lines). Words of
-// two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each other. A slot given back
-// before its warps wait for the next unit, when their instructions are done: 3 % slower in fp8. What the end of a
-// tile reads fetched into the L2 at the start: nothing.
+// Rejected, the first nine before warps were uniform (gemm_tile.h), all before pairs but the last five: up to four
+// products in one launch with a barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms for 4.80, fp8 3.07
+// for 2.94); the next product's first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
+// 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
+// slower); clusters of two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07
+// ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87); clusters of four that share a tile (an H100
+// runs 30 of the 32 at once); rings of half the size, so that two products share a multiprocessor (1 to 15 % slower in a
+// step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks that only hand sums over
+// (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one block reading all, 2 to 3 us
+// slower a product at 64 (an H100); all blocks of a tile completing some of its tokens each, by copies into the ring, 3 %
+// slower at 16 and 7 % at 64 (an H200). Words of two units in turn instead of two boxes: nvcc 13.0 makes the
+// instructions wait for each other. A slot given back before its warps wait for the next unit, when their instructions
+// are done: 3 % slower in fp8. What the end of a tile reads fetched into the L2 at the start: nothing. An H200, steps in
+// ms: the end of a tile run once without effect before the kernel ahead has ended, so that its instructions are there,
+// 64 requests 5.96 for 5.90 (bf16), 4.92 for 4.89 (fp8); pairs up to 32 tokens only in 8 bits, because they read tokens
+// twice as often, 4.60 for 4.38 at 64; tall tiles with rings of 224 KB at few tokens in 8 bits, 2.20 for 2.16 at 4; tall
+// tiles in 8 bits by passes of 64, 8.64 for 8.14 at 128; the group's number uniform too, nothing.
 #include <cuda.h>
 
 #include <algorithm>
 
-#include "kernels/cuda/cluster.h"
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/gemm_wgmma_consumer.h"
 #include "kernels/cuda/gemm_wgmma_pair.h"
@@ -86,69 +92,6 @@ __global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads + (kNorms ? kWa
     OrderSums<Unit>(shares, share, workspace, ring, turn);
   } else {
     MakeScales<kTokens>(p, rows, end.scales);
-  }
-#endif
-}
-
-// y += x w^T, and what a norm behind wants, by pairs of blocks (gemm_wgmma_pair.h).
-template <int kType, int kTokens>
-__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kPair>::kThreads)
-    WgmmaPairKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
-                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int stages) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Unit = Unit<kType, kTokens, Form::kPair>;
-  extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
-  __shared__ __align__(16) PairEnd<kTokens> end;
-  const int rank = static_cast<int>(blockIdx.x) % kPairBlocks, warp = UniformWarp();
-  const PairUnits units(depth, static_cast<int>(blockIdx.x) / kPairBlocks, rank);
-  const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
-  if (threadIdx.x == 0) {
-    MakeRing<Unit>(ring);
-    BarrierInit(&end.there, 1);
-    BarrierMade();
-    BarrierExpect(&end.there, PairEnd<kTokens>::kBytes);
-  }
-  Cluster().Sync();  // also: the other block, into whose memory this one writes, runs
-  GridLaunchDependents();
-  if (warp < kConsumers) {
-    PairConsumer<kType, kTokens>{{ring}, p, rows, rank, units, end}.Run(warp / (kConsumers / kGroups));
-  } else if (threadIdx.x % kWarpSize == 0) {
-    Producer<Unit, PairUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
-  }
-#endif
-}
-
-// silu(gate) * up, a tile a block (gemm_wgmma_tall.h).
-template <int kType, int kTokens>
-__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kTall>::kThreads + kWarpSize)
-    WgmmaTallKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
-                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int height,
-                    const int stages) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Unit = Unit<kType, kTokens, Form::kTall>;
-  using Consumer = TallConsumer<kType, kTokens>;
-  extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
-  __shared__ float scales[kTokens];
-  const int warp = UniformWarp();
-  const TallUnits units{static_cast<int>(blockIdx.x), height, depth};
-  const uint32_t misaligned = SharedAddress(shared) % 1024;
-  uint8_t* const buffers = shared + (misaligned == 0 ? 0 : 1024 - misaligned);
-  const Ring ring{SharedAddress(buffers), SharedAddress(barriers), stages};
-  if (threadIdx.x == 0) {
-    MakeRing<Unit>(ring);
-    BarrierMade();
-  }
-  __syncthreads();
-  GridLaunchDependents();
-  if (warp < Unit::kBlockWarps) {
-    auto& sums = *reinterpret_cast<typename Consumer::Sums*>(buffers);
-    Consumer{{ring}, p, rows, units, scales, sums}.Run();
-  } else if (warp == Unit::kThreads / kWarpSize) {
-    MakeScales<kTokens, Unit::kBlockWarps>(p, rows, scales);
-  } else if (threadIdx.x % kWarpSize == 0) {
-    Producer<Unit, TallUnits>{weights, tokens, units, ring}.Run(warp - Unit::kBlockWarps);
   }
 #endif
 }

@@ -6,6 +6,7 @@
 // added in the same order: the bits are those of a launch of four blocks for every 128 rows (gemm_wgmma_consumer.h).
 #pragma once
 
+#include "kernels/cuda/cluster.h"
 #include "kernels/cuda/gemm_wgmma_multiply.h"
 
 namespace linspec::cuda {
@@ -149,5 +150,34 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
 };
 
 #endif
+
+// y += x w^T, and what a norm behind wants: blocks in clusters of kPairBlocks, tile by tile.
+template <int kType, int kTokens>
+__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kPair>::kThreads)
+    WgmmaPairKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
+                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Unit = Unit<kType, kTokens, Form::kPair>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
+  __shared__ __align__(16) PairEnd<kTokens> end;
+  const int rank = static_cast<int>(blockIdx.x) % kPairBlocks, warp = UniformWarp();
+  const PairUnits units(depth, static_cast<int>(blockIdx.x) / kPairBlocks, rank);
+  const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
+  if (threadIdx.x == 0) {
+    MakeRing<Unit>(ring);
+    BarrierInit(&end.there, 1);
+    BarrierMade();
+    BarrierExpect(&end.there, PairEnd<kTokens>::kBytes);
+  }
+  Cluster().Sync();  // also: the other block, into whose memory this one writes, runs
+  GridLaunchDependents();
+  if (warp < kConsumers) {
+    PairConsumer<kType, kTokens>{{ring}, p, rows, rank, units, end}.Run(warp / (kConsumers / kGroups));
+  } else if (threadIdx.x % kWarpSize == 0) {
+    Producer<Unit, PairUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
+  }
+#endif
+}
 
 }  // namespace linspec::cuda

@@ -71,4 +71,38 @@ struct TallConsumer : Multiplier<Unit<kType, kTokens, Form::kTall>> {
 
 #endif
 
+// Blocks are tiles of `height` rows.
+template <int kType, int kTokens>
+__global__ void __launch_bounds__(Unit<kType, kTokens, Form::kTall>::kThreads + kWarpSize)
+    WgmmaTallKernel(const __grid_constant__ CUtensorMap weights, const __grid_constant__ CUtensorMap tokens,
+                    const __grid_constant__ GemmParams p, const int rows, const int depth, const int height,
+                    const int stages) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Unit = Unit<kType, kTokens, Form::kTall>;
+  using Consumer = TallConsumer<kType, kTokens>;
+  extern __shared__ __align__(1024) uint8_t shared[];
+  __shared__ uint64_t barriers[Ring::kBarrierBytes / sizeof(uint64_t)];
+  __shared__ float scales[kTokens];
+  const int warp = UniformWarp();
+  const TallUnits units{static_cast<int>(blockIdx.x), height, depth};
+  const uint32_t misaligned = SharedAddress(shared) % 1024;
+  uint8_t* const buffers = shared + (misaligned == 0 ? 0 : 1024 - misaligned);
+  const Ring ring{SharedAddress(buffers), SharedAddress(barriers), stages};
+  if (threadIdx.x == 0) {
+    MakeRing<Unit>(ring);
+    BarrierMade();
+  }
+  __syncthreads();
+  GridLaunchDependents();
+  if (warp < Unit::kBlockWarps) {
+    auto& sums = *reinterpret_cast<typename Consumer::Sums*>(buffers);
+    Consumer{{ring}, p, rows, units, scales, sums}.Run();
+  } else if (warp == Unit::kThreads / kWarpSize) {
+    MakeScales<kTokens, Unit::kBlockWarps>(p, rows, scales);
+  } else if (threadIdx.x % kWarpSize == 0) {
+    Producer<Unit, TallUnits>{weights, tokens, units, ring}.Run(warp - Unit::kBlockWarps);
+  }
+#endif
+}
+
 }  // namespace linspec::cuda

@@ -23,10 +23,10 @@ inline std::vector<float> Widen(const std::vector<uint16_t>& bits) {
   return values;
 }
 
-// A matrix and its products in double for kMaxRows tokens.
+// A matrix and its products in double for `tokens` of kMaxRows tokens.
 class GemmCase {
  public:
-  GemmCase(int n, int k, int32_t type, uint8_t* workspace)
+  GemmCase(int n, int k, int32_t type, uint8_t* workspace, int tokens = kMaxRows)
       : n_(n),
         k_(k),
         name_("gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " + std::to_string(k)),
@@ -38,8 +38,8 @@ class GemmCase {
     LaunchFill(w_.get(), int64_t{n} * k, type, kWeightScale, 1, nullptr);
     LaunchFill(x_.get(), int64_t{kMaxRows} * k, kLinspecCudaBf16, 1.0f, 2, nullptr);
     matrix_ = {w_.get(), type == kLinspecCudaBf16 ? nullptr : scales_.get(), n, k, type, 0};
-    const DeviceArray<double> reference(int64_t{kMaxRows} * n);
-    LaunchReferenceGemm({matrix_, x_.get(), y_.get(), false}, kMaxRows, reference.get(), nullptr);
+    const DeviceArray<double> reference(int64_t{tokens} * n);
+    LaunchReferenceGemm({matrix_, x_.get(), y_.get(), false}, tokens, reference.get(), nullptr);
     Sync();
     for (const double value : reference.Read()) reference_.push_back(static_cast<float>(value));
   }

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/cuda/cublas_gemm.h"
@@ -17,17 +18,21 @@
 namespace linspec::cuda {
 namespace {
 
+// Sizes whose products are by pairs of blocks, which get parts of k of unequal size, and by tall tiles of unequal height.
+constexpr int kPairDepth = 656, kTallRows = 22016;
+constexpr int kFormRows[] = {33, 9}, kNormRows[] = {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65, 100};  // the most first
+
 // Every kernel's checks on a matrix.
 class GemmChecks : GemmCase {
  public:
-  // quick: fewer numbers of tokens, for the sanitizers.
-  GemmChecks(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas, bool quick)
-      : GemmCase(n, k, type, workspace), quick_(quick), cublas_(cublas) {}
+  // quick: fewer numbers of tokens, for the sanitizers; forms: RunForms alone.
+  GemmChecks(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas, bool quick, bool forms)
+      : GemmCase(n, k, type, workspace, forms ? kFormRows[0] : kMaxRows), quick_(quick), cublas_(cublas) {}
 
   // Of shapes that the sanitizers take too long for: what pairs of blocks do, and tall tiles.
   void RunForms() {
     if (!WgmmaGemmRuns()) return;
-    n_ % 16 == 0 && n_ > k_ * 64 ? MultipliesSiluOfNorm() : LeavesNorm();
+    k_ == kPairDepth ? LeavesNorm(kFormRows) : MultipliesSiluOfNorm(kFormRows);
   }
 
   void Run() {
@@ -37,8 +42,8 @@ class GemmChecks : GemmCase {
     if (WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
       MultipliesNorm();
-      LeavesNorm();
-      if (n_ % 16 == 0) MultipliesSiluOfNorm();
+      LeavesNorm(kNormRows);
+      if (n_ % 16 == 0) MultipliesSiluOfNorm(kNormRows);
       if (n_ % 512 == 0) TurnsHeads();
     }
     NormIsPrologue("small", &LaunchSmallGemm, {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65});
@@ -124,16 +129,16 @@ class GemmChecks : GemmCase {
 
   static constexpr float kEps = 1e-5f;
 
-  // The same of gates and ups over the root mean square of each token's x, as MultipliesNorm; of some kMaxRows tokens
-  // and the bits of fewer. What is not written stays NaN.
-  void MultipliesSiluOfNorm() {
+  // The same of gates and ups over the root mean square of each token's x, as MultipliesNorm. What is not written stays
+  // NaN.
+  void MultipliesSiluOfNorm(std::span<const int> all_rows) {
     const auto parts = static_cast<int>(NormParts(k_));
     const std::vector<float> squares(int64_t{kMaxRows} * parts, static_cast<float>(k_) / static_cast<float>(parts) * 4);
     const DeviceArray<float> on_device(squares);
-    const std::vector<float> expected = ExpectedSilu(kMaxRows, std::vector<double>(kMaxRows, 2.0));
+    const std::vector<float> expected = ExpectedSilu(all_rows[0], std::vector<double>(all_rows[0], 2.0));
     const int64_t half = n_ / 2;
     std::vector<uint16_t> all;
-    for (const int rows : {kMaxRows, 1, 9, 33, 64, 100}) {
+    for (const int rows : all_rows) {
       const DeviceArray<uint16_t> y(std::vector<uint16_t>((rows + 1) * half, 0xFFFF));
       GemmParams params = Params();
       params.y_bf16 = y.get();
@@ -142,7 +147,7 @@ class GemmChecks : GemmCase {
       LaunchWgmmaGemm(params, rows, nullptr);
       Sync();
       const std::vector<uint16_t> bits = y.Read();
-      if (rows == kMaxRows) all = bits;
+      if (rows == all_rows[0]) all = bits;
       const std::string name = name_ + " wgmma silu of norm, rows " + std::to_string(rows);
       Report(name, RelativeError(Head(Widen(bits), rows * half), Head(expected, rows * half)), 4e-3);
       const bool same = std::equal(bits.begin(), bits.begin() + rows * half, all.begin());
@@ -218,19 +223,19 @@ class GemmChecks : GemmCase {
   }
 
   // y += product, and beside it y * weight in bf16 and the sums of squares.
-  void LeavesNorm() {
-    const auto parts = static_cast<int>(NormParts(n_)), all_rows = kMaxRows;
+  void LeavesNorm(std::span<const int> all_rows) {
+    const auto parts = static_cast<int>(NormParts(n_)), most = all_rows[0];
     const std::vector<float> weight = Normal(random_, n_, 1.0f);
-    const std::vector<float> old = Normal(random_, int64_t{all_rows} * n_, 1.0f);
-    std::vector<float> expected, expected_squares(int64_t{all_rows} * parts), all_squares, all_stream;
-    for (int64_t i = 0; i < int64_t{all_rows} * n_; ++i) {
+    const std::vector<float> old = Normal(random_, int64_t{most} * n_, 1.0f);
+    std::vector<float> expected, expected_squares(int64_t{most} * parts), all_squares, all_stream;
+    for (int64_t i = 0; i < int64_t{most} * n_; ++i) {
       const double y = double{old[i]} + reference_[i];
       expected.push_back(static_cast<float>(y * weight[i % n_]));
       expected_squares[i / n_ * parts + i % n_ / kNormPart] += static_cast<float>(y * y);
     }
     std::vector<uint16_t> all_out;
     const DeviceArray<float> weights(weight);
-    for (const int rows : {kMaxRows, 1, 9, 33, 100}) {
+    for (const int rows : all_rows) {
       const DeviceArray<float> y(old), squares(int64_t{rows} * parts);
       const DeviceArray<uint16_t> out(int64_t{rows} * n_);
       GemmParams params = Params();
@@ -244,7 +249,7 @@ class GemmChecks : GemmCase {
       const std::string name = name_ + " wgmma norm after, rows " + std::to_string(rows);
       Report(name, RelativeError(Widen(bits), Head(expected, int64_t{rows} * n_)), 4e-3);
       Report(name + ": squares", RelativeError(sums, Head(expected_squares, int64_t{rows} * parts)), 1e-5);
-      if (rows == all_rows) all_out = bits, all_squares = sums, all_stream = stream;
+      if (rows == most) all_out = bits, all_squares = sums, all_stream = stream;
       const bool same = std::equal(bits.begin(), bits.end(), all_out.begin()) &&
                         std::equal(sums.begin(), sums.end(), all_squares.begin()) &&
                         std::equal(stream.begin(), stream.begin() + int64_t{rows} * n_, all_stream.begin());
@@ -342,14 +347,14 @@ int main(int argc, char** argv) {
                                {3999, 528},
                                {512, 272},
                                {4096, 272},
-                               {4096, 656},
-                               {22016, 272},
+                               {4096, kPairDepth},
+                               {kTallRows, 272},
                                {4096, 4096},
                                {4096, 11008}}) {
-      const bool large = int64_t{n} * k > 300'000, forms = k == 656 || n == 22016;  // in parts that differ in size
-      if (quick && large && !forms) continue;
-      GemmChecks product(n, k, type, workspace.get(), cublas.get(), quick);
-      if (quick && large) {
+      const bool large = int64_t{n} * k > 300'000, forms = quick && large;
+      if (forms && k != kPairDepth && n != kTallRows) continue;
+      GemmChecks product(n, k, type, workspace.get(), cublas.get(), quick, forms);
+      if (forms) {
         product.RunForms();
       } else {
         product.Run();
