@@ -39,7 +39,9 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   const int rows = input.num_rows;
   float* x = x_.as<float>();
   uint16_t* normed = normed_.as<uint16_t>();
-  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream, !input.advanced);
+  // The tasks of trees may be written by the kernel ahead, and attention reads them early.
+  const bool overlapped = input.ancestors == nullptr;
+  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream, overlapped);
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
   // A norm runs with the products around it where that can be.
   const auto norm = [&](const float* weight) {
