@@ -1,6 +1,6 @@
 // Two blocks, a cluster, that multiply a tile of 64 weight rows alone (gemm_wgmma.cu): each takes half of k, each of
-// its two groups of warps half of that, in units of 64 rows. The four sums meet in the blocks' shared memory; each block
-// ends the tile for half of the tokens. sm_90a only.
+// its two groups of warps half of that, in units of 64 rows. The four sums meet in the blocks' shared memory; each
+// block ends the tile for half of the tokens. sm_90a only.
 //
 // A group's k is that of one of four shares of a tile, its instructions are those of a group there, and the four are
 // added in the same order: the bits are those of a launch of four blocks for every 128 rows (gemm_wgmma_consumer.h).

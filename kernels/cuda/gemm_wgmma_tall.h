@@ -1,5 +1,5 @@
-// silu(gate) * up by a block for every tile of up to 192 weight rows, all of k (gemm_wgmma.cu): as many rows as give all
-// multiprocessors one tile, so that no sums are exchanged. sm_90a only.
+// silu(gate) * up by a block for every tile of up to 192 weight rows, all of k (gemm_wgmma.cu): as many rows as give
+// all multiprocessors one tile, so that no sums are exchanged. sm_90a only.
 #pragma once
 
 #include "kernels/cuda/gemm_wgmma_multiply.h"

@@ -18,7 +18,8 @@
 namespace linspec::cuda {
 namespace {
 
-// Sizes whose products are by pairs of blocks, which get parts of k of unequal size, and by tall tiles of unequal height.
+// Sizes whose products are by pairs of blocks, which get parts of k of unequal size, and by tall tiles of unequal
+// height.
 constexpr int kPairDepth = 656, kTallRows = 22016;
 constexpr int kFormRows[] = {33, 9}, kNormRows[] = {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65, 100};  // the most first
 
