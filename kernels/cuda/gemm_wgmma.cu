@@ -6,14 +6,15 @@
 // - Pairs (gemm_wgmma_pair.h), for sums that are added to y: a cluster of two blocks has a tile of 64 rows to itself
 //   and the sums meet in its shared memory, 1 us after the last multiplication. It takes a matrix of which 128 to 132
 //   such blocks, or so, make one wave (4,096 rows), and up to 64 tokens; more have the same bits from shares.
-// - Tall tiles (gemm_wgmma_tall.h), for silu(gate) * up: a block has up to 192 rows and all of k, no sums are exchanged.
+// - Tall tiles (gemm_wgmma_tall.h), for silu(gate) * up: a block has up to 192 rows and all of k, no sums are
+//   exchanged.
 // - Shares, everything else. The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block
 //   gets the same number of consecutive units, so that no multiprocessor idles whatever the shape. A tile that several
-//   blocks share is summed in order of k by the block that holds its beginning, as its last work; the others leave their
-//   sums in the workspace as their first, and these come through the ring like weights. Blocks take their work backwards,
-//   so that a block only waits for blocks that started before it.
-// The cuts of k depend on the shape and the chip alone and the columns of an instruction do not mix: a row has the same
-// bits beside any other rows. RMSNorms can ride along on both sides (launch.h), which saves two launches a layer.
+//   blocks share is summed in order of k by the block that holds its beginning, as its last work; the others leave
+//   their sums in the workspace as their first, and these come through the ring like weights. Blocks take their work
+//   backwards, so that a block only waits for blocks that started before it. The cuts of k depend on the shape and the
+//   chip alone and the columns of an instruction do not mix: a row has the same bits beside any other rows. RMSNorms
+//   can ride along on both sides (launch.h), which saves two launches a layer.
 //
 // Rings take more than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors
 // that are free first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
@@ -33,17 +34,17 @@
 // 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
 // slower); clusters of two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07
 // ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87); clusters of four that share a tile (an H100
-// runs 30 of the 32 at once); rings of half the size, so that two products share a multiprocessor (1 to 15 % slower in a
-// step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks that only hand sums over
-// (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one block reading all, 2 to 3 us
-// slower a product at 64 (an H100); all blocks of a tile completing some of its tokens each, by copies into the ring, 3 %
-// slower at 16 and 7 % at 64 (an H200). Words of two units in turn instead of two boxes: nvcc 13.0 makes the
+// runs 30 of the 32 at once); rings of half the size, so that two products share a multiprocessor (1 to 15 % slower in
+// a step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks that only hand sums
+// over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one block reading all, 2 to
+// 3 us slower a product at 64 (an H100); all blocks of a tile completing some of its tokens each, by copies into the
+// ring, 3 % slower at 16 and 7 % at 64 (an H200). Words of two units in turn instead of two boxes: nvcc 13.0 makes the
 // instructions wait for each other. A slot given back before its warps wait for the next unit, when their instructions
-// are done: 3 % slower in fp8. What the end of a tile reads fetched into the L2 at the start: nothing. An H200, steps in
-// ms: the end of a tile run once without effect before the kernel ahead has ended, so that its instructions are there,
-// 64 requests 5.96 for 5.90 (bf16), 4.92 for 4.89 (fp8); pairs up to 32 tokens only in 8 bits, because they read tokens
-// twice as often, 4.60 for 4.38 at 64; tall tiles with rings of 224 KB at few tokens in 8 bits, 2.20 for 2.16 at 4; tall
-// tiles in 8 bits by passes of 64, 8.64 for 8.14 at 128; the group's number uniform too, nothing.
+// are done: 3 % slower in fp8. What the end of a tile reads fetched into the L2 at the start: nothing. An H200, steps
+// in ms: the end of a tile run once without effect before the kernel ahead has ended, so that its instructions are
+// there, 64 requests 5.96 for 5.90 (bf16), 4.92 for 4.89 (fp8); pairs up to 32 tokens only in 8 bits, because they read
+// tokens twice as often, 4.60 for 4.38 at 64; tall tiles with rings of 224 KB at few tokens in 8 bits, 2.20 for 2.16 at
+// 4; tall tiles in 8 bits by passes of 64, 8.64 for 8.14 at 128; the group's number uniform too, nothing.
 #include <cuda.h>
 
 #include <algorithm>

@@ -94,8 +94,8 @@ struct Multiplier {
     if constexpr (Unit::kPaced) BarrierWait(ring.tokens(turn.stage), turn.parity);
   }
 
-  // sums of `count` units from zero, at least one, of `left` that the block still has to do. Words of the next unit are read while
-  // this one's are multiplied.
+  // Sums of `count` units from zero, at least one, of `left` that the block still has to do. Words of the next unit
+  // are read while this one's are multiplied.
   __device__ __forceinline__ void Multiply(int count, int left, float (&sums)[kColumns][4]) {
     Words words[Unit::kBoxes] = {};
     Raw raw;
