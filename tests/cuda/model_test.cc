@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "models/sampler.h"
+#include "tests/cuda/crowd_checks.h"
 #include "tests/cuda/model_checks.h"
 #include "tests/cuda/run_ahead_checks.h"
 
@@ -246,6 +247,31 @@ void GreedyTextAsTheCpus(const std::string& folder, const std::shared_ptr<CudaDe
 
 // Matrices beyond the kernel of small ones, which all other models here fit: warpgroup products, and norms that ride on
 // them (sm_90). Random weights, the same on both machines.
+// A layer of LLaMA-2-7B, whose products take the forms that large matrices have.
+void LargeLayer(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<CpuOps>& ops) {
+  ModelConfig config;
+  config.hidden_size = 4096;
+  config.intermediate_size = 11008;
+  config.num_layers = 1;
+  config.num_heads = config.num_kv_heads = 32;
+  config.head_dim = 128;
+  config.vocab_size = 512;
+  LoadOptions options;
+  options.ops = ops;
+  options.weight_dtype = "f32";
+  const auto cpu = Must(BuildRandomModel(config, 1, options), "a large layer on the CPU");
+  options.cuda = device;
+  options.deterministic = true;
+  for (const char* dtype : {"bf16", "fp8"}) {
+    options.weight_dtype = dtype;
+    const auto cuda = Must(BuildRandomModel(config, 1, options), "a large layer on the GPU");
+    const std::string name = fmt::format("7B layer {}", dtype);
+    AgreesWithCpu(name, cuda.get(), cpu.get(), std::string(dtype) == "fp8" ? 0.2 : 0.03);
+    NeighboursDoNotMatter(name, cuda.get(), 128);
+    TreesDoNotMindNeighbours(name, cuda.get());
+  }
+}
+
 void WideModel(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<CpuOps>& ops) {
   const ModelConfig config = Must(ParseModelConfig(R"({"model_type": "llama", "hidden_size": 2304,
       "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 18, "num_key_value_heads": 18,
@@ -339,9 +365,11 @@ int main(int argc, char** argv) {
     NeighboursDoNotMatter("bundled, deterministic", target.get(), 256);
     SamplesAsTheHost("bundled", target.get());
     RunsAhead("bundled", target.get());
+    TreesDoNotMindNeighbours("bundled", target.get());
     OutOfMemoryIsAnError(target.get());
   }
   WideModel(device, ops);
+  LargeLayer(device, ops);
   GreedyTextAsTheCpus(bundled, device, ops);
   return Finish("cuda_model_test");
 }
