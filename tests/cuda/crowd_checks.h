@@ -1,5 +1,5 @@
-// Trees of many requests at once: every row has the logits that its request has alone, step after step, over the ends of
-// groups. For models whose products and attention take forms that few rows do not have.
+// Trees of many requests at once: every row has the logits that its request has alone, step after step, over the ends
+// of groups. For models whose products and attention take forms that few rows do not have.
 #pragma once
 
 #include <algorithm>
