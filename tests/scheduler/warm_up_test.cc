@@ -7,6 +7,7 @@
 #include <set>
 #include <utility>
 
+#include "tests/scheduler/fake_drafters.h"
 #include "tests/scheduler/fake_model.h"
 
 namespace linspec {
@@ -37,6 +38,12 @@ class SlowAtFirstModel final : public FakeModel {
     ++more_;
     return absl::OkStatus();
   }
+  bool CanDraftWith(const DraftGuesser&, int64_t num_requests) const override { return num_requests <= 2; }
+  absl::Status StartDrafted(const SelfDraft& draft, StatePool*) override {
+    ++drafted[draft.num_levels];
+    ++more_;
+    return absl::OkStatus();
+  }
   absl::StatusOr<VerifyResult> FinishVerify() override {
     if (std::exchange(more_, 0) > 0) return VerifyResult();
     return FakeModel::FinishVerify();
@@ -44,6 +51,7 @@ class SlowAtFirstModel final : public FakeModel {
 
   bool ahead = false;
   int num_next = 0;
+  std::map<int, int> drafted;  // [levels]
   std::map<std::tuple<int, int, int>, int> steps;
   int64_t free_bytes = int64_t{1} << 30, bytes_of_a_step = 1000;
 
@@ -65,7 +73,9 @@ class RecordingDrafter final : public Drafter {
     return trees;
   }
   void Forget(uint64_t sequence_id) override { known.erase(sequence_id); }
+  DraftHeads heads() const override { return {guesser, 1, 2}; }
 
+  DraftGuesser* guesser = nullptr;
   bool fails = false;
   std::set<uint64_t> known;
   std::map<std::pair<int, int>, int> asked;  // [contexts, levels]
@@ -121,6 +131,18 @@ TEST_F(WarmUpTest, PlainSizesAreMetAheadToo) {
   options_.run_ahead = false;
   Run();
   EXPECT_EQ(model_.num_next, 2);
+}
+
+// For as many requests as the model takes with these heads, and levels as they have.
+TEST_F(WarmUpTest, StepsThatTheModelDraftsAreMet) {
+  FakeHeads heads;
+  drafter_->guesser = &heads;
+  Run();
+  EXPECT_EQ(model_.drafted, (std::map<int, int>{{1, 2}, {2, 2}, {3, 2}, {4, 2}}));
+  EXPECT_FALSE(model_.FinishVerify().ok()) << "a step was not finished";
+  options_.run_ahead = false;
+  Run();
+  EXPECT_EQ(model_.drafted[1], 2);
 }
 
 TEST_F(WarmUpTest, NothingWithoutTime) {
