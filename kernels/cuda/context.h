@@ -76,6 +76,13 @@ class Buffer {
   int generation_ = 0;
 };
 
+// Parts of a buffer begin at multiples of `unit` bytes.
+constexpr int64_t Align(int64_t bytes, int64_t unit = 256) { return (bytes + unit - 1) / unit * unit; }
+template <typename T>
+constexpr int64_t AlignedBytes(int64_t count) {
+  return Align(count * static_cast<int64_t>(sizeof(T)));
+}
+
 // Leaves the function with the code of a call that failed.
 #define LINSPEC_CUDA_TRY(call)                                                                    \
   do {                                                                                            \

@@ -13,23 +13,16 @@ namespace {
 constexpr int kMostKnown =
     8;  // rows of a task at the first level, beyond the pending one's: sizes would only make graphs
 
-constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-template <typename T>
-int64_t Bytes(int64_t count) {
-  return count * static_cast<int64_t>(sizeof(T));
-}
-
 }  // namespace
 
 DeviceModel::ChainLayout DeviceModel::LayoutOf(const ChainSize& size) {
   const int64_t all = size.Row(size.levels);
   ChainLayout at{};
-  at.tasks = Align(Bytes<LinspecCudaDraftRow>(size.tasks));
-  at.tokens = at.tasks + Align(Bytes<Task>(int64_t{size.levels} * size.tasks));
-  at.positions = at.tokens + Align(Bytes<int32_t>(size.first_rows));
-  at.kept = at.positions + Align(Bytes<int64_t>(all));
-  at.size = at.kept + Align(Bytes<int32_t>(all));
+  at.tasks = AlignedBytes<LinspecCudaDraftRow>(size.tasks);
+  at.tokens = at.tasks + AlignedBytes<Task>(int64_t{size.levels} * size.tasks);
+  at.positions = at.tokens + AlignedBytes<int32_t>(size.first_rows);
+  at.kept = at.positions + AlignedBytes<int64_t>(all);
+  at.size = at.kept + AlignedBytes<int32_t>(all);
   return at;
 }
 
@@ -50,7 +43,7 @@ int32_t DeviceModel::CheckChains(const LinspecCudaChainStep& step) const {
 int32_t DeviceModel::ReserveChains(const ChainSize& size, int64_t block_bytes, int64_t candidate_bytes) {
   const int rows = std::max(size.first_rows, size.tasks);
   LINSPEC_CUDA_TRY(ReserveVerify(rows, size.Row(size.levels)));
-  LINSPEC_CUDA_TRY(chain_tokens_.Reserve(context_, Bytes<int32_t>(size.tasks)));
+  LINSPEC_CUDA_TRY(chain_tokens_.Reserve(context_, AlignedBytes<int32_t>(size.tasks)));
   LINSPEC_CUDA_TRY(chain_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(host_chain_block_.Reserve(context_, block_bytes));
   LINSPEC_CUDA_TRY(candidates_.Reserve(context_, candidate_bytes));
@@ -143,7 +136,8 @@ int32_t DeviceModel::DraftChains(const LinspecCudaChainStep& step, LinspecCudaDr
                        .top_k = step.top_k,
                        .max_known = most > 1 ? kMostKnown : 1};
   const int64_t block_bytes = LayoutOf(size).size;
-  const int64_t candidate_bytes = Bytes<LinspecCudaDraftCandidate>(int64_t{size.levels} * size.tasks * size.top_k);
+  const int64_t candidate_bytes =
+      AlignedBytes<LinspecCudaDraftCandidate>(int64_t{size.levels} * size.tasks * size.top_k);
   LINSPEC_CUDA_TRY(ReserveChains(size, block_bytes, candidate_bytes));
   PackChains(step, size, host_chain_block_.as<std::byte>());
   uint64_t stamp = reinterpret_cast<uintptr_t>(step.states.base) + ScratchStamp();

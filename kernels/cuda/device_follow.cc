@@ -13,18 +13,13 @@ namespace {
 
 constexpr int kTasks = LINSPEC_CUDA_MAX_FOLLOW_TASKS;
 
-constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-template <typename T>
-constexpr int64_t Bytes(int64_t count) {
-  return Align(count * static_cast<int64_t>(sizeof(T)));
-}
-
 // Of what acceptance leaves, for as many tasks as there may be: one place for all steps.
-constexpr int64_t kPathsAt = Bytes<Task>(kTasks), kRowsAt = kPathsAt + Bytes<int32_t>(kTasks * kPathStride),
-                  kRootsAt = kRowsAt + Bytes<LinspecCudaDraftRow>(kTasks),
-                  kCallAt = kRootsAt + Bytes<LinspecCudaSampling>(kTasks), kHiddenAt = kCallAt + Bytes<uint32_t>(1),
-                  kAcceptedBytes = kHiddenAt + Bytes<const float*>(1);
+constexpr int64_t kPathsAt = AlignedBytes<Task>(kTasks),
+                  kRowsAt = kPathsAt + AlignedBytes<int32_t>(kTasks * kPathStride),
+                  kRootsAt = kRowsAt + AlignedBytes<LinspecCudaDraftRow>(kTasks),
+                  kCallAt = kRootsAt + AlignedBytes<LinspecCudaSampling>(kTasks),
+                  kHiddenAt = kCallAt + AlignedBytes<uint32_t>(1),
+                  kAcceptedBytes = kHiddenAt + AlignedBytes<const float*>(1);
 
 Accepted AcceptedAt(std::byte* block) {
   return {.tasks = reinterpret_cast<Task*>(block),
@@ -83,8 +78,8 @@ int32_t DeviceModel::ReserveAccepted() {
 int32_t DeviceModel::MakeTrees(const LinspecCudaFollow& follow, const DraftGuesses& guesses) {
   const int num_tasks = PowerOfTwo(last_.num_tasks), num_rows = VerifyRows(follow.num_rows);
   const int64_t block_bytes = LayoutOf(num_tasks, num_rows, true).size;
-  const int64_t nodes_at = Bytes<Task>(num_tasks),
-                made_bytes = nodes_at + Bytes<LinspecCudaTreeNode>(num_tasks * LINSPEC_CUDA_MAX_FOLLOW_NODES);
+  const int64_t nodes_at = AlignedBytes<Task>(num_tasks),
+                made_bytes = nodes_at + AlignedBytes<LinspecCudaTreeNode>(num_tasks * LINSPEC_CUDA_MAX_FOLLOW_NODES);
   // What is in the way of growth has been queued, and is waited for.
   LINSPEC_CUDA_TRY(ReserveScratch(VerifySizes(num_rows, num_rows)));
   kept_rows_ = std::max<int64_t>(kept_rows_, num_rows);
@@ -122,8 +117,8 @@ int32_t DeviceModel::MakeTrees(const LinspecCudaFollow& follow, const DraftGuess
 }
 
 int32_t DeviceModel::FetchMade(StartedStep* step) {
-  const int64_t nodes_at = Bytes<Task>(last_.input.num_tasks);
-  const int64_t bytes = nodes_at + Bytes<LinspecCudaTreeNode>(last_.num_tasks * LINSPEC_CUDA_MAX_FOLLOW_NODES);
+  const int64_t nodes_at = AlignedBytes<Task>(last_.input.num_tasks);
+  const int64_t bytes = nodes_at + AlignedBytes<LinspecCudaTreeNode>(last_.num_tasks * LINSPEC_CUDA_MAX_FOLLOW_NODES);
   LINSPEC_CUDA_TRY(step->made.Reserve(context_, bytes));
   auto* made = step->made.as<std::byte>();
   step->result.tasks = reinterpret_cast<const LinspecCudaTask*>(made);

@@ -5,12 +5,6 @@
 #include <utility>
 
 namespace linspec::cuda {
-namespace {
-
-constexpr int64_t Align(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
-}  // namespace
-
 int32_t DeviceModel::Create(Context* context, const LinspecCudaShape& shape, const LinspecCudaWeights& weights,
                             bool deterministic, std::unique_ptr<DeviceModel>* model) {
   const bool fits = shape.head_dim >= 4 && shape.head_dim <= kMaxHeadDim && shape.head_dim % 4 == 0 &&
@@ -70,13 +64,12 @@ int DeviceModel::VerifyRows(int num_rows) { return num_rows <= kMaxGraphRows ? R
 DeviceModel::BlockLayout DeviceModel::LayoutOf(int num_tasks, int num_rows, bool sampling) {
   BlockLayout layout{};
   layout.tasks = 0;
-  layout.tokens = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
-  layout.positions = layout.tokens + Align(int64_t{num_rows} * 4);
-  layout.ancestors = layout.positions + Align(int64_t{num_rows} * 8);
-  layout.edits = layout.ancestors + Align(int64_t{num_rows} * 8);
-  layout.sampling = layout.edits + Align(sizeof(void*));
-  layout.size =
-      layout.sampling + (sampling ? Align(int64_t{num_rows} * static_cast<int64_t>(sizeof(LinspecCudaSampling))) : 0);
+  layout.tokens = AlignedBytes<Task>(num_tasks);
+  layout.positions = layout.tokens + AlignedBytes<int32_t>(num_rows);
+  layout.ancestors = layout.positions + AlignedBytes<int64_t>(num_rows);
+  layout.edits = layout.ancestors + AlignedBytes<uint64_t>(num_rows);
+  layout.sampling = layout.edits + AlignedBytes<void*>(1);
+  layout.size = layout.sampling + (sampling ? AlignedBytes<LinspecCudaSampling>(num_rows) : 0);
   return layout;
 }
 
@@ -214,8 +207,7 @@ int32_t DeviceModel::EnqueueVerify(bool advanced) {
 }
 
 uint64_t DeviceModel::VerifyStamp() const {
-  return reinterpret_cast<uintptr_t>(last_.states.base) + ScratchStamp() + verify_block_.generation() +
-         host_verify_block_.generation();
+  return reinterpret_cast<uintptr_t>(last_.states.base) + ScratchStamp() + verify_block_.generation();
 }
 
 // A step that is advanced has the kernels of the one that it follows, and one more.
@@ -271,7 +263,7 @@ int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
 
 // The layers are described once for all steps that use the same memory, behind the path of a root.
 int32_t DeviceModel::CommitOnDevice(const Task* tasks, const int32_t* paths, DeviceLayers* layers) {
-  const int64_t layers_at = Align(sizeof(int32_t));
+  const int64_t layers_at = AlignedBytes<int32_t>(1);
   LINSPEC_CUDA_TRY(
       layers->params.Reserve(context_, layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams))));
   auto* block = layers->params.as<std::byte>();
@@ -330,8 +322,8 @@ int32_t DeviceModel::Commit(const LinspecCudaStates& states, const LinspecCudaTa
                             const int32_t* paths, int num_paths) {
   LINSPEC_CUDA_TRY(context_->Enter());
   LINSPEC_CUDA_TRY(CheckIdle());
-  const int64_t paths_at = Align(int64_t{num_tasks} * static_cast<int64_t>(sizeof(Task)));
-  const int64_t layers_at = paths_at + Align(int64_t{num_paths} * 4);
+  const int64_t paths_at = AlignedBytes<Task>(num_tasks);
+  const int64_t layers_at = paths_at + AlignedBytes<int32_t>(num_paths);
   const int64_t bytes = layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams));
   LINSPEC_CUDA_TRY(commit_block_.Reserve(context_, bytes));
   LINSPEC_CUDA_TRY(host_commit_block_.Reserve(context_, bytes));

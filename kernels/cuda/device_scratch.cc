@@ -11,8 +11,6 @@ namespace {
 constexpr int64_t kF32 = sizeof(float), kBf16 = sizeof(uint16_t);
 constexpr int64_t kPage = int64_t{2} << 20;  // the device hands out memory in these
 
-constexpr int64_t Align(int64_t bytes, int64_t unit = 256) { return (bytes + unit - 1) / unit * unit; }
-
 }  // namespace
 
 int64_t DeviceModel::QkvBytes(int64_t rows) const { return Align(rows * qkv_width() * kF32); }
