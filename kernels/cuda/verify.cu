@@ -89,7 +89,9 @@ struct Verifier {
   }
   __device__ __forceinline__ bool Has(int round) const { return IndexOf(round) < work.items; }
   __device__ __forceinline__ Task TaskOf(int round) const {
-    return p.tasks[static_cast<unsigned>(IndexOf(round)) / work.splits / work.kv_heads];
+    const auto index = static_cast<unsigned>(IndexOf(round));
+    const unsigned place = VerifyWork::Quotient(index, work.splits, work.splits_inverse, kRows > 1);
+    return p.tasks[VerifyWork::Quotient(place, work.kv_heads, work.kv_heads_inverse, kRows > 1)];
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
@@ -130,8 +132,8 @@ struct Verifier {
     if (Lane() == 0) schedule.items[round % 3] = item;
     if (Lane() < item.rows) {
       RowInfo& info = schedule.rows[round % 3][Lane()];
-      info.node = item.NodeOf(Lane());
-      info.head = item.HeadOf(Lane());
+      info.node = item.NodeOf(Lane(), work, kRows > 1);
+      info.head = item.first_row + Lane() - info.node * item.heads;
       info.query = info.node * work.query_stride + info.head * kDim;
       info.out = (item.out_begin + info.node) * p.layer.num_heads + item.kv_head * item.heads + info.head;
     }
@@ -171,13 +173,14 @@ struct Verifier {
     const bool behind = StaysBehind();
     s.template LoadStep<0>(state);
     AwaitStep<0>(s, behind);
-    s.template LoadStep<1>(state);
+    if constexpr (kRows == 1) s.template LoadStep<1>(state);  // nothing to copy but one row
     __syncthreads();
     const Fetch fetch = FetchOf(0);
     const Item& item = ItemOf(0);
     fetch.OldKeys(item, schedule.rows[0]);
     fetch.OldValues(item);
     const auto rows = fetch.RowsOf(item, schedule.rows[0]);
+    if constexpr (kRows > 1) s.template LoadStep<1>(state);
     AwaitStep<1>(s, behind);
     s.template LoadStep<2>(state);
     AwaitStep<2>(s, behind);
@@ -278,7 +281,7 @@ struct Verifier {
     Vec4 y[(kRows + 7) / 8 * 2];
     schedule.keys.Wait(round);
     s.template Multiply<kRows>(tile.queries, tile.kQueryStride, y);
-    __syncwarp();  // else the rows of the step are asked for in an order that costs up to 5 %
+    if constexpr (kRows == 1) __syncwarp();  // keeps nvcc from changing the order of the loads, which costs up to 5 %
     if constexpr (kMore) s.template LoadStep<0>(next);
     if (item.rows > 0) tile.Score();
     __syncthreads();  // keys and queries are used up, and no warp is in the round before any more

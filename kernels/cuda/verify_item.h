@@ -9,11 +9,19 @@ namespace linspec::cuda {
 
 struct VerifyWork {
   int items;
-  int tokens;  // capacity of a window: ring and nodes
-  // Divisors, unsigned since divisions take long: tiles of the largest task; kv heads; query heads of one.
-  unsigned splits, kv_heads, heads;
-  int query_stride, kv_stride;  // of rows, in elements
-  bool pairs = false;           // more blocks than multiprocessors
+  int tokens;                        // capacity of a window: ring and nodes
+  unsigned splits, kv_heads, heads;  // tiles of the largest task; kv heads; query heads of one
+  int query_stride, kv_stride;       // of rows, in elements
+  bool pairs = false;                // more blocks than multiprocessors
+  unsigned splits_inverse = Inverse(splits), kv_heads_inverse = Inverse(kv_heads), heads_inverse = Inverse(heads);
+
+  // index / value, of an index below 2^32 / value. multiply: the device's own division takes a hundred cycles, but
+  // leaves S its registers where rows are single.
+  __device__ __forceinline__ static unsigned Quotient(unsigned index, unsigned value, unsigned inverse, bool multiply) {
+    if (!multiply) return index / value;
+    return value == 1 ? index : __umulhi(index, inverse);
+  }
+  static unsigned Inverse(unsigned value) { return static_cast<unsigned>(((uint64_t{1} << 32) + value - 1) / value); }
 };
 
 // Some rows of one request and kv head. Positions are relative to the first of the open group; ring tokens before it
@@ -32,13 +40,16 @@ struct Item {
   __device__ __forceinline__ Item(const AttentionParams& p, const Task& task, int index, const VerifyWork& work,
                                   int tile) {
     const LayerParams& layer = p.layer;
-    const unsigned place = static_cast<unsigned>(index) / work.splits;
-    kv_head = static_cast<int>(place % work.kv_heads);
+    const bool multiply = tile > 1;
+    const unsigned place =
+        VerifyWork::Quotient(static_cast<unsigned>(index), work.splits, work.splits_inverse, multiply);
+    const unsigned task_index = VerifyWork::Quotient(place, work.kv_heads, work.kv_heads_inverse, multiply);
+    kv_head = static_cast<int>(place - task_index * work.kv_heads);
     heads = static_cast<int>(work.heads);
     const int split = index - static_cast<int>(place * work.splits);
     first_row = (p.last_rows > 0 ? max(0, task.num_rows - p.last_rows) : 0) * heads + split * tile;
     rows = task.slot < 0 ? 0 : max(0, min(tile, task.num_rows * heads - first_row));
-    nodes = rows > 0 ? NodeOf(rows - 1) + 1 : 0;
+    nodes = rows > 0 ? NodeOf(rows - 1, work, multiply) + 1 : 0;
     row_begin = task.row_begin;
     out_begin = task.row_begin - task.out_shift;
     phase = static_cast<int>(task.length & (layer.group_size - 1));
@@ -56,11 +67,11 @@ struct Item {
   }
   __device__ __forceinline__ int ring_tokens() const { return phase + history; }
   __device__ __forceinline__ int tokens() const { return ring_tokens() + nodes; }
-  __device__ __forceinline__ int NodeOf(int row) const {  // of a row of the item
+  __device__ __forceinline__ int NodeOf(int row, const VerifyWork& work, bool multiply) const {  // of a row of the item
     const auto index = static_cast<unsigned>(first_row + row);
-    return static_cast<int>(heads == 1 ? index : index / static_cast<unsigned>(heads));
+    if (!multiply && heads == 1) return static_cast<int>(index);
+    return static_cast<int>(VerifyWork::Quotient(index, static_cast<unsigned>(heads), work.heads_inverse, multiply));
   }
-  __device__ __forceinline__ int HeadOf(int row) const { return first_row + row - NodeOf(row) * heads; }
   // Some row of the item may stand past the end of the open group.
   __device__ __forceinline__ bool may_cross(int group_size) const { return phase + nodes > group_size; }
 };
@@ -79,10 +90,10 @@ enum class RowCopies {
   kLanes  // a bulk copy keeps its warp for 60 cycles: of items of many rows
 };
 
-// Copies of an item to shared memory, started by all warps of a block: rings in bulk, masks, taps and gains by the lanes
-// of one warp. Where bulk copies and others write in turn, as with kRaw, a fence orders them, which waits for all that
-// its warp has under way, parts of S among it. So rows come in bulk too, or to a place that no ring ever takes: with
-// kLanes they stand at the group's size in a window, and what the ring has of it before them.
+// Copies of an item to shared memory, started by all warps of a block: rings in bulk, masks, taps and gains by the
+// lanes of one warp. Where bulk copies and others write in turn, as with kRaw, a fence orders them, which waits for all
+// that its warp has under way, parts of S among it. So rows come in bulk too, or to a place that no ring ever takes:
+// with kLanes they stand at the group's size in a window, and what the ring has of it before them.
 template <int kDim, typename T, RowCopies kCopies, int kQueryStride>
 struct WindowFetch {
   static constexpr bool kRaw = kCopies == RowCopies::kRaw, kLanes = kCopies == RowCopies::kLanes;
@@ -91,7 +102,7 @@ struct WindowFetch {
   // Warps with a part of their own. The last warps have rows first (WindowTile), the first warps have nodes.
   static constexpr int kKeyRing = 1, kSmall = 2, kValueRing = 4, kRawKey = 0, kRawValue = 5;
   static constexpr int kRowArrivals = kLanes ? kThreads : kRaw ? kWarp : 0;
-  static constexpr int kKeyArrivals = 1 + kWarp + kRowArrivals, kValueArrivals = 1 + kRowArrivals;
+  static constexpr int kKeyArrivals = 1 + kRowArrivals + (kLanes ? 0 : kWarp), kValueArrivals = 1 + kRowArrivals;
 
   const AttentionParams& p;
   const VerifyWork& work;
@@ -110,14 +121,17 @@ struct WindowFetch {
 
   // What is older than the kernel before this one: rings, masks, taps, gains.
   __device__ __forceinline__ void OldKeys(const Item& item, RowInfo* rows) const {
-    if (item.rows == 0) return;
-    if (Warp() == kKeyRing && Lane() == 0) {
+    if (Warp() == kKeyRing && Lane() == 0 && item.rows > 0) {
       keys_barrier.Copy(keys + (First(item, p.layer) + item.history) * kDim, item.ring, item.phase * kRowBytes);
     }
-    if (Warp() == kSmall) CopySmall(item, rows);
+    if (Warp() != kSmall) return;
+    if (item.rows > 0) CopySmall(item, rows);
+    if constexpr (kLanes) ExpectKeys(item, 0);
   }
   __device__ __forceinline__ void OldValues(const Item& item) const {
-    if (item.rows == 0 || Warp() != kValueRing || Lane() > 0) return;
+    if (Warp() != kValueRing || Lane() > 0) return;
+    if constexpr (kLanes) values_barrier.Expect(item.rows > 0 ? item.ring_tokens() * kRowBytes : 0);
+    if (item.rows == 0) return;
     const T* ring =
         static_cast<const T*>(item.ring) + static_cast<int64_t>(p.layer.num_kv_heads) * p.layer.group_size * kDim;
     T* to = values + First(item, p.layer) * kDim;
@@ -144,10 +158,8 @@ struct WindowFetch {
 
   // The rows of this step; then all that the barrier waits for is under way.
   __device__ __forceinline__ void NewKeys(const Item& item, const RowInfo* rows, const Rows& own) const {
-    if (Warp() == kSmall) {
-      __syncwarp();  // masks that lanes stored themselves are older than this arrival, unlike copies
-      const uint32_t of_rows = kCopies == RowCopies::kBulk ? item.nodes * kRowBytes + item.rows * kQueryBytes : 0;
-      if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? item.phase * kRowBytes + of_rows : 0);
+    if (!kLanes && Warp() == kSmall) {
+      ExpectKeys(item, kRaw ? 0 : item.nodes * kRowBytes + item.rows * kQueryBytes);
       keys_barrier.ArriveAfterCopies();
     }
     if constexpr (kRaw) {
@@ -173,8 +185,8 @@ struct WindowFetch {
     }
   }
   __device__ __forceinline__ void NewValues(const Item& item, const Rows& own) const {
-    if (Warp() == kValueRing && Lane() == 0) {
-      const int tokens = item.ring_tokens() + (kCopies == RowCopies::kBulk ? item.nodes : 0);
+    if (!kLanes && Warp() == kValueRing && Lane() == 0) {
+      const int tokens = item.ring_tokens() + (kRaw ? 0 : item.nodes);
       values_barrier.Expect(item.rows > 0 ? tokens * kRowBytes : 0);
     }
     if constexpr (kRaw) {
@@ -193,6 +205,11 @@ struct WindowFetch {
   template <typename E>
   static constexpr int kOwn = 16 / sizeof(E);  // elements of a lane of a row
 
+  // By kSmall. Masks that lanes stored themselves are older than this arrival, unlike copies.
+  __device__ __forceinline__ void ExpectKeys(const Item& item, uint32_t of_rows) const {
+    __syncwarp();
+    if (Lane() == 0) keys_barrier.Expect(item.rows > 0 ? item.phase * kRowBytes + of_rows : 0);
+  }
   __device__ __forceinline__ void CopySmall(const Item& item, RowInfo* rows) const {
 #pragma unroll 1
     for (int node = Lane(); node < item.nodes; node += kWarp) {

@@ -89,30 +89,28 @@ struct WindowTile {
   }
 
   // Scores become the weights of every token, for one row by one warp; past the end, up to a multiple of four, they are
-  // 0. A lane takes kAtOnce tokens together, without branches, which lanes would go through one after the other: while
-  // the block beside this one reads values, each read of shared memory waits behind those.
+  // 0. Without branches, which lanes would go through one after the other, and of many rows two tokens a lane together:
+  // while the block beside this one reads values, each read of shared memory waits behind those.
   __device__ __forceinline__ void Weigh(int index, const QueryRow& row) const {
-    constexpr int kAtOnce = kRows == 1 ? 1 : 2;
-    const bool crosses = item.may_cross(layer.group_size);
     const int end = (item.tokens() + 3) / 4 * 4;
     float *in_local = local + index * kCapacity, *in_grouped = grouped + index * kCapacity;
+    if constexpr (kRows == 1) {
 #pragma unroll 1
-    for (int first = Lane(); first < end; first += 32 * kAtOnce) {
-      Seen seen[kAtOnce];
-      float score[kAtOnce];
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        seen[i] = Look(row, first + 32 * i);
-        score[i] = in_local[first + 32 * i] + in_grouped[first + 32 * i];
+      for (int token = Lane(); token < end; token += 32) {
+        Put(in_local, in_grouped, row, Look(row, token), token, end, in_local[token] + in_grouped[token]);
       }
+    } else {
+      Seen seen[2] = {Look(row, Lane()), Look(row, Lane() + 32)};
+#pragma unroll 1
+      for (int first = Lane(); first < end;) {
+        float lower[2], upper[2];
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        if (!seen[i].counts) score[i] = 0.0f;
-        const bool past = crosses && seen[i].group != row.group;
-        const float positive = layer.local != 0 && !past ? fmaxf(score[i], 0.0f) : 0.0f;
-        if (first + 32 * i >= end) continue;
-        in_local[first + 32 * i] = fmaf(positive, positive, seen[i].tap);
-        if (crosses) in_grouped[first + 32 * i] = past ? Decayed(score[i], row.group - 1 - seen[i].group) : 0.0f;
+        for (int i = 0; i < 2; ++i) lower[i] = in_local[first + 32 * i], upper[i] = in_grouped[first + 32 * i];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) Put(in_local, in_grouped, row, seen[i], first + 32 * i, end, lower[i] + upper[i]);
+        first += 64;
+        if (first - Lane() >= end) break;
+        seen[0] = Look(row, first), seen[1] = Look(row, first + 32);
       }
     }
     __syncwarp();
@@ -159,11 +157,23 @@ struct WindowTile {
     float tap;
   };
   __device__ __forceinline__ Seen Look(const QueryRow& row, int token) const {
-    const int node = token - item.ring_tokens(), at = min(max(node, 0), kMaxNodes - 1);
-    const int of_node = Position(at), key = node < 0 ? token - item.history : of_node, lag = row.position - key;
-    const bool seen = (token < item.tokens()) & ((node < 0) | ((row.mask >> at & 1) != 0));
-    return {seen & (token >= item.history), key >> group_shift,
-            seen & (lag < layer.conv_kernel) ? row.taps[lag] : 0.0f};
+    const int node = token - item.ring_tokens(), at = min(max(node, 0), kMaxNodes - 1), of_node = Position(at);
+    const int key = node < 0 ? token - item.history : of_node, lag = row.position - key;
+    const auto half = static_cast<uint32_t>(at < 32 ? row.mask : row.mask >> 32);
+    const bool seen = (token < item.tokens()) & ((node < 0) | ((half >> (at % 32) & 1) != 0));
+    Seen result = {static_cast<bool>(seen & (token >= item.history)), key >> group_shift, 0.0f};
+    if (seen & (lag < layer.conv_kernel)) result.tap = row.taps[lag];
+    return result;
+  }
+  // Weights of a token before `end`.
+  __device__ __forceinline__ void Put(float* in_local, float* in_grouped, const QueryRow& row, const Seen& seen,
+                                      int token, int end, float score) const {
+    const bool crosses = item.may_cross(layer.group_size);
+    if (!seen.counts) score = 0.0f;
+    const bool past = crosses & (seen.group != row.group);
+    const float positive = (layer.local != 0) & !past ? fmaxf(score, 0.0f) : 0.0f;
+    if (token < end) in_local[token] = fmaf(positive, positive, seen.tap);
+    if (crosses && token < end) in_grouped[token] = past ? Decayed(score, row.group - 1 - seen.group) : 0.0f;
   }
 
   // Four tokens. weights: of the first row.
