@@ -54,7 +54,7 @@ linspec_device_program(cuda_attention_bench tests/cuda/attention_bench.cc tests/
 # but glibc and, to find a GPU, the driver.
 add_library(linspec_cuda MODULE kernels/cuda/plugin.cc kernels/cuda/context.cc kernels/cuda/device_model.cc
   kernels/cuda/device_forward.cc kernels/cuda/device_scratch.cc kernels/cuda/device_chain.cc kernels/cuda/device_drafter.cc
-  kernels/cuda/graph_cache.cc kernels/cuda/products.cc)
+  kernels/cuda/device_follow.cc kernels/cuda/graph_cache.cc kernels/cuda/products.cc)
 target_link_libraries(linspec_cuda PRIVATE linspec_cuda_kernels CUDA::cudart_static)
 target_link_options(linspec_cuda PRIVATE -static-libstdc++ -static-libgcc -Wl,--exclude-libs,ALL)
 set_target_properties(linspec_cuda PROPERTIES CXX_VISIBILITY_PRESET hidden VISIBILITY_INLINES_HIDDEN ON)

@@ -28,6 +28,7 @@ class CudaGuesser : public DraftGuesser {
 
   int max_top_k() const override { return LINSPEC_CUDA_MAX_DRAFT_CANDIDATES; }
   bool reads_hidden() const override { return false; }
+  LinspecCudaDrafter* cuda() const override { return drafter_; }
   bool CanGuess(const DraftContext& context) const override { return context.hidden_row >= 0; }
 
   absl::StatusOr<DraftGuesses> Guess(std::span<const DraftContext* const> contexts, int num_levels,

@@ -7,10 +7,12 @@
 #include <utility>
 
 #include "models/cuda_capacity.h"
+#include "models/cuda_followed.h"
 #include "models/cuda_memory.h"
 #include "models/cuda_step.h"
 #include "models/cuda_warm_up.h"
 #include "models/cuda_weights.h"
+#include "models/draft_guesser.h"
 #include "models/verify_batch.h"
 
 namespace linspec {
@@ -58,6 +60,10 @@ class CudaModel final : public Model {
   absl::StatusOr<VerifyResult> FinishVerify() override;
   bool CanRunAhead() const override { return true; }
   absl::Status StartNext(StatePool* pool) override;
+  bool CanDraftWith(const DraftGuesser& heads, int64_t num_requests) const override {
+    return heads.cuda() != nullptr && num_requests <= LINSPEC_CUDA_MAX_FOLLOW_TASKS;
+  }
+  absl::Status StartDrafted(const SelfDraft& draft, StatePool* pool) override;
   absl::StatusOr<VerifyResult> Extend(const VerifyBatch& batch, const StatePool& pool) override;
   absl::Status Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) override;
   absl::StatusOr<std::span<const float>> Unembed(std::span<const float> hidden) override;
@@ -78,8 +84,11 @@ class CudaModel final : public Model {
   CudaStep step_;
   std::vector<LinspecCudaTask> tasks_;  // of a prefill
   std::vector<int64_t> positions_;
-  int num_rows_ = 0;           // of every step in flight
-  int num_in_flight_ = 0;      // started and not finished: at most 2
+  int num_rows_ = 0;       // of the step that will be finished next, if the host made it or its trees are roots
+  int num_in_flight_ = 0;  // started and not finished: at most 2
+  bool drafted_ = false;   // the last of them has trees that the device makes
+  bool followed_ = false;  // and the one ahead of it is not committed
+  FollowedSteps followed_steps_;
   std::vector<float> logits_;  // of Extend's new rows, and of Unembed
 
   // For device_stats, which any thread may call. Seconds and bytes.
@@ -278,19 +287,40 @@ absl::Status CudaModel::StartNext(StatePool* pool) {
   return absl::OkStatus();
 }
 
+absl::Status CudaModel::StartDrafted(const SelfDraft& draft, StatePool* /*pool*/) {
+  if (verified_.batch.num_requests() == 0 && !drafted_) {
+    return absl::InternalError("only a batch that was verified can be followed");
+  }
+  const LinspecCudaFollow follow = FollowedSteps::SizeOf(draft);
+  const int32_t code = device_->api().verify_follow(model_, draft.heads->cuda(), &follow);
+  if (absl::Status started = device_->Check(code, "verify"); !started.ok()) return started;
+  ++num_in_flight_;
+  followed_ = drafted_ = true;
+  followed_steps_.Started(verified_.batch);
+  return absl::OkStatus();
+}
+
 absl::StatusOr<VerifyResult> CudaModel::FinishVerify() {
   LinspecCudaVerifyResult result = {};
   if (num_in_flight_ > 0) --num_in_flight_;
+  if (num_in_flight_ == 0) followed_ = drafted_ = false;  // unless it was committed, nobody wanted what followed
   absl::Status status = device_->Check(device_->api().verify_finish(model_, &result), "verify");
   if (!status.ok()) return status;
   verify_s_ = verify_s_ + result.verify_ms * 1e-3;
   prefill_s_ = prefill_s_ + result.prefill_ms * 1e-3;
-  const auto rows = static_cast<size_t>(num_rows_);
   VerifyResult out;
+  if (result.tasks != nullptr) {
+    if (status = followed_steps_.Read(result, config_.vocab_size, &verified_); !status.ok()) return status;
+    out.trees = followed_steps_.trees();
+    out.drafts = followed_steps_.drafts();
+    num_rows_ = verified_.batch.num_rows();
+  }
+  const auto rows = static_cast<size_t>(num_rows_);
   if (result.logits != nullptr) out.logits = {result.logits, rows * config_.vocab_size};
   if (result.hidden != nullptr) out.hidden = {result.hidden, rows * config_.hidden_size};
   if (result.sampled != nullptr) out.sampled = {result.sampled, rows};
-  if (num_in_flight_ > 0) verified_.batch.Advance(out.sampled);
+  if (followed_) followed_steps_.Finished(out.sampled);
+  if (num_in_flight_ > 0 && !followed_) verified_.batch.Advance(out.sampled);
   return out;
 }
 
@@ -326,6 +356,15 @@ absl::StatusOr<VerifyResult> CudaModel::Extend(const VerifyBatch& batch, const S
 }
 
 absl::Status CudaModel::Commit(const VerifyBatch& batch, std::span<const std::vector<int32_t>> paths, StatePool* pool) {
+  if (std::exchange(followed_, false)) {  // the device has committed what it accepted
+    if (absl::Status valid = verified_.CheckCommit(batch, paths, *pool); !valid.ok()) return valid;
+    followed_steps_.Accepted(verified_, paths);
+    for (size_t r = 0; r < paths.size(); ++r) {
+      if (!paths[r].empty()) pool->set_length(batch.slots[r], verified_.lengths[r] + std::ssize(paths[r]));
+    }
+    verified_ = {};
+    return absl::OkStatus();
+  }
   if (absl::Status idle = CheckIdle(); !idle.ok()) return idle;
   return CommitPaths(cuda(), &verified_, batch, paths, pool);
 }

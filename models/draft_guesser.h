@@ -14,6 +14,8 @@
 #include "models/draft_candidates.h"
 #include "models/drafter.h"
 
+struct LinspecCudaDrafter;
+
 namespace linspec {
 
 // [num_contexts][num_levels][top_k], best first; token -1 where there are no more.
@@ -39,6 +41,7 @@ class DraftGuesser {
   virtual int max_top_k() const = 0;
   // From DraftContext::hidden, which costs a download from a GPU; else from hidden_row.
   virtual bool reads_hidden() const = 0;
+  virtual LinspecCudaDrafter* cuda() const { return nullptr; }  // on a GPU: for a model there that asks them itself
   // Whether what it reads is there: a sequence has no hidden state before its first step.
   virtual bool CanGuess(const DraftContext& context) const = 0;
   // Level n guesses the token n + 1 after the pending one. REQUIRES: CanGuess of each; levels and top_k in range.

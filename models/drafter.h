@@ -37,6 +37,14 @@ struct DraftContext {
   DraftDraw draw = DraftDraw::kCoupled;
 };
 
+class DraftGuesser;
+
+// What makes a drafter's trees, for a model that makes such trees itself.
+struct DraftHeads {
+  DraftGuesser* heads = nullptr;
+  int num_levels = 0, top_k = 0;  // to ask for
+};
+
 class Drafter {
  public:
   virtual ~Drafter() = default;
@@ -51,6 +59,9 @@ class Drafter {
   virtual bool catches_up() const { return false; }
   // Uses DraftContext::hidden. The engine asks the target for it only when a drafter does.
   virtual bool reads_hidden() const { return false; }
+  // A model drafted with them itself; the deepest tree that was verified is so deep.
+  virtual void NoteDepth(int /*depth*/) {}
+  virtual DraftHeads heads() const { return {}; }       // null: there are none, or its trees are of another kind
   virtual bool costs_nothing() const { return false; }  // beside a verify step: may be asked for drafts that go unused
 };
 

@@ -97,8 +97,10 @@ absl::StatusOr<std::vector<DraftTree>> HeadChainDrafter::Propose(std::span<const
     trees[indices[r]] = Tree(context, candidates);
     useful = std::max(useful, trees[indices[r]].Depth());
   }
-  levels_ = std::clamp(useful + 1, 1, options_.max_depth);
+  NoteDepth(useful);
   return trees;
 }
+
+void HeadChainDrafter::NoteDepth(int depth) { levels_ = std::clamp(depth + 1, 1, options_.max_depth); }
 
 }  // namespace linspec

@@ -37,6 +37,8 @@ class HeadChainDrafter final : public Drafter {
   void Forget(uint64_t) override {}
   bool reads_hidden() const override { return heads_->reads_hidden(); }
   int levels_computed() const override { return levels_computed_; }
+  void NoteDepth(int depth) override;
+  DraftHeads heads() const override { return {heads_.get(), levels_, options_.top_k}; }
 
  private:
   HeadChainDrafter(std::string name, std::unique_ptr<DraftGuesser> heads, HeadChainOptions options)

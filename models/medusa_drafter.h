@@ -45,6 +45,10 @@ class MedusaDrafter final : public Drafter {
   absl::StatusOr<std::vector<DraftTree>> Propose(std::span<const DraftContext> contexts) override;
   void Forget(uint64_t) override {}
   bool reads_hidden() const override { return heads_->reads_hidden(); }
+  DraftHeads heads() const override {
+    if (options_.tree != MedusaTree::kDynamic) return {};
+    return {heads_.get(), heads_->max_levels(), options_.top_k};
+  }
 
  private:
   MedusaDrafter(std::unique_ptr<DraftGuesser> heads, MedusaOptions options)

@@ -93,6 +93,10 @@ absl::Status Model::StartNext(StatePool*) {
   return absl::UnimplementedError("this model does not run ahead of its results");
 }
 
+absl::Status Model::StartDrafted(const SelfDraft&, StatePool*) {
+  return absl::UnimplementedError("this model does not draft for itself");
+}
+
 absl::StatusOr<std::unique_ptr<StatePool>> Model::CreatePool(int num_slots) const {
   return StatePool::Create(config(), num_slots, state_dtype());
 }

@@ -69,6 +69,18 @@ struct VerifyResult {
   std::span<const float> hidden;     // [num_rows, D] after the final norm: input of Medusa heads; likewise
   std::span<const int32_t> sampled;  // [num_rows] with sampling, from a model that chooses tokens: -1 where there is
                                      // no token to choose. Then logits are those after the edits
+  std::span<const DraftTree> trees = {};   // [num_requests] that were verified, of a step of StartDrafted
+  std::span<const DraftTree> drafts = {};  // and what they were taken from: they begin alike
+};
+
+class DraftGuesser;
+
+// How a model drafts for a step that it starts before the one ahead of it was read.
+struct SelfDraft {
+  DraftGuesser* heads = nullptr;  // of this model: Model::CanDraftWith
+  int num_levels = 1, top_k = 1;  // that they guess; the model may ask for fewer levels
+  int num_rows = 1;               // of all trees; the model may take more where that costs nothing
+  int max_nodes = 2;              // of a tree; likewise fewer
 };
 
 // A verify step by its size.
@@ -126,6 +138,13 @@ class Model {
   // nor hidden states wanted. FinishVerify then gives the results of the first; the second is finished, committed or
   // followed by a third like any other. An error leaves the first to be finished, with its roots committed or not.
   virtual absl::Status StartNext(StatePool* pool);
+  // Likewise for trees: walks each along the tokens that are chosen, commits that, drafts behind it with the heads,
+  // and starts a step of the trees that come of it, each cut where its slot's group ends. The rows of a request are
+  // chosen as its first row was, but for positions. FinishVerify gives the results of the first; Commit then only tells
+  // the model what the engine accepted of it, which has to be what the model did itself: else the second fails. An
+  // error leaves the first to be finished, and slots in no usable state.
+  virtual bool CanDraftWith(const DraftGuesser& /*heads*/, int64_t /*num_requests*/) const { return false; }
+  virtual absl::Status StartDrafted(const SelfDraft& draft, StatePool* pool);
   // A node's bits are those of decoding token by token also when its path crosses a group's end inside the tree. Where
   // not, the engine cuts trees there.
   virtual bool exact_across_groups() const { return true; }

@@ -52,8 +52,10 @@ bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance) {
   return coupled && params.logprobs < 0 && params.typical_p >= 1.0f && !restricted;
 }
 
-bool ChosenAlikeNext(const WalkInput& input) {
-  return !HasPenalties(*input.params) && input.num_output_tokens + 1 != input.params->min_tokens;
+bool ChosenAlike(const WalkInput& input, int64_t more_tokens) {
+  const auto ends_banned = [&](int64_t num_output) { return num_output < input.params->min_tokens; };
+  return !HasPenalties(*input.params) &&
+         ends_banned(input.num_output_tokens) == ends_banned(input.num_output_tokens + more_tokens);
 }
 
 void AppendRowSampling(const DraftTree& tree, const WalkInput& input, VerifyBatch* batch) {

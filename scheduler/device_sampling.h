@@ -17,9 +17,9 @@ namespace linspec {
 // Only with Gumbel coupling: the other ways of acceptance need the distribution.
 bool ChosenOnDevice(const SamplingParams& params, AcceptanceMode acceptance);
 
-// Whether the row after the token to choose will be chosen like this one but for its position, whatever the token:
-// without penalties, and on the same side of min_tokens. REQUIRES: ChosenOnDevice.
-bool ChosenAlikeNext(const WalkInput& input);
+// Whether rows after so many more tokens, and all before, will be chosen like the row under way but for positions,
+// whatever the tokens: without penalties, and on the same side of min_tokens. REQUIRES: ChosenOnDevice.
+bool ChosenAlike(const WalkInput& input, int64_t more_tokens);
 
 // Appends one RowSampling for each node of tree, and the logit edits of its history: prompt and output so far, and the
 // nodes above it. A request that is chosen on the host gets rows that choose greedily, without edits, to be ignored.

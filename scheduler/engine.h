@@ -55,6 +55,7 @@ struct WarmUpReport {
 struct StepStats {
   double queue_s = 0, prefill_s = 0, draft_s = 0, verify_s = 0, accept_s = 0, commit_s = 0, deliver_s = 0;
   int num_running = 0, num_waiting = 0, num_prefill_tokens = 0, num_decode_requests = 0, num_verify_rows = 0;
+  bool ahead = false;  // started before the step ahead of it was read
   int num_drafts = 0;  // requests that brought a tree of more than one node
   int num_draft_tokens = 0, num_accepted_tokens = 0, num_output_tokens = 0;
   std::array<int, 16> accepted_per_depth{};  // [depth - 1] drafts accepted at least that deep

@@ -19,11 +19,11 @@ bool EngineCore::Step(RequestQueue::News news, StepStats* stats, std::vector<uin
   Admit(std::move(news), stats);
   EndCancelled(cancelled, abort);
   EndWaits(stats);
-  if (sequences_.empty() && !ahead_) return false;
+  if (sequences_.empty() && ahead_ == Ahead::kNothing) return false;
 
   stats->num_running = static_cast<int>(
       std::count_if(sequences_.begin(), sequences_.end(), [](const auto& sequence) { return !sequence->finished(); }));
-  if (ahead_) {
+  if (ahead_ != Ahead::kNothing) {
     DecodeAhead(stats);
   } else {
     const StepPlan plan = Plan();

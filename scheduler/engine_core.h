@@ -3,7 +3,7 @@
 // Where a model can, a plain step is started before the one ahead of it is read (DecodeAhead): the device then never
 // waits for the host. It is bound to the requests that it was started for. Who joins gets a slot, and the next plan.
 // Who ended has a row there that comes to nothing, and a slot that may be given away at once, because zeroing, copies
-// and commits are queued behind what runs.
+// and commits are queued behind what runs. The same for steps with drafts, where the model drafts for itself.
 //
 // Threads: engine thread only. A sequence that ends, for whatever reason, gives its slot back within the same step.
 #pragma once
@@ -54,13 +54,15 @@ class EngineCore {
   void Decode(const StepPlan& plan, StepStats* stats);
   void DecodeAhead(StepStats* stats);
   // What both end with, of the step in batch_; trees: of decoding_.
-  void Complete(const StepPlan& plan, std::span<const DraftTree> trees, absl::Status started, const DecodeTimes& times,
+  void Complete(const StepPlan& plan, std::vector<DraftTree> trees, absl::Status started, const DecodeTimes& times,
                 StepStats* stats);
   // Before it waits, the next step is started where that can be, and the news of the last one are delivered where a
-  // device works meanwhile.
-  absl::StatusOr<VerifyResult> AwaitVerify(absl::Status started, StepStats* stats);
-  bool CouldRunAhead();  // had nobody drafts
-  void DropFinished();   // from decoding_
+  // device works meanwhile. Trees that the model made replace those given.
+  absl::StatusOr<VerifyResult> AwaitVerify(absl::Status started, std::vector<DraftTree>* trees, StepStats* stats);
+  absl::Status StartAhead(bool drafted);    // the next step, behind one with drafts of the model or one of the host's
+  bool CouldRunAhead(int64_t more_tokens);  // as far as those who decode are concerned; tokens until the last choice
+  std::vector<DraftTree> TakeTrees(const VerifyResult& made, StepStats* stats);
+  void DropFinished();  // from decoding_
   int DraftRows(const StepPlan& plan) const;
   StepStart StartOf(const StepPlan& plan) const;  // before decoding_ and batch_ are its
   std::vector<int> DeepestNodes() const;          // of each decoding request; empty: no limit
@@ -90,9 +92,11 @@ class EngineCore {
   std::vector<std::unique_ptr<Sequence>> sequences_;  // in order of admission
   std::vector<Sequence*> decoding_;                   // of the step under way, as far as they did not end
   std::vector<int> requests_;                         // [decoding_] which of batch_ each is
-  VerifyBatch batch_;                                 // of the step under way
-  bool ahead_ = false;                                // it was started and not read
-  bool waits_ = false;                                // the next one could be started ahead, but for drafts
+  VerifyBatch batch_;                                 // of the step under way; until it is read, of the one it follows
+  enum class Ahead : uint8_t { kNothing, kRoots, kDrafted };
+  Ahead ahead_ = Ahead::kNothing;  // what was started and not read
+  bool drafted_ahead_ = false;     // the step under way has drafts of the model, not read yet
+  bool waits_ = false;             // the next one could be started ahead, but for drafts
   uint64_t next_sequence_id_ = 1;
 };
 

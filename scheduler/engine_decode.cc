@@ -1,5 +1,6 @@
-// The decoding half of a step: draft, verify, accept, commit; and plain steps that run ahead of it on a device.
+// The decoding half of a step: draft, verify, accept, commit; and steps that run ahead of it on a device.
 #include <algorithm>
+#include <optional>
 #include <utility>
 
 #include "fmt/format.h"
@@ -41,50 +42,58 @@ void EngineCore::Decode(const StepPlan& plan, StepStats* stats) {
     decoding_.push_back(sequences_[index].get());
   }
   DecodeTimes times{.start = Clock::now()};
-  const std::vector<DraftTree> trees = speculator_->Propose(decoding_, DeepestNodes(), DraftRows(plan), start, stats);
+  std::vector<DraftTree> trees = speculator_->Propose(decoding_, DeepestNodes(), DraftRows(plan), start, stats);
   batch_ = Pack(plan, trees, stats);
   times.drafted = Clock::now();
-  Complete(plan, trees, model_->StartVerify(batch_, *pool_), times, stats);
+  Complete(plan, std::move(trees), model_->StartVerify(batch_, *pool_), times, stats);
 }
 
-// The step was started, without drafts, before the one ahead of it was read. Who ended since has a row that is dropped;
+// The step was started before the one ahead of it was read. Who ended since has a row that is dropped; without drafts
 // the speculator does not hear of such a step, whose cost is that of other requests.
 void EngineCore::DecodeAhead(StepStats* stats) {
-  ahead_ = false;
+  const bool drafted = std::exchange(ahead_, Ahead::kNothing) == Ahead::kDrafted;
   DropFinished();
   DecodeTimes times{.start = Clock::now()};
-  std::span<Sequence* const> proposed = decoding_;
-  if (std::ssize(decoding_) != batch_.num_requests()) proposed = {};
-  StepPlan plan;
-  plan.draft_rows = options_.max_step_tokens - static_cast<int>(decoding_.size());
-  std::vector<DraftTree> roots =
-      speculator_->Propose(proposed, DeepestNodes(), DraftRows(plan), StepStart::kAhead, stats);
-  for (size_t i = roots.size(); i < decoding_.size(); ++i) {
-    roots.push_back(DraftTree::Root(decoding_[i]->pending_token()));
+  std::vector<DraftTree> trees;
+  if (drafted) {
+    speculator_->Continue(decoding_, DeepestNodes(), stats);
+  } else {
+    std::span<Sequence* const> proposed = decoding_;
+    if (std::ssize(decoding_) != batch_.num_requests()) proposed = {};
+    StepPlan plan;
+    plan.draft_rows = options_.max_step_tokens - static_cast<int>(decoding_.size());
+    trees = speculator_->Propose(proposed, DeepestNodes(), DraftRows(plan), StepStart::kAhead, stats);
+    for (size_t i = trees.size(); i < decoding_.size(); ++i) {
+      trees.push_back(DraftTree::Root(decoding_[i]->pending_token()));
+    }
   }
+  drafted_ahead_ = drafted;
+  stats->ahead = true;
   stats->num_decode_requests = static_cast<int>(decoding_.size());
   stats->num_verify_rows = batch_.num_rows();
   times.drafted = Clock::now();
-  Complete(StepPlan(), roots, absl::OkStatus(), times, stats);
+  Complete(StepPlan(), std::move(trees), absl::OkStatus(), times, stats);
 }
 
-void EngineCore::Complete(const StepPlan& plan, std::span<const DraftTree> trees, absl::Status started,
+void EngineCore::Complete(const StepPlan& plan, std::vector<DraftTree> trees, absl::Status started,
                           const DecodeTimes& times, StepStats* stats) {
-  const absl::StatusOr<VerifyResult> result = AwaitVerify(std::move(started), stats);
+  const absl::StatusOr<VerifyResult> result = AwaitVerify(std::move(started), &trees, stats);
   const Clock::time_point verified = Clock::now();
   absl::Status status = result.status();
   Clock::time_point accepted = verified;
   if (status.ok()) {
     const std::vector<std::vector<int32_t>> paths = Accept(plan, trees, *result, stats);
     accepted = Clock::now();
-    if (ahead_) {
+    if (ahead_ == Ahead::kRoots) {
       batch_.Advance(result->sampled);  // which the model has, and has committed
     } else {
       status = model_->Commit(batch_, paths, pool_);
     }
   }
   if (!status.ok()) {
-    if (std::exchange(ahead_, false)) model_->FinishVerify().status().IgnoreError();  // of whom there is none any more
+    if (std::exchange(ahead_, Ahead::kNothing) != Ahead::kNothing) {
+      model_->FinishVerify().status().IgnoreError();  // of whom there is none any more
+    }
     for (Sequence* sequence : decoding_) Fail(sequence, status);
     for (const PromptChunk& chunk : plan.score) Fail(sequences_[chunk.sequence].get(), status);
   }
@@ -102,35 +111,72 @@ void EngineCore::Complete(const StepPlan& plan, std::span<const DraftTree> trees
                            stats);
 }
 
-absl::StatusOr<VerifyResult> EngineCore::AwaitVerify(absl::Status started, StepStats* stats) {
+absl::StatusOr<VerifyResult> EngineCore::AwaitVerify(absl::Status started, std::vector<DraftTree>* trees,
+                                                     StepStats* stats) {
   if (!started.ok()) return started;
-  absl::Status next;
-  waits_ = CouldRunAhead();
-  if (waits_ && batch_.num_rows() == batch_.num_requests() && speculator_->StaysPlain(decoding_)) {
-    next = model_->StartNext(pool_);
-    ahead_ = next.ok();
-  }
+  const bool drafted = std::exchange(drafted_ahead_, false);
+  const absl::Status next = StartAhead(drafted);
   if (model_->chooses_tokens()) Deliver(stats);
   absl::StatusOr<VerifyResult> result = model_->FinishVerify();
   if (!next.ok()) return next;
   if (!result.ok()) return result;
+  if (drafted &&
+      (std::ssize(result->trees) != batch_.num_requests() || result->drafts.size() != result->trees.size())) {
+    return absl::InternalError(
+        fmt::format("the model drafted {} trees for {} requests", result->trees.size(), batch_.num_requests()));
+  }
+  if (drafted) *trees = TakeTrees(*result, stats);
   const int64_t rows = batch_.num_rows(), logits = std::ssize(result->logits);
   const bool sampled = std::ssize(result->sampled) == rows, all = logits == rows * model_->config().vocab_size;
-  if (ahead_ ? sampled : all || (logits == 0 && sampled && !batch_.want_logits)) return result;
+  const bool ahead = ahead_ != Ahead::kNothing;
+  if (ahead ? sampled : all || (logits == 0 && sampled && !batch_.want_logits)) return result;
   return absl::InternalError(
       fmt::format("the model returned {} logits and {} tokens for {} rows", logits, result->sampled.size(), rows));
 }
 
-// Only where the step after this one is known but for its tokens: the same requests, each with its root alone, chosen
-// on the device in the same way, and nobody who waits for a place among them.
-bool EngineCore::CouldRunAhead() {
+absl::Status EngineCore::StartAhead(bool drafted) {
+  waits_ = CouldRunAhead(1);
+  if (!waits_) return absl::OkStatus();
+  if (!drafted && batch_.num_rows() == batch_.num_requests() && speculator_->StaysPlain(decoding_)) {
+    absl::Status next = model_->StartNext(pool_);
+    if (next.ok()) ahead_ = Ahead::kRoots;
+    return next;
+  }
+  StepPlan plan;
+  plan.draft_rows = options_.max_step_tokens - static_cast<int>(decoding_.size());
+  const std::optional<SelfDraft> draft = speculator_->DraftsOn(*model_, decoding_, DraftRows(plan));
+  if (!draft || !CouldRunAhead(kMaxTreeNodes + draft->max_nodes)) return absl::OkStatus();
+  absl::Status next = model_->StartDrafted(*draft, pool_);
+  if (next.ok()) ahead_ = Ahead::kDrafted;
+  return next;
+}
+
+// Of the step that was read: batch_ becomes it. Returns those of decoding_.
+std::vector<DraftTree> EngineCore::TakeTrees(const VerifyResult& made, StepStats* stats) {
+  VerifyBatch batch;
+  for (size_t r = 0; r < made.trees.size(); ++r) batch.Add(batch_.slots[r], made.trees[r]);
+  batch.want_logits = batch.want_hidden = false;
+  batch_ = std::move(batch);
+  stats->num_verify_rows = batch_.num_rows();
+  std::vector<DraftTree> trees, drafts;
+  for (const int request : requests_) {
+    trees.push_back(made.trees[request]);
+    drafts.push_back(made.drafts[request]);
+  }
+  speculator_->ObserveTrees(decoding_, trees, drafts, stats);
+  return trees;
+}
+
+// Only where the step after this one is known but for its tokens: the same requests, chosen on the device in the same
+// way, and nobody who waits for a place among them.
+bool EngineCore::CouldRunAhead(int64_t more_tokens) {
   if (!options_.run_ahead || !model_->CanRunAhead()) return false;
   const auto requests = std::ssize(decoding_);
   if (requests != std::ssize(sequences_) || requests != batch_.num_requests()) return false;
   if (batch_.want_logits || batch_.want_hidden) return false;
   for (Sequence* sequence : decoding_) {
     if (sequence->finished() || sequence->num_tokens_left() < 2) return false;
-    if (!ChosenAlikeNext(sequence->walk_input(model_->config().eos_token_ids))) return false;
+    if (!ChosenAlike(sequence->walk_input(model_->config().eos_token_ids), more_tokens)) return false;
   }
   return true;
 }

@@ -150,8 +150,13 @@ void SpeculationController::ObserveStep(const SpeculationOutcome& outcome) {
       state.record.worth += booking.worth;
       state.record.expected_worth += state.stated_gain * std::max(booking.cost - reading, booking.cost / 2);
     }
+    if (outcome.drafter_of_all != kAnyDrafter && outcome.prompt_tokens == 0) {
+      drafters_[outcome.drafter_of_all].ahead.Observe(num_requests_, outcome.ahead, outcome.seconds,
+                                                      outcome.expected_seconds);
+    }
   }
   const bool changed = std::exchange(drafted_before_, drafting_) != drafting_;
+  if (outcome.ahead) return;
   if (changed || (drafting_ && outcome.rows <= outcome.requests)) return;
   const double waited = start_ == StepStart::kAhead ? 1 + saved_ahead_ / plain_seconds_ : 1;
   const double factor = step_costs_.Observe(outcome.rows, outcome.requests, outcome.verify_seconds * waited);
@@ -174,13 +179,17 @@ void SpeculationController::ObserveFree(int drafter, int num_asked, double gains
 
 // Looks one level up and down from what paid best.
 void SpeculationController::EvaluateDrafter(DrafterState* drafter) const {
-  const double plain = num_requests_ / plain_seconds_;
-  const SpeculationStep step{num_requests_, plain * std::max(drafter->gain, 1.0), verify_, MostSeconds()};
+  const double plain = num_requests_ / plain_seconds_, ahead = drafter->ahead.Factor(num_requests_);
+  DraftCosts costs = drafter->costs;
+  costs.Scale(ahead);
+  std::vector<double> verify = verify_;
+  for (double& seconds : verify) seconds *= ahead;
+  const SpeculationStep step{num_requests_, plain * std::max(drafter->gain, 1.0), verify, MostSeconds()};
   const int levels = drafter->max_levels;
   drafter->history.NoticeChange();
   drafter->estimate = {};
   for (int n = std::max(levels - 1, 1); n <= std::min(levels + 1, ProposalHistory::kMostLevels); ++n) {
-    const ProposalHistory::Estimate estimate = drafter->history.Evaluate(step, drafter->costs, n);
+    const ProposalHistory::Estimate estimate = drafter->history.Evaluate(step, costs, n);
     if (estimate.rate() <= drafter->estimate.rate()) continue;
     drafter->estimate = estimate;
     drafter->max_levels = n;

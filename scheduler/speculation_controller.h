@@ -31,6 +31,9 @@
 // asked where its drafts bring more than that. Until then it is asked beside steps that run already, for the sake of
 // knowing.
 //
+// **Steps with drafts that run ahead**: where a model drafts for itself, only the first step of a run waits. What the
+// others take beside waiting is measured (AheadCosts), and a drafter's rate is that of its runs.
+//
 // Threads: engine thread only. No clock: times come in as arguments, so tests are exact.
 #pragma once
 
@@ -80,15 +83,17 @@ struct SpeculationProposal {
 
 // What a step brought and took, all told.
 struct SpeculationOutcome {
-  int rows = 0, requests = 0;  // verified
-  double tokens = 0;           // as plain decoding counts them: one for each request and step
-  int64_t prompt_tokens = 0;   // read beside
-  int64_t catch_up = 0;        // tokens that the drafter read
-  int drafter = kAnyDrafter;   // that costs something and was asked for most requests; kAnyDrafter: none, or a trial
-  double verify_seconds = 0;   // of verification, acceptance and commit
-  double draft_seconds = 0;    // spent on drafts
-  double seconds = 0;          // of the whole step
-  double expected_seconds = 0;
+  int rows = 0, requests = 0;   // verified
+  double tokens = 0;            // as plain decoding counts them: one for each request and step
+  int64_t prompt_tokens = 0;    // read beside
+  int64_t catch_up = 0;         // tokens that the drafter read
+  int drafter = kAnyDrafter;    // that costs something and was asked for most requests; kAnyDrafter: none, or a trial
+  double verify_seconds = 0;    // of verification, acceptance and commit
+  double draft_seconds = 0;     // spent on drafts
+  double seconds = 0;           // of the whole step
+  double expected_seconds = 0;  // of one that waits
+  int drafter_of_all = kAnyDrafter;  // whom all requests used, in a trial too
+  bool ahead = false;                // with its drafts, started before the one before it was read
 };
 
 class SpeculationController {
@@ -111,6 +116,13 @@ class SpeculationController {
   bool StaysPlain() const;
   // Whether a drafter that costs nothing is to be asked for all requests of the step, not only for those that try it.
   bool AsksAll(int drafter) const { return WorthWaiting(drafter, start_ == StepStart::kAlone ? 0 : saved_ahead_); }
+  // Whether the run goes on, so that the next step may be drafted as this one is without being chosen. Not where
+  // drafters that cost nothing bring more than waiting costs. trial: this step is of one.
+  bool MayContinue(int drafter, bool trial) const;
+  void Continue(int num_requests);  // in place of Choose
+  // Of a step that was continued: tokens that its trees are expected to bring, roots not counted.
+  double Expect(std::span<const SpeculationProposal> proposals);
+  const AheadCosts& ahead_costs(int drafter) const { return drafters_[drafter].ahead; }
   double plain_seconds() const { return plain_seconds_; }  // of a step as this one, without drafts
   // Whether asking a chosen drafter pays for so many of the step's requests; the others found something better.
   bool StillPays(int drafter, int num_asked) const;
@@ -144,6 +156,7 @@ class SpeculationController {
   };
   struct DrafterState {
     DraftCosts costs;
+    AheadCosts ahead;
     ProposalHistory history;
     Record record;
     int64_t evaluated = -1;  // proposals of the history that the estimate knows

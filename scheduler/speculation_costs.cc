@@ -14,7 +14,8 @@ constexpr double kUnsureSize = 0.1, kMachineDrift = 0.005, kSizeDrift = 0.0005;
 constexpr double kUnsureMachine = 0.2;  // after long absence
 constexpr double kLeastNoise = 0.02, kMostNoise = 0.2, kNoiseSmoothing = 0.01;
 constexpr double kOutlier = 2.5;  // standard deviations that a surprise counts at most: interruptions say nothing
-constexpr double kDraftSmoothing = 0.1;
+constexpr double kDraftSmoothing = 0.1, kAheadSmoothing = 0.05;
+constexpr double kLeastRatio = 0.3, kMostRatio = 1.5;  // beyond, something else was in the way
 
 int CeilLog2(int value) { return std::bit_width(static_cast<unsigned>(std::max(value, 1)) - 1); }
 
@@ -104,6 +105,29 @@ double StepCosts::Observe(int rows, int requests, double seconds) {
   noise_ = std::clamp(noise_, Squared(kLeastNoise), Squared(kMostNoise));
   machine_ = filter.mean[0];
   return std::exp(machine_ - old);
+}
+
+const AheadCosts::Seen& AheadCosts::Of(int requests) const { return seen_[std::min(CeilLog2(requests), kBuckets - 1)]; }
+
+void AheadCosts::Observe(int requests, bool ahead, double seconds, double waiting) {
+  Seen& seen = seen_[std::min(CeilLog2(requests), kBuckets - 1)];
+  const auto smooth = [](double* average, double count, double value) {
+    *average += std::max(1 / count, kAheadSmoothing) * (value - *average);
+  };
+  smooth(&seen.share, ++seen.steps, ahead ? 1 : 0);
+  if (!ahead || !(waiting > 0)) return;
+  smooth(&seen.ratio, ++seen.ahead, std::clamp(seconds / waiting, kLeastRatio, kMostRatio));
+  smooth(&seen.waiting, seen.ahead, waiting);
+}
+
+double AheadCosts::Saved(int requests) const {
+  const Seen& seen = Of(requests);
+  return std::max(1 - seen.ratio, 0.0) * seen.waiting;
+}
+
+double AheadCosts::Factor(int requests) const {
+  const Seen& seen = Of(requests);
+  return 1 - seen.share * (1 - seen.ratio);
 }
 
 bool DraftCosts::Knows(int contexts) const {

@@ -60,6 +60,27 @@ class StepCosts {
   double noise_ = 0.01;  // variance of a step's log seconds
 };
 
+// What steps with drafts take that run ahead of the host beside those that wait for it, and how many of a drafter's
+// steps do.
+class AheadCosts {
+ public:
+  // Of a step whose requests all used the drafter. waiting: seconds that it takes if it waits.
+  void Observe(int requests, bool ahead, double seconds, double waiting);
+  double Ratio(int requests) const { return Of(requests).ratio; }  // of a step ahead to one that waits; 1: not known
+  double Saved(int requests) const;                                // seconds of a step ahead beside one that waits
+  // Of a step's seconds on average, some of them ahead, to those of steps that wait.
+  double Factor(int requests) const;
+
+ private:
+  static constexpr int kBuckets = 11;
+  struct Seen {
+    double steps = 0, share = 0;  // counts are of what averages still remember
+    double ahead = 0, ratio = 1, waiting = 0;
+  };
+  const Seen& Of(int requests) const;
+  std::array<Seen, kBuckets> seen_{};  // [log2 requests]
+};
+
 // What drafting costs: levels are run one after the other, each over all contexts at once. Linear in the levels.
 class DraftCosts {
  public:

@@ -47,7 +47,8 @@ Speculator::Speculator(std::vector<std::unique_ptr<Drafter>> drafters, const Eng
       options_(options),
       vocab_size_(vocab_size),
       controller_(CostNothing(drafters_), options.max_draft_slowdown),
-      asked_(drafters_.size(), 0) {}
+      asked_(drafters_.size(), 0),
+      nodes_(drafters_.size(), 0) {}
 
 int Speculator::FindDrafter(SpeculationMode mode) const {
   for (size_t d = 0; d < drafters_.size(); ++d) {
@@ -89,18 +90,14 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
                                            int max_draft_rows, StepStart start, StepStats* stats) {
   std::vector<DraftTree> trees;
   for (const Sequence* sequence : sequences) trees.push_back(DraftTree::Root(sequence->pending_token()));
-  choices_.clear();
+  StartStep();
   if (drafters_.empty() || sequences.empty()) return trees;
-  ++step_;
   const std::vector<SpeculationRequest> requests = Describe(sequences, deepest);
   choices_ = Choose(requests, max_draft_rows, start);
   drafted_.assign(sequences.size(), false);
-  drafts_.clear();
-  asked_any_ = false;
-  draft_seconds_ = reading_seconds_ = progress_ = 0;
-  catch_up_ = 0;
   if (!options_.calibrate) {
     AskChosenDrafters(sequences, requests, &trees, stats);
+    NoteDrafterOfAll(trees);
     return trees;
   }
   if (start == StepStart::kAhead) {
@@ -127,9 +124,21 @@ std::vector<DraftTree> Speculator::Propose(std::span<Sequence* const> sequences,
   int num_rows = 0;
   for (const DraftTree& tree : trees) num_rows += tree.num_nodes();
   stats->expected_verify_s = controller_.step_costs().Estimate(num_rows, num_requests);
+  NoteDrafterOfAll(trees);
   ObserveDrafts(SecondsSince(drafted));
   if (asked_any_) draft_seconds_ = SecondsSince(begin);
   return trees;
+}
+
+void Speculator::StartStep() {
+  ++step_;
+  choices_.clear();
+  drafts_.clear();
+  asked_any_ = continued_ = false;
+  draft_seconds_ = reading_seconds_ = progress_ = 0;
+  catch_up_ = 0;
+  proposed_nodes_ = 0;
+  drafter_of_all_ = kAnyDrafter;
 }
 
 void Speculator::ObserveDrafts(double seconds) {
@@ -241,6 +250,7 @@ std::vector<DraftTree> Speculator::Ask(int drafter, std::span<Sequence* const> s
     if (depth > deepest) tree = tree.CutBelow(deepest);
     trees[i] = std::move(tree);
     if (free) continue;
+    proposed_nodes_ += trees[i].num_nodes() - 1;
     const bool cut_short = depth >= std::min(contexts[i].max_levels, deepest);
     controller_.Learn({contexts[i].sequence_id, drafter, choices_[indices[i]].trial, &trees[i], cut_short});
   }
@@ -312,16 +322,19 @@ void Speculator::ObserveWalk(int index, const Sequence& sequence, const DraftTre
 void Speculator::ObserveStep(const Spent& spent, StepStats* stats) {
   if (choices_.empty() || !options_.calibrate) return;
   const double saved = controller_.ledger().saved();
-  controller_.ObserveStep({.rows = spent.rows,
-                           .requests = spent.requests,
-                           .tokens = progress_,
-                           .prompt_tokens = spent.prompt_tokens,
-                           .catch_up = catch_up_,
-                           .drafter = DrafterOfMost(),
-                           .verify_seconds = spent.verify_seconds,
-                           .draft_seconds = draft_seconds_,
-                           .seconds = spent.seconds,
-                           .expected_seconds = stats->expected_draft_s + stats->expected_verify_s});
+  controller_.ObserveStep(
+      {.rows = spent.rows,
+       .requests = spent.requests,
+       .tokens = progress_,
+       .prompt_tokens = spent.prompt_tokens,
+       .catch_up = catch_up_,
+       .drafter = DrafterOfMost(),
+       .verify_seconds = spent.verify_seconds,
+       .draft_seconds = draft_seconds_,
+       .seconds = spent.seconds,
+       .expected_seconds = continued_ ? continued_seconds_ : stats->expected_draft_s + stats->expected_verify_s,
+       .drafter_of_all = drafter_of_all_,
+       .ahead = continued_});
   stats->speculation_saved_s = controller_.ledger().saved() - saved;
 }
 

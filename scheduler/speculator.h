@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <unordered_map>
@@ -39,6 +40,13 @@ class Speculator {
   // Roots for a step that was started ahead. Fills the draft fields of stats.
   std::vector<DraftTree> Propose(std::span<Sequence* const> sequences, std::span<const int> deepest, int max_draft_rows,
                                  StepStart start, StepStats* stats);
+  // How the model may draft the next step of the same sequences itself, in place of Propose: where all of them use one
+  // drafter, whose heads it has, and go on doing so. Nothing: it may not.
+  std::optional<SelfDraft> DraftsOn(const Model& model, std::span<Sequence* const> sequences, int max_draft_rows) const;
+  // In place of Propose, of that step; and, when it was read, its trees, and what those were taken from.
+  void Continue(std::span<Sequence* const> sequences, std::span<const int> deepest, StepStats* stats);
+  void ObserveTrees(std::span<Sequence* const> sequences, std::span<DraftTree> trees, std::span<DraftTree> drafts,
+                    StepStats* stats);
   // After the walk over the tree that Propose returned for sequences[index].
   void ObserveWalk(int index, const Sequence& sequence, const DraftTree& tree, const Walk& walk, StepStats* stats);
   // After the step. requests: of the batch that was verified, prompts that were scored among them; prompt_tokens: read
@@ -78,6 +86,10 @@ class Speculator {
                double* gains);
   // seconds: that the engine itself spent on the drafts of this step, shared among those who were asked for them.
   void ObserveDrafts(double seconds);
+  void StartStep();
+  // Of the step that was proposed: whom all requests use, and the nodes that it gives them on average.
+  void NoteDrafterOfAll(std::span<const DraftTree> trees);
+  int LevelsOfAll() const;  // to ask that drafter's heads for
   // Of the step under way, that costs something and was asked for most requests; kAnyDrafter: none, or a trial.
   int DrafterOfMost() const;
   int FindDrafter(SpeculationMode mode) const;  // -1: not loaded
@@ -96,12 +108,17 @@ class Speculator {
     int64_t catch_up;
     double seconds;
   };
+  int proposed_nodes_ = 0;      // by drafters that cost something, in the step under way
   bool asked_any_ = false;      // in the step under way
   double draft_seconds_ = 0;    // spent on drafts, then
   double reading_seconds_ = 0;  // expected of drafters that read what they had not seen, then
   double progress_ = 0;         // rows whose choice counted then; plain decoding has one for each request and step
   int64_t catch_up_ = 0;        // tokens that drafters read in it
   std::vector<Asked> drafts_;   // whose cost is to be learned
+  int drafter_of_all_ = kAnyDrafter;  // kAnyDrafter: not one
+  bool continued_ = false;            // the step under way: Continue
+  double continued_seconds_ = 0;      // that it would take if it waited
+  std::vector<double> nodes_;         // [drafter] beyond the root, of a request, in steps that were proposed
   std::vector<SpeculationChoice> choices_;
   std::vector<bool> drafted_;                                // [request] its tree of this step is there
   std::unordered_map<uint64_t, std::vector<int64_t>> seen_;  // [drafter] tokens of the sequence it was shown

@@ -60,7 +60,9 @@ void Speculator::WatchFreeDrafters(std::span<Sequence* const> sequences, std::sp
     std::vector<DraftTree> proposed = Ask(d, sequences, requests, indices, nodes, stats);
     double gains = 0;
     for (size_t i = 0; i < indices.size(); ++i) {
-      if (proposed[i].num_nodes() > 1) gains += controller_.Gain({sequences[indices[i]]->id(), d, false, &proposed[i]});
+      if (proposed[i].num_nodes() <= 1) continue;
+      const double gain = controller_.Gain({sequences[indices[i]]->id(), d, false, &proposed[i]});
+      gains += std::max(gain - choices_[indices[i]].gain, 0.0);
     }
     controller_.ObserveFree(d, static_cast<int>(indices.size()), gains, false, SecondsSince(start));
   }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <chrono>
 
+#include "models/draft_guesser.h"
+
 namespace linspec {
 namespace {
 
@@ -32,9 +34,12 @@ class WarmUpRun {
   bool Enough() const {
     return full_ || Seconds() > options_.warm_up_s || free_bytes_ - model_->free_device_bytes() > kMostBytes;
   }
-  absl::Status VerifyOne(const VerifySize& size, std::span<const StateSlot> slots);
+  absl::Status VerifyOne(const VerifySize& size);
   // Drafts for so many sequences, each new_tokens longer every time, with more and more levels. False: it failed.
   bool DraftLevels(Drafter* drafter, int contexts, int new_tokens, int first_level, int last_level);
+  // Steps for which the model drafts itself, if it can with this drafter.
+  absl::Status DraftAhead(const Drafter& drafter, int contexts, int last_level);
+  void AcquireSlots(int count);
 
   Model* const model_;
   StatePool* const pool_;
@@ -42,10 +47,15 @@ class WarmUpRun {
   const int64_t free_bytes_;
   const Clock::time_point start_ = Clock::now();
   bool full_ = false;  // the device has no memory left
+  std::vector<StateSlot> slots_;
   WarmUpReport report_;
 };
 
-absl::Status WarmUpRun::VerifyOne(const VerifySize& size, std::span<const StateSlot> slots) {
+void WarmUpRun::AcquireSlots(int count) {
+  while (std::ssize(slots_) < count && pool_->num_free() > 0) slots_.push_back(pool_->Acquire());
+}
+
+absl::Status WarmUpRun::VerifyOne(const VerifySize& size) {
   VerifyBatch batch;
   int rows = size.rows;
   for (int r = 0; r < size.requests; ++r) {
@@ -53,7 +63,7 @@ absl::Status WarmUpRun::VerifyOne(const VerifySize& size, std::span<const StateS
     DraftTree tree = DraftTree::Root(0);
     while (tree.num_nodes() < std::min(size.largest_tree, rows - others)) tree.Add(0, tree.num_nodes() - 1);
     rows -= tree.num_nodes();
-    batch.Add(slots[r].id(), tree);
+    batch.Add(slots_[r].id(), tree);
   }
   batch.sampling.resize(batch.num_rows());
   batch.want_logits = batch.want_hidden = false;
@@ -71,14 +81,13 @@ absl::Status WarmUpRun::VerifyOne(const VerifySize& size, std::span<const StateS
 }
 
 absl::Status WarmUpRun::Verify(std::span<const VerifySize> sizes) {
-  std::vector<StateSlot> slots;
   for (const VerifySize& size : sizes) {
-    while (std::ssize(slots) < size.requests && pool_->num_free() > 0) slots.push_back(pool_->Acquire());
-    if (Enough() || std::ssize(slots) < size.requests) {
+    AcquireSlots(size.requests);
+    if (Enough() || std::ssize(slots_) < size.requests) {
       ++report_.left_out;
       continue;
     }
-    const absl::Status status = VerifyOne(size, slots);
+    const absl::Status status = VerifyOne(size);
     full_ |= absl::IsResourceExhausted(status);
     if (!status.ok() && !full_) return status;
     ++(full_ ? report_.left_out : report_.sizes);
@@ -109,6 +118,32 @@ bool WarmUpRun::DraftLevels(Drafter* drafter, int contexts, int new_tokens, int 
   return ok;
 }
 
+absl::Status WarmUpRun::DraftAhead(const Drafter& drafter, int contexts, int last_level) {
+  const DraftHeads heads = drafter.heads();
+  const bool can = heads.heads != nullptr && model_->CanDraftWith(*heads.heads, contexts);
+  AcquireSlots(contexts);
+  if (!options_.run_ahead || !can || std::ssize(slots_) < contexts) return absl::OkStatus();
+  VerifyBatch roots;
+  for (int r = 0; r < contexts; ++r) roots.Add(slots_[r].id(), DraftTree::Root(0));
+  roots.sampling.resize(contexts);
+  roots.want_logits = roots.want_hidden = false;
+  absl::Status status;
+  last_level = std::min(last_level, heads.heads->max_levels());
+  for (int level = 1; level <= last_level && status.ok() && !Enough(); ++level) {
+    status = model_->StartVerify(roots, *pool_);
+    if (!status.ok()) break;
+    status = model_->StartDrafted({.heads = heads.heads,
+                                   .num_levels = level,
+                                   .top_k = heads.top_k,
+                                   .num_rows = 2 * contexts,
+                                   .max_nodes = std::max(options_.max_draft_nodes, 2)},
+                                  pool_);
+    const int started = status.ok() ? 2 : 1;
+    for (int step = 0; step < started; ++step) status.Update(model_->FinishVerify().status());
+  }
+  return status;
+}
+
 void WarmUpRun::Draft(Drafter* drafter) {
   std::vector<int> sizes;
   for (const int contexts : kContexts) {
@@ -122,7 +157,8 @@ void WarmUpRun::Draft(Drafter* drafter) {
     for (const int new_tokens : kNewTokens) {
       const bool differs = new_tokens == 1 || (drafter->catches_up() && (new_tokens == 2 || contexts <= kFewContexts));
       if (!differs) continue;
-      const bool done = works && !Enough() && DraftLevels(drafter, contexts, new_tokens, 1, levels);
+      const bool done = works && !Enough() && DraftLevels(drafter, contexts, new_tokens, 1, levels) &&
+                        DraftAhead(*drafter, contexts, levels).ok();
       works &= done || Enough();
       (done ? report_.sizes : report_.left_out) += levels;
     }

@@ -96,7 +96,7 @@ void VisitLimitsFlags(Options& o, Visit&& visit) {
   visit(FlagInfo{g, "max-step-tokens", "token budget of one engine step; 0: 2048 on a GPU, 512 on a CPU", 0, 65536},
         o.max_step_tokens);
   visit(FlagInfo{g, "warm-up-seconds", "most for CUDA graphs at start; 0: when they come", 0, 3600}, o.warm_up_s);
-  visit(FlagInfo{g, "run-ahead", "on a GPU, start a plain step before the one ahead is read"}, o.run_ahead);
+  visit(FlagInfo{g, "run-ahead", "on a GPU, start a step before the one ahead is read"}, o.run_ahead);
   visit(FlagInfo{g, "max-prompt-tokens", "longest prompt", 1, 1 << 30}, o.max_prompt_tokens);
   visit(FlagInfo{g, "max-output-tokens", "largest max_tokens", 1, 1 << 30}, o.max_output_tokens);
   visit(FlagInfo{g, "max-n", "largest n and best_of, times the prompts of one call", 1, 4096}, o.max_n);

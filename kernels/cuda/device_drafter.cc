@@ -23,9 +23,10 @@ class RecurrentDrafter final : public DeviceDrafter {
     LINSPEC_CUDA_TRY(mail_.Reserve(context(), plan_.mail_bytes));
     return context()->Check(cudaMemsetAsync(mail_.as<void>(), 0, plan_.mail_bytes, stream()), "zero");
   }
+  int max_levels() const override { return LINSPEC_CUDA_MAX_DRAFT_LEVELS; }
 
  private:
-  int max_levels() const override { return LINSPEC_CUDA_MAX_DRAFT_LEVELS; }
+  bool is_chain() const override { return true; }
   bool OneLaunch(int num_rows) const { return plan_.blocks > 0 && num_rows <= kMostLevelsRows; }
   bool ReadsHostBlock(int num_rows) const override { return OneLaunch(num_rows); }
   RecurrentLevelsParams Levels() const {
@@ -107,9 +108,10 @@ class MedusaDrafter final : public DeviceDrafter {
         num_blocks_(heads.num_blocks) {
     if (heads.unembeddings != nullptr) unembeddings_.assign(heads.unembeddings, heads.unembeddings + heads.num_heads);
   }
+  int max_levels() const override { return num_heads_; }
 
  private:
-  int max_levels() const override { return num_heads_; }
+  bool is_chain() const override { return false; }
 
   int32_t Reserve(int num_rows, int num_levels) override {
     const int64_t all = int64_t{num_rows} * num_levels;
@@ -211,32 +213,42 @@ int32_t DeviceDrafter::CheckStep(const LinspecCudaDraftStep& step) const {
 void DeviceDrafter::Pack(const LinspecCudaDraftStep& step, int num_rows) {
   auto* host = host_block_.as<std::byte>();
   *reinterpret_cast<const float**>(host) = target_->hidden();
-  *reinterpret_cast<uint32_t*>(host + kCallAt) = ++call_;
+  *reinterpret_cast<uint32_t*>(host + kCallAt) = NextCall();
   auto* rows = reinterpret_cast<LinspecCudaDraftRow*>(host + kRowsAt);
   std::copy_n(step.rows, step.num_rows, rows);
   std::fill(rows + step.num_rows, rows + num_rows, LinspecCudaDraftRow{});
+}
+
+int32_t DeviceDrafter::ReserveAll(int num_rows, int num_levels, int top_k) {
+  const int64_t block_bytes = kRowsAt + num_rows * static_cast<int64_t>(sizeof(LinspecCudaDraftRow));
+  const int64_t candidate_bytes =
+      int64_t{num_levels} * num_rows * top_k * static_cast<int64_t>(sizeof(LinspecCudaDraftCandidate));
+  LINSPEC_CUDA_TRY(target_->products().Reserve());
+  LINSPEC_CUDA_TRY(Reserve(num_rows, num_levels));
+  LINSPEC_CUDA_TRY(block_.Reserve(context(), block_bytes));
+  LINSPEC_CUDA_TRY(host_block_.Reserve(context(), block_bytes));
+  LINSPEC_CUDA_TRY(kept_candidates_.Reserve(context(), candidate_bytes));
+  return candidates_.Reserve(context(), candidate_bytes);
+}
+
+uint64_t DeviceDrafter::GraphStamp() const {
+  uint64_t stamp = Stamp() + input_stamp_;
+  for (const Buffer* buffer : {&block_, &host_block_, &candidates_, &kept_candidates_}) stamp += buffer->generation();
+  return stamp;
 }
 
 int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftResult* result) {
   LINSPEC_CUDA_TRY(context()->Enter());
   LINSPEC_CUDA_TRY(CheckStep(step));
   const int num_rows = RowBucket(step.num_rows);
-  const int64_t block_bytes = kRowsAt + num_rows * static_cast<int64_t>(sizeof(LinspecCudaDraftRow));
-  const int64_t candidate_bytes =
-      int64_t{step.num_levels} * num_rows * step.top_k * static_cast<int64_t>(sizeof(LinspecCudaDraftCandidate));
-  LINSPEC_CUDA_TRY(target_->products().Reserve());
-  LINSPEC_CUDA_TRY(Reserve(num_rows, step.num_levels));
-  LINSPEC_CUDA_TRY(block_.Reserve(context(), block_bytes));
-  LINSPEC_CUDA_TRY(host_block_.Reserve(context(), block_bytes));
-  LINSPEC_CUDA_TRY(candidates_.Reserve(context(), candidate_bytes));
+  LINSPEC_CUDA_TRY(ReserveAll(num_rows, step.num_levels, step.top_k));
   Pack(step, num_rows);
-  uint64_t stamp = Stamp();
-  for (const Buffer* buffer : {&block_, &host_block_, &candidates_}) stamp += buffer->generation();
   const bool from_host = ReadsHostBlock(num_rows);
   const auto enqueue = [&]() -> int32_t {
     if (!from_host) {
+      const int64_t bytes = kRowsAt + num_rows * static_cast<int64_t>(sizeof(LinspecCudaDraftRow));
       LINSPEC_CUDA_TRY(context()->Check(
-          cudaMemcpyAsync(block_.as<void>(), host_block_.as<void>(), block_bytes, cudaMemcpyHostToDevice, stream()),
+          cudaMemcpyAsync(block_.as<void>(), host_block_.as<void>(), bytes, cudaMemcpyHostToDevice, stream()),
           "upload a draft"));
     }
     auto* block = (from_host ? host_block_ : block_).as<std::byte>();
@@ -250,10 +262,27 @@ int32_t DeviceDrafter::Draft(const LinspecCudaDraftStep& step, LinspecCudaDraftR
     return context()->CheckLaunch("draft");
   };
   LINSPEC_CUDA_TRY(graphs_.Run({num_rows, step.num_levels, step.top_k, 0}, /*kernels=*/num_rows * 64 + step.num_levels,
-                               stamp, enqueue));
+                               GraphStamp(), enqueue));
   LINSPEC_CUDA_TRY(context()->Sync("draft"));
   *result = {.candidates = candidates_.as<LinspecCudaDraftCandidate>(), .row_stride = num_rows, .reserved = 0};
   return kLinspecCudaOk;
+}
+
+int32_t DeviceDrafter::Guess(const Input& input, int num_rows, int num_levels, int top_k, DraftGuesses* guesses) {
+  const int padded = RowBucket(num_rows);
+  LINSPEC_CUDA_TRY(ReserveAll(padded, num_levels, top_k));
+  input_stamp_ = input.stamp;
+  auto* candidates = kept_candidates_.as<LinspecCudaDraftCandidate>();
+  const auto enqueue = [&]() -> int32_t {
+    Enqueue({.input = {.rows = input.rows, .hidden = input.hidden, .num_rows = padded},
+             .call = input.call,
+             .num_levels = num_levels,
+             .top_k = top_k,
+             .candidates = candidates});
+    return context()->CheckLaunch("draft");
+  };
+  *guesses = {.candidates = candidates, .row_stride = padded, .chain = is_chain()};
+  return graphs_.Run({padded, num_levels, top_k, 1}, /*kernels=*/padded * 64 + num_levels, GraphStamp(), enqueue);
 }
 
 }  // namespace linspec::cuda

@@ -39,16 +39,20 @@ void DeviceModel::Layers(const StepInput& input, const LinspecCudaStates& states
   const int rows = input.num_rows;
   float* x = x_.as<float>();
   uint16_t* normed = normed_.as<uint16_t>();
-  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream, !input.advanced);
+  // The tasks of trees may be written by the kernel ahead, and attention reads them early.
+  const bool overlapped = input.ancestors == nullptr;
+  LaunchEmbed({.table = weights_.embedding, .tokens = input.tokens, .out = x}, rows, stream, overlapped);
   LaunchRopeTable(input.positions, shape_.rope_theta, shape_.head_dim, angles_.as<float2>(), rows, stream);
   // A norm runs with the products around it where that can be.
   const auto norm = [&](const float* weight) {
     return NormAfter{.weight = weight, .out = normed, .squares = squares_.as<float>()};
   };
   NormBefore before = products_.Norm(x, norm(layers_[0].attention_norm), shape_.rms_norm_eps, layers_[0].qkv, rows);
-  // Single rows of few requests are turned inside verification, others at the end of qkv or by a launch.
+  // Rows are turned at the end of qkv; where that cannot be, single ones of few requests inside verification, others by
+  // a launch.
   const bool raw = attention == Attention::kVerify && input.kept_rows == nullptr && input.last_rows == 0 &&
-                   VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows);
+                   VerifyTakesRawRows(ShapeOf(0), input.num_tasks, input.max_rows) &&
+                   !products_.TurnsHeads(layers_[0].qkv, shape_.head_dim, rows);
   for (int i = 0; i < shape_.num_layers; ++i) {
     const LinspecCudaLayer& layer = layers_[i];
     void* kept = attention == Attention::kVerify ? kept_kv(i) : nullptr;

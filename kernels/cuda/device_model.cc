@@ -106,17 +106,34 @@ DeviceModel::StepInput DeviceModel::PackInput(const LinspecCudaStep& step, int n
   greedy.top_p = 1.0f;
   if (step.sampling != nullptr) fill(at.sampling, step.sampling, greedy);
   *reinterpret_cast<const LinspecCudaLogitEdit**>(host + at.edits) = edits;
+  StepInput views = ViewsOf(num_tasks, num_rows, max_rows, device);
+  if (step.ancestors == nullptr) views.ancestors = nullptr;
+  if (step.sampling == nullptr) views.sampling = nullptr;
+  return views;
+}
+
+DeviceModel::StepInput DeviceModel::ViewsOf(int num_tasks, int num_rows, int max_rows, std::byte* device) {
+  const BlockLayout at = LayoutOf(num_tasks, num_rows, true);
   return {.tasks = reinterpret_cast<const Task*>(device + at.tasks),
           .tokens = reinterpret_cast<const int32_t*>(device + at.tokens),
           .positions = reinterpret_cast<const int64_t*>(device + at.positions),
-          .ancestors = step.ancestors != nullptr ? reinterpret_cast<const uint64_t*>(device + at.ancestors) : nullptr,
-          .sampling =
-              step.sampling != nullptr ? reinterpret_cast<const LinspecCudaSampling*>(device + at.sampling) : nullptr,
+          .ancestors = reinterpret_cast<const uint64_t*>(device + at.ancestors),
+          .sampling = reinterpret_cast<const LinspecCudaSampling*>(device + at.sampling),
           .edits = reinterpret_cast<const LinspecCudaLogitEdit* const*>(device + at.edits),
           .num_tasks = num_tasks,
           .num_rows = num_rows,
           .max_rows = max_rows,
           .num_groups = 0};
+}
+
+StepArrays DeviceModel::ArraysOf(int num_tasks, int num_rows) const {
+  auto* block = verify_block_.as<std::byte>();
+  const BlockLayout at = LayoutOf(num_tasks, num_rows, true);
+  return {.tasks = reinterpret_cast<Task*>(block + at.tasks),
+          .tokens = reinterpret_cast<int32_t*>(block + at.tokens),
+          .positions = reinterpret_cast<int64_t*>(block + at.positions),
+          .ancestors = reinterpret_cast<uint64_t*>(block + at.ancestors),
+          .sampling = reinterpret_cast<LinspecCudaSampling*>(block + at.sampling)};
 }
 
 int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
@@ -143,50 +160,53 @@ int32_t DeviceModel::VerifyStart(const LinspecCudaStep& step) {
   last_ = {.input = PackInput(step, num_tasks, num_rows, host_verify_block_.as<std::byte>(),
                               verify_block_.as<std::byte>(), edits_.as<LinspecCudaLogitEdit>()),
            .states = step.states,
-           .block_bytes = block_bytes,
+           .num_tasks = step.num_tasks,
            .num_rows = step.num_rows,
            .graph = graph,
-           .may_be_followed = step.num_rows == step.num_tasks && sampling && !step.want_logits && !step.want_hidden};
+           .chosen = sampling && !step.want_logits && !step.want_hidden,
+           .made = false};
   hidden_rows_ = step.num_rows;
-  return StartLast(/*advanced=*/false, sampling, step.want_logits, step.want_hidden);
+  LINSPEC_CUDA_TRY(BeginStep());
+  LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(verify_block_.as<void>(), host_verify_block_.as<void>(), block_bytes,
+                                                   cudaMemcpyHostToDevice, context_->stream()),
+                                   "upload a step"));
+  return StartLast(/*advanced=*/false, step.want_logits, step.want_hidden);
 }
 
 int32_t DeviceModel::VerifyNext() {
   LINSPEC_CUDA_TRY(context_->Enter());
-  if (num_in_flight_ != 1 || !last_.may_be_followed) {
-    return context_->Fail(kLinspecCudaInvalid, "only one step of single rows that are chosen can be followed");
+  if (num_in_flight_ != 1 || !last_.may_be_advanced()) {
+    return context_->Fail(kLinspecCudaInvalid, "only one step of single rows that are chosen can be advanced");
   }
-  LINSPEC_CUDA_TRY(CommitRoots());
-  return StartLast(/*advanced=*/true, /*sampled=*/true, /*logits=*/false, /*hidden=*/false);
+  LINSPEC_CUDA_TRY(CommitOnDevice(last_.input.tasks, nullptr, &root_layers_));
+  LINSPEC_CUDA_TRY(BeginStep());
+  return StartLast(/*advanced=*/true, /*logits=*/false, /*hidden=*/false);
 }
 
-int32_t DeviceModel::StartLast(bool advanced, bool sampled, bool logits, bool hidden) {
+int32_t DeviceModel::BeginStep() {
+  return context_->Check(cudaEventRecord(steps_[num_started_ % 2].begin, context_->stream()), "event");
+}
+
+int32_t DeviceModel::StartLast(bool advanced, bool logits, bool hidden) {
   StartedStep& step = steps_[num_started_ % 2];
-  LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(step.begin, context_->stream()), "event"));
-  StepInput input = last_.input;
-  input.advanced = advanced;
-  LINSPEC_CUDA_TRY(last_.graph ? ReplayVerify(input) : EnqueueVerify(input));
-  LINSPEC_CUDA_TRY(EnqueueResults(sampled, logits, hidden, &step));
+  LINSPEC_CUDA_TRY(last_.graph ? ReplayVerify(advanced) : EnqueueVerify(advanced));
+  LINSPEC_CUDA_TRY(EnqueueResults(logits, hidden, &step));
   LINSPEC_CUDA_TRY(context_->Check(cudaEventRecord(step.end, context_->stream()), "event"));
   ++num_started_;
   ++num_in_flight_;
   return kLinspecCudaOk;
 }
 
-int32_t DeviceModel::EnqueueVerify(const StepInput& input) {
-  if (input.advanced) {
-    auto* block = verify_block_.as<std::byte>();
-    const BlockLayout at = LayoutOf(input.num_tasks, input.num_rows, true);
-    LaunchAdvance({.tasks = reinterpret_cast<Task*>(block + at.tasks),
-                   .tokens = reinterpret_cast<int32_t*>(block + at.tokens),
-                   .positions = reinterpret_cast<int64_t*>(block + at.positions),
-                   .sampling = reinterpret_cast<LinspecCudaSampling*>(block + at.sampling),
+int32_t DeviceModel::EnqueueVerify(bool advanced) {
+  const StepInput& input = last_.input;
+  if (advanced) {
+    const StepArrays step = ArraysOf(input.num_tasks, input.num_rows);
+    LaunchAdvance({.tasks = step.tasks,
+                   .tokens = step.tokens,
+                   .positions = step.positions,
+                   .sampling = step.sampling,
                    .sampled = sampled_.as<int32_t>()},
                   input.num_tasks, input.num_rows, context_->stream());
-  } else {
-    LINSPEC_CUDA_TRY(context_->Check(cudaMemcpyAsync(verify_block_.as<void>(), host_verify_block_.as<void>(),
-                                                     last_.block_bytes, cudaMemcpyHostToDevice, context_->stream()),
-                                     "upload a step"));
   }
   Layers(input, last_.states, Attention::kVerify);
   Head(input);
@@ -199,14 +219,15 @@ uint64_t DeviceModel::VerifyStamp() const {
 }
 
 // A step that is advanced has the kernels of the one that it follows, and one more.
-int32_t DeviceModel::ReplayVerify(const StepInput& input) {
+int32_t DeviceModel::ReplayVerify(bool advanced) {
+  const StepInput& input = last_.input;
   const int sampling = input.sampling != nullptr;
-  const int kernels = input.advanced ? -1 : input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
-  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling, input.advanced}, kernels,
-                     VerifyStamp(), [&] { return EnqueueVerify(input); });
+  const int kernels = advanced ? -1 : input.num_rows * 4 + (input.max_rows > 1 ? 2 : 0) + sampling;
+  return graphs_.Run({input.num_tasks, input.num_rows, input.max_rows, sampling, advanced}, kernels, VerifyStamp(),
+                     [&] { return EnqueueVerify(advanced); });
 }
 
-int32_t DeviceModel::EnqueueResults(bool sampled, bool logits, bool hidden, StartedStep* step) {
+int32_t DeviceModel::EnqueueResults(bool logits, bool hidden, StartedStep* step) {
   step->result = {};
   const auto fetch = [&](Buffer& to, const void* from, int64_t bytes) {
     LINSPEC_CUDA_TRY(to.Reserve(context_, bytes));
@@ -214,10 +235,11 @@ int32_t DeviceModel::EnqueueResults(bool sampled, bool logits, bool hidden, Star
                            "download results");
   };
   const int64_t rows = last_.num_rows;
-  if (sampled) {
+  if (last_.input.sampling != nullptr) {
     LINSPEC_CUDA_TRY(fetch(step->sampled, sampled_.as<void>(), rows * static_cast<int64_t>(sizeof(int32_t))));
     step->result.sampled = step->sampled.as<int32_t>();
   }
+  if (last_.made) LINSPEC_CUDA_TRY(FetchMade(step));
   if (logits) {
     LINSPEC_CUDA_TRY(
         fetch(host_logits_, this->logits(), rows * shape_.vocab_size * static_cast<int64_t>(sizeof(float))));
@@ -247,21 +269,20 @@ int32_t DeviceModel::VerifyFinish(LinspecCudaVerifyResult* result) {
   return kLinspecCudaOk;
 }
 
-// The tasks of the step stand in its block, each with its root as the accepted path; the layers are described once for
-// all steps that use the same memory.
-int32_t DeviceModel::CommitRoots() {
-  const int64_t layers_at = Align(sizeof(int32_t));  // behind the one path there is
+// The layers are described once for all steps that use the same memory, behind the path of a root.
+int32_t DeviceModel::CommitOnDevice(const Task* tasks, const int32_t* paths, DeviceLayers* layers) {
+  const int64_t layers_at = Align(sizeof(int32_t));
   LINSPEC_CUDA_TRY(
-      roots_block_.Reserve(context_, layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams))));
-  auto* block = roots_block_.as<std::byte>();
-  auto* layers = reinterpret_cast<const AttentionParams*>(block + layers_at);
-  if (const uint64_t stamp = VerifyStamp(); stamp != roots_stamp_) {
+      layers->params.Reserve(context_, layers_at + shape_.num_layers * static_cast<int64_t>(sizeof(AttentionParams))));
+  auto* block = layers->params.as<std::byte>();
+  auto* device = reinterpret_cast<const AttentionParams*>(block + layers_at);
+  if (const uint64_t stamp = VerifyStamp() + accepted_.generation(); stamp != layers->stamp) {
     std::vector<AttentionParams> params;
     for (int i = 0; i < shape_.num_layers; ++i) {
       params.push_back(AttentionOf(i, last_.states));
       params.back().kv = kept_kv(i);
-      params.back().tasks = last_.input.tasks;
-      params.back().paths = reinterpret_cast<const int32_t*>(block);
+      params.back().tasks = tasks;
+      params.back().paths = paths != nullptr ? paths : reinterpret_cast<const int32_t*>(block);
     }
     const cudaStream_t stream = context_->stream();
     LINSPEC_CUDA_TRY(context_->Check(cudaMemsetAsync(block, 0, layers_at, stream), "upload layers"));
@@ -270,9 +291,9 @@ int32_t DeviceModel::CommitRoots() {
         context_->Check(cudaMemcpyAsync(block + layers_at, params.data(), params.size() * sizeof(AttentionParams),
                                         cudaMemcpyHostToDevice, stream),
                         "upload layers"));
-    roots_stamp_ = stamp;
+    layers->stamp = stamp;
   }
-  LaunchCommitLayers(ShapeOf(0), bf16_states(), layers, shape_.num_layers, last_.input.num_tasks, context_->stream());
+  LaunchCommitLayers(ShapeOf(0), bf16_states(), device, shape_.num_layers, last_.input.num_tasks, context_->stream());
   return context_->CheckLaunch("commit");
 }
 

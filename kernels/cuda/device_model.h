@@ -3,8 +3,9 @@
 // One step is one upload of a packed input block, the layers, the head, and (with sampling) the choice of a token per
 // row. A verify step of a shape seen before is replayed as a CUDA graph, one per bucket of (tasks, rows): everything
 // else that changes between steps is data. VerifyNext starts the step after a plain one before that was read: without
-// an upload, because the device advances the block of the one before, in a graph of its own kind. Rows and tasks that
-// pad a bucket belong to no slot; their results are never read and reach no state.
+// an upload, because the device advances the block of the one before, in a graph of its own kind. VerifyFollow does so
+// for trees (device_follow.cc). Rows and tasks that pad a bucket belong to no slot; their results are never read and
+// reach no state.
 //
 // A draft model drafts chains (device_chain.cc): level by level the token that it chose itself goes through the layers,
 // above the k and v that the levels before left in kept_kv_. All levels are one graph.
@@ -20,12 +21,16 @@
 #include <vector>
 
 #include "kernels/cuda/context.h"
+#include "kernels/cuda/follow.h"
 #include "kernels/cuda/graph_cache.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/products.h"
 #include "kernels/cuda/sampling.h"
 
 namespace linspec::cuda {
+
+class DeviceDrafter;
+struct DraftGuesses;
 
 class DeviceModel {
  public:
@@ -36,6 +41,7 @@ class DeviceModel {
   int32_t Prefill(const LinspecCudaStep& step);
   int32_t VerifyStart(const LinspecCudaStep& step);
   int32_t VerifyNext();
+  int32_t VerifyFollow(DeviceDrafter* drafter, const LinspecCudaFollow& follow);
   int32_t VerifyFinish(LinspecCudaVerifyResult* result);
   int32_t Commit(const LinspecCudaStates& states, const LinspecCudaTask* tasks, int num_tasks, const int32_t* paths,
                  int num_paths);
@@ -68,21 +74,26 @@ class DeviceModel {
     int num_groups;                      // prefill: that the tasks touch
     const int32_t* kept_rows = nullptr;  // chains: where in kept_kv_ each row's k and v go; null: row by row
     int last_rows = 0;                   // chains: as AttentionParams
-    bool advanced = false;               // the device writes it, at the head of the step
   };
   // A verify that is started: when it runs, and what it will have given. Two of them, in turn.
   struct StartedStep {
     cudaEvent_t begin = nullptr, end = nullptr;
-    Buffer sampled{true};
+    Buffer sampled{true}, made{true};
     LinspecCudaVerifyResult result = {};
   };
-  // The verify started last, for VerifyNext.
+  // The verify started last, for what follows it.
   struct LastStep {
     StepInput input;
     LinspecCudaStates states;
-    int64_t block_bytes;
-    int num_rows;  // without padding
-    bool graph, may_be_followed;
+    int num_tasks, num_rows;  // without padding
+    bool graph, chosen;       // chosen: with sampling, and what else the host does not need to see
+    bool made;                // its trees, by the device
+    bool may_be_advanced() const { return chosen && !made && num_rows == num_tasks; }
+  };
+  // AttentionParams of all layers for commits whose tasks are on the device, and what they were made from.
+  struct DeviceLayers {
+    Buffer params;
+    uint64_t stamp = 0;
   };
   struct BlockLayout {  // byte offsets in the input block
     int64_t tasks, tokens, positions, ancestors, sampling, edits, size;
@@ -133,14 +144,22 @@ class DeviceModel {
   StepInput PackInput(const LinspecCudaStep& step, int num_tasks, int num_rows, std::byte* host, std::byte* device,
                       const LinspecCudaLogitEdit* edits) const;
 
-  // Of the last step; input.advanced: advanced, else uploaded.
-  int32_t EnqueueVerify(const StepInput& input);
-  int32_t ReplayVerify(const StepInput& input);
+  // Views of a verify's block at `device`, with sampling; and the arrays in verify_block_.
+  static StepInput ViewsOf(int num_tasks, int num_rows, int max_rows, std::byte* device);
+  StepArrays ArraysOf(int num_tasks, int num_rows) const;
+  // Of the last step. advanced: the device writes its block first, else it is there.
+  int32_t EnqueueVerify(bool advanced);
+  int32_t ReplayVerify(bool advanced);
   uint64_t VerifyStamp() const;
-  int32_t EnqueueResults(bool sampled, bool logits, bool hidden, StartedStep* step);
-  // Queues the last step between the events of its turn.
-  int32_t StartLast(bool advanced, bool sampled, bool logits, bool hidden);
-  int32_t CommitRoots();  // of the last step
+  int32_t EnqueueResults(bool logits, bool hidden, StartedStep* step);
+  int32_t BeginStep();  // of which time is taken, until the end of StartLast
+  int32_t StartLast(bool advanced, bool logits, bool hidden);
+  // Queues a commit of tasks and paths that are on the device, as many as the last step has. paths: null: roots.
+  int32_t CommitOnDevice(const Task* tasks, const int32_t* paths, DeviceLayers* layers);
+  int32_t CheckFollow(const DeviceDrafter& drafter, const LinspecCudaFollow& follow);
+  int32_t ReserveAccepted();
+  int32_t MakeTrees(const LinspecCudaFollow& follow, const DraftGuesses& guesses);
+  int32_t FetchMade(StartedStep* step);
   void Layers(const StepInput& input, const LinspecCudaStates& states, Attention attention);
   void Head(const StepInput& input);
   void Logits(int rows, float* hidden);
@@ -170,7 +189,10 @@ class DeviceModel {
   Buffer x_, normed_, attention_, angles_, arena_, kept_kv_, hidden_, sampled_, squares_;
   int hidden_rows_ = 0;
   int64_t kept_rows_ = 0;  // rows a layer's part of kept_kv_ holds
-  Buffer verify_block_, prefill_block_, commit_block_, edits_, roots_block_;
+  Buffer verify_block_, prefill_block_, commit_block_, edits_;
+  Buffer accepted_, made_;                  // between a step and one that follows it; trees made here, for the host
+  const float* accepted_hidden_ = nullptr;  // that accepted_ points to
+  DeviceLayers root_layers_, accepted_layers_;
   Buffer host_verify_block_{true}, host_prefill_block_{true}, host_commit_block_{true}, host_edits_{true};
   Buffer host_logits_{true}, host_hidden_{true};
   Buffer chain_block_, chain_tokens_, candidates_;  // chain_tokens_: chosen at the level before
@@ -182,7 +204,6 @@ class DeviceModel {
   GraphCache chain_graphs_;  // by ChainSize
 
   LastStep last_ = {};
-  uint64_t roots_stamp_ = 0;  // of what roots_block_ points to
   std::array<StartedStep, 2> steps_;
   int64_t num_started_ = 0;
   int num_in_flight_ = 0;  // at most 2

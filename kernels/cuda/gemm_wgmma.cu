@@ -1,48 +1,57 @@
 // Products of any number of tokens on sm_90: weights are streamed by the copy engine's tensor form into a ring of
 // shared memory and are the 64-row operand of warpgroup instructions; the tokens (8 to 128 at a time) are the other.
-// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers on the way (gemm_wgmma_consumer.h).
+// bf16 weights are multiplied where they lie, int8 and fp8 are widened in registers (gemm_wgmma_multiply.h).
 //
-// The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block gets the same number of
-// consecutive units, so that no multiprocessor idles whatever the shape. A tile that several blocks share is summed in
-// order of k by the block that holds its beginning, as its last work; the others leave their sums in the workspace as
-// their first, and these come through the ring like weights. The cuts depend on the shape and the chip alone and the
-// columns of an instruction do not mix: a row has the same bits beside any other rows. RMSNorms can ride along on both
-// sides (launch.h), which saves two launches a layer.
+// A product has one of three forms, by its matrix, epilogue and chip alone:
+// - Pairs (gemm_wgmma_pair.h), for sums that are added to y: a cluster of two blocks has a tile of 64 rows to itself
+//   and the sums meet in its shared memory, 1 us after the last multiplication. It takes a matrix of which 128 to 132
+//   such blocks, or so, make one wave (4,096 rows), and up to 64 tokens; more have the same bits from shares.
+// - Tall tiles (gemm_wgmma_tall.h), for silu(gate) * up: a block has up to 192 rows and all of k, no sums are exchanged.
+// - Shares, everything else. The work is units: (tile of 128 weight rows, 128 bytes of k), in that order; every block
+//   gets the same number of consecutive units, so that no multiprocessor idles whatever the shape. A tile that several
+//   blocks share is summed in order of k by the block that holds its beginning, as its last work; the others leave their
+//   sums in the workspace as their first, and these come through the ring like weights. Blocks take their work backwards,
+//   so that a block only waits for blocks that started before it.
+// The cuts of k depend on the shape and the chip alone and the columns of an instruction do not mix: a row has the same
+// bits beside any other rows. RMSNorms can ride along on both sides (launch.h), which saves two launches a layer.
 //
-// Blocks take their work backwards, so that a block only waits for blocks that started before it. Their rings take more
-// than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors that are free
-// first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
+// Rings take more than half of the shared memory: of two, the next product's blocks would gather on the multiprocessors
+// that are free first, two on one and none on another (a step of 64 requests took 7.4 instead of 6.6 ms).
 //
 // Up to 32 tokens in bf16, weights are asked for a few units at a time (kPaced): tokens and sums that a block wants of
 // the L2 meanwhile wait behind all that blocks have asked the memory for, and so does every other read of a warp. The
-// ring is larger then (a step of 16 requests 3.82 ms for 3.90, of 32 4.34 for 4.41, an H200). In 8 bits both gain
-// nothing (16 requests: 2.68 ms paced or not, 2.77 with the larger ring).
+// ring is larger then (before pairs, a step of 16 requests 3.82 ms for 3.90, of 32 4.34 for 4.41, an H200). In 8 bits
+// neither gains (16 requests: 2.52 ms as it is, 2.60 with both), nor pacing 64 tokens, nor pacing the first ring alone.
 //
-// What is missing is mostly a fixed 5 to 6 us a product: the launch and the first tokens, 1 us; the last sums, 1.5 to
-// 3.5; their end, 0.5 to 4.5 (`o` of 64 tokens, for 1.6 of `down`; not because y had left the L2: docs/cuda.md).
+// What is missing: the launch and the first tokens, 1 to 2 us a product, in which the memory idles once rings are full;
+// the heads' end in qkv at 64 tokens, 3 us; 5 us between floor and last multiplication of qkv and 8-bit gate_up, which
+// are neither sums nor the change of tiles (tall tiles have neither and lose as much at few tokens).
 //
-// Rejected, all but the last two before warps were uniform (gemm_tile.h): up to four products in one launch with a
-// barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms for 4.80, fp8 3.07 for 2.94); the next product's
-// first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on 8-bit weights, a box each
-// (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 % slower); clusters of
-// two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07 ms for 4.61,
-// 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87; half the speed where arrivals at the other's barriers
-// release in the cluster's scope); clusters of four that share a tile (an H100 runs 30 of the 32 at once); tiles of
-// 256 rows (7 to 10 % slower at 64 tokens); rings of half the size, so that two products share a multiprocessor (1
-// to 15 % slower in a step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks
-// that only hand sums over (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one
-// block reading all, 2 to 3 us slower a product at 64 (an H100); all blocks of a tile completing some of its tokens
-// each, by copies into the ring, 3 % slower at 16 and 7 % at 64 (an H200, fp8: 3.13 ms for 3.03, 5.56 for 5.18; 0.16
-// of both, by reckoning, because each lane read one token's sums of squares, all blocks the same lines). Words of
-// two units in turn instead of two boxes: nvcc 13.0 makes the instructions wait for each other. A slot given back
-// before its warps wait for the next unit, when their instructions are done: 3 % slower in fp8. What the end of a
-// tile reads fetched into the L2 at the start: nothing.
+// Rejected, the first nine before warps were uniform (gemm_tile.h), all before pairs but the last five: up to four
+// products in one launch with a barrier of all blocks between them (an H100, 8 rows: bf16 5.02 ms for 4.80, fp8 3.07
+// for 2.94); the next product's first weights fetched into the L2 (2, 4, 8 units: 4.85, 4.91, 5.03 ms); four groups on
+// 8-bit weights, a box each (2.98 ms for 2.92 at 8 rows, 3.67 for 3.35 at 64); rings of 208 KB (bf16 the same, fp8 3 %
+// slower); clusters of two that share tokens by multicast (an H200, a step of 32, 64, 128 rows in bf16 4.69, 6.00, 8.07
+// ms for 4.61, 5.94, 8.08, in fp8 3.76, 5.19, 8.83 for 3.69, 5.13, 8.87); clusters of four that share a tile (an H100
+// runs 30 of the 32 at once); rings of half the size, so that two products share a multiprocessor (1 to 15 % slower in a
+// step); fetching 256 bytes into the L2 for each 128 asked for (5 points); less work for blocks that only hand sums over
+// (fp8 at 64 rows 6.19 ms for 6.14). Sums that their reader polls for, without flags: one block reading all, 2 to 3 us
+// slower a product at 64 (an H100); all blocks of a tile completing some of its tokens each, by copies into the ring, 3 %
+// slower at 16 and 7 % at 64 (an H200). Words of two units in turn instead of two boxes: nvcc 13.0 makes the
+// instructions wait for each other. A slot given back before its warps wait for the next unit, when their instructions
+// are done: 3 % slower in fp8. What the end of a tile reads fetched into the L2 at the start: nothing. An H200, steps in
+// ms: the end of a tile run once without effect before the kernel ahead has ended, so that its instructions are there,
+// 64 requests 5.96 for 5.90 (bf16), 4.92 for 4.89 (fp8); pairs up to 32 tokens only in 8 bits, because they read tokens
+// twice as often, 4.60 for 4.38 at 64; tall tiles with rings of 224 KB at few tokens in 8 bits, 2.20 for 2.16 at 4; tall
+// tiles in 8 bits by passes of 64, 8.64 for 8.14 at 128; the group's number uniform too, nothing.
 #include <cuda.h>
 
 #include <algorithm>
 
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/gemm_wgmma_consumer.h"
+#include "kernels/cuda/gemm_wgmma_pair.h"
+#include "kernels/cuda/gemm_wgmma_tall.h"
 
 namespace linspec::cuda {
 namespace {
@@ -64,21 +73,25 @@ __global__ void __launch_bounds__(Unit<kType, kTokens>::kThreads + (kNorms ? kWa
   const int share = static_cast<int>(gridDim.x - 1 - blockIdx.x), warp = UniformWarp();
   const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
   if (threadIdx.x == 0) {
-    for (int i = 0; i < stages; ++i) {
-      BarrierInit(ring.full(i), 1);
-      BarrierInit(ring.tokens(i), 1);
-      BarrierInit(ring.empty(i), kConsumers * kWarpSize);
-    }
+    MakeRing<Unit>(ring);
     BarrierMade();
   }
   __syncthreads();
   GridLaunchDependents();
   if (warp < kConsumers) {
-    Consumer<kType, kTokens, kNorms>{p, rows, share, shares, workspace, ring, end}.Run();
+    Consumer<kType, kTokens, kNorms>{{ring}, p, rows, share, shares, workspace, end}.Run();
   } else if (warp < Unit::kThreads / kWarpSize) {
-    Producer<Unit>{weights, tokens, shares, workspace, ring, share}.Run(warp - kConsumers);
+    const ShareUnits units(shares, share);
+    Turn turn;
+    if (threadIdx.x % kWarpSize == 0) {
+      turn = Producer<Unit, ShareUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
+    }
+    __syncwarp();
+    if (warp > kConsumers) return;
+    GridWait();
+    OrderSums<Unit>(shares, share, workspace, ring, turn);
   } else {
-    MakeScales<kTokens>(p, rows, end);
+    MakeScales<kTokens>(p, rows, end.scales);
   }
 #endif
 }
@@ -127,34 +140,149 @@ Workspace WorkspaceAt(void* of_products) {
   return {.left = reinterpret_cast<unsigned*>(at), .sums = reinterpret_cast<float4*>(at + kLeftBytes)};
 }
 
+// Of a pair's block in shared memory; what the tile's end takes there grows with the tokens.
+constexpr int kPairRingBytes = 205 << 10, kPairRingBytes8Bit = 148 << 10, kPairRingBytes64 = 178 << 10;
+constexpr int kTallRingBytes = 224 << 10, kTallRingBytes8Bit = 148 << 10;
+
+template <typename Unit>
+constexpr int PairStages() {
+  constexpr int kBytes = (Unit::kTokens > 32 ? kPairRingBytes64
+                          : Unit::kWidens    ? kPairRingBytes8Bit
+                                             : kPairRingBytes) -
+                         1024;
+  return std::min(kBytes / Unit::kBytes, Unit::kMostStages);
+}
+
+// Pairs of blocks that run at once: those of any product, whose rings all leave a multiprocessor to one.
+int FindPairs() {
+  using Unit = Unit<kLinspecCudaBf16, 64, Form::kPair>;
+  constexpr int kShared = PairStages<Unit>() * Unit::kBytes + 1024;
+  const auto kernel = &WgmmaPairKernel<kLinspecCudaBf16, 64>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kPairBlocks, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = kPairBlocks;
+  config.blockDim = Unit::kThreads;
+  config.dynamicSmemBytes = kShared;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int pairs = 0;
+  if (cudaOccupancyMaxActiveClusters(&pairs, kernel, &config) != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return pairs;
+}
+
+int MostPairs() {
+  static const int pairs = FindPairs();
+  return pairs;
+}
+
+// Whether a tile of 128 rows has four shares: blocks of their own that keep nine tenths of the chip busy, and that few
+// tokens take by pairs of blocks. By the shape and the chip alone.
+bool HasFourShares(const LinspecCudaMatrix& w, int depth) {
+  const int64_t blocks = w.rows / kUnitRows * kPairSums;
+  return w.rows % kUnitRows == 0 && depth >= kPairSums && blocks * 10 >= CurrentDevice().processors * 9 &&
+         blocks <= std::min<int64_t>(MostPairs() * kPairBlocks, kMaxBlocks);
+}
+
+template <int kType, int kTokens>
+struct Maps {
+  CUtensorMap weights, tokens;
+  bool described;
+  Maps(const GemmParams& p, int rows, int unit_rows)
+      : described(Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, unit_rows, &weights) &&
+                  Describe(false, p.x, rows, p.w.cols, kTokens, &tokens)) {}
+  // None, which no launch can have, without them: the caller finds the error where it looks for all others.
+  int Blocks(int blocks) const { return described ? blocks : 0; }
+};
+
 template <int kType, int kTokens>
 void Launch(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens>;
   constexpr int kBytes =
       (kTokens > 64 || Unit::kPaced ? kLargeRingBytes : kRingBytes) - 1024;  // from a multiple of 1,024 on
-  constexpr int kMost = kType == kLinspecCudaBf16 ? kMaxStages : kMaxStages8Bit;
-  constexpr int kFit = kBytes / Unit::kBytes, kStages = std::min(kFit, kMost);
+  constexpr int kStages = std::min(kBytes / Unit::kBytes, Unit::kMostStages);
   constexpr int kShared = kStages * Unit::kBytes + 1024;
   static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
   const bool norms = p.norm_before.squares != nullptr || p.norm_after.weight != nullptr;
   const auto kernel = norms ? &WgmmaGemmKernel<kType, kTokens, true> : &WgmmaGemmKernel<kType, kTokens, false>;
-  CUtensorMap weights, tokens;
-  const bool described = Describe(kType != kLinspecCudaBf16, p.w.data, p.w.rows, p.w.cols, kUnitRows, &weights) &&
-                         Describe(false, p.x, rows, p.w.cols, kTokens, &tokens);
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
-  int blocks = std::min({Shares(p.w, Unit::kDepth, 1).total, CurrentDevice().processors, kMaxBlocks});
-  if (!described) blocks = 0;  // which no launch can have: the caller finds the error where it looks for all others
-  LaunchOverlapped(kernel, blocks, Unit::kThreads + (norms ? kWarpSize : 0), kShared, stream, 1, weights, tokens, p,
-                   rows, kStages, WorkspaceAt(p.workspace));
+  const Shares whole(p.w, Unit::kDepth, 1);
+  const int blocks = HasFourShares(p.w, whole.depth) ? whole.total / whole.depth * kPairSums
+                                                     : std::min({whole.total, CurrentDevice().processors, kMaxBlocks});
+  const Maps<kType, kTokens> maps(p, rows, kUnitRows);
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads + (norms ? kWarpSize : 0), kShared, stream, 1,
+                   maps.weights, maps.tokens, p, rows, kStages, WorkspaceAt(p.workspace));
+}
+
+template <int kType, int kTokens>
+void LaunchPairs(const GemmParams& p, int rows, cudaStream_t stream) {
+  using Unit = Unit<kType, kTokens, Form::kPair>;
+  constexpr int kStages = PairStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
+  static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
+  const auto kernel = &WgmmaPairKernel<kType, kTokens>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const Maps<kType, kTokens> maps(p, rows, kGroupRows);
+  const int blocks = static_cast<int>(p.w.rows / kGroupRows) * kPairBlocks;
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads, kShared, stream, kPairBlocks, maps.weights, maps.tokens,
+                   p, rows, Shares(p.w, Unit::kDepth, 1).depth, kStages);
+}
+
+template <typename Unit>
+constexpr int TallStages() {
+  return (Unit::kTokens <= 32 && Unit::kWidens ? kTallRingBytes8Bit : kTallRingBytes) / Unit::kBytes;
+}
+
+// Rows of a tile where each block has one, 0 if that is not to be: the tile would not be tall enough or too tall, or a
+// tenth of the chip idle.
+int TallHeight(const LinspecCudaMatrix& w) {
+  const int64_t processors = CurrentDevice().processors, slices = (w.rows + kTileRows - 1) / kTileRows;
+  const int64_t height = (slices + processors - 1) / processors * kTileRows;
+  const bool busy = (w.rows + height - 1) / height * 10 >= processors * 9;
+  return height > kUnitRows && height <= kTallRows && busy ? static_cast<int>(height) : 0;
+}
+
+template <int kType, int kTokens>
+void LaunchTall(const GemmParams& p, int rows, cudaStream_t stream) {
+  using Unit = Unit<kType, kTokens, Form::kTall>;
+  constexpr int kStages = TallStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
+  static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
+  static_assert(kTokens * (kTallRows + 4) * sizeof(float) <= kStages * Unit::kBytes);
+  const auto kernel = &WgmmaTallKernel<kType, kTokens>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
+  const int height = TallHeight(p.w);
+  const Maps<kType, kTokens> maps(p, rows, height);
+  const int blocks = static_cast<int>((p.w.rows + height - 1) / height);
+  LaunchOverlapped(kernel, maps.Blocks(blocks), Unit::kThreads + kWarpSize, kShared, stream, 1, maps.weights,
+                   maps.tokens, p, rows, Shares(p.w, Unit::kDepth, 1).depth, height, kStages);
+}
+
+bool IsTall(const GemmParams& p) { return p.silu_mul && TallHeight(p.w) != 0; }
+
+// In the form that suits.
+template <int kType, int kTokens>
+void LaunchTokens(const GemmParams& p, int rows, cudaStream_t stream) {
+  if (IsTall(p)) return LaunchTall<kType, kTokens>(p, rows, stream);
+  if constexpr (kTokens <= 64) {
+    const bool adds = p.accumulate && p.norm_before.squares == nullptr;
+    if (adds && HasFourShares(p.w, Shares(p.w, Unit<kType, kTokens>::kDepth, 1).depth)) {
+      return LaunchPairs<kType, kTokens>(p, rows, stream);
+    }
+  }
+  Launch<kType, kTokens>(p, rows, stream);
 }
 
 template <int kType>
 void LaunchPass(const GemmParams& p, int rows, cudaStream_t stream) {
-  if (rows <= 8) return Launch<kType, 8>(p, rows, stream);
-  if (rows <= 16) return Launch<kType, 16>(p, rows, stream);
-  if (rows <= 32) return Launch<kType, 32>(p, rows, stream);
-  if (rows <= 64) return Launch<kType, 64>(p, rows, stream);
-  return Launch<kType, 128>(p, rows, stream);
+  if (rows <= 8) return LaunchTokens<kType, 8>(p, rows, stream);
+  if (rows <= 16) return LaunchTokens<kType, 16>(p, rows, stream);
+  if (rows <= 32) return LaunchTokens<kType, 32>(p, rows, stream);
+  if (rows <= 64) return LaunchTokens<kType, 64>(p, rows, stream);
+  return LaunchTokens<kType, 128>(p, rows, stream);
 }
 
 void LaunchPassOfType(const GemmParams& p, int rows, cudaStream_t stream) {
@@ -182,7 +310,7 @@ void SkipRows(RopeRows& rope, int64_t rows) {
 
 int64_t WgmmaGemmWorkspaceBytes() { return kLeftBytes + kSumsBytes; }
 
-bool WgmmaGemmTurnsHeads(const RopeRows& rope) { return rope.head_dim == kUnitRows; }
+bool WgmmaGemmTurnsHeads(int head_dim) { return head_dim == kUnitRows; }
 
 bool WgmmaGemmRuns() { return UsableEncode() != nullptr; }
 

@@ -13,7 +13,7 @@ bool WgmmaGemmRuns();
 void LaunchWgmmaGemm(const GemmParams& params, int rows, cudaStream_t stream);
 
 // Whether it takes GemmParams::rope for these heads.
-bool WgmmaGemmTurnsHeads(const RopeRows& rope);
+bool WgmmaGemmTurnsHeads(int head_dim);
 
 // Its part of the products' workspace, at the end.
 int64_t WgmmaGemmWorkspaceBytes();

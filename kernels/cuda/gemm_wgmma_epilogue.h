@@ -12,7 +12,7 @@ namespace linspec::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-static_assert(kUnitRows == kNormPart && kUnitRows == 4 * kWarpSize);
+static_assert(kUnitRows == 2 * kNormPart && kUnitRows == 4 * kWarpSize);
 
 // In shared memory. kChunk: tokens at a time.
 template <int kTokens>
@@ -102,11 +102,6 @@ struct Epilogue {
   __device__ __forceinline__ float TokenScale(int token) const {
     return kNorms && p.norm_before.squares != nullptr ? shared.scales[token] : 1.0f;
   }
-  __device__ static __forceinline__ void StoreBf16(uint16_t* to, float a, float b, float c, float d) {
-    const __nv_bfloat162 low = __floats2bfloat162_rn(a, b), high = __floats2bfloat162_rn(c, d);
-    __stcg(reinterpret_cast<uint2*>(to),
-           make_uint2(*reinterpret_cast<const uint32_t*>(&low), *reinterpret_cast<const uint32_t*>(&high)));
-  }
 
   __device__ __forceinline__ void WriteRows(int tile, int first) {
     float squares[kEach] = {};
@@ -116,13 +111,13 @@ struct Epilogue {
       if (token >= rows) break;
       float4 v = *reinterpret_cast<const float4*>(&shared.sums[at][Lane() * 4]);
       const float scale = TokenScale(token);
-      v.x *= row_scales[0] * scale, v.y *= row_scales[1] * scale;
-      v.z *= row_scales[2] * scale, v.w *= row_scales[3] * scale;
+      const float4 before = p.accumulate ? old[i] : float4{};
+      v.x = fmaf(v.x, row_scales[0] * scale, before.x), v.y = fmaf(v.y, row_scales[1] * scale, before.y);
+      v.z = fmaf(v.z, row_scales[2] * scale, before.z), v.w = fmaf(v.w, row_scales[3] * scale, before.w);
       if (p.y_bf16 != nullptr) {
         StoreBf16(p.y_bf16 + At(tile, token), v.x, v.y, v.z, v.w);
         continue;
       }
-      if (p.accumulate) v.x += old[i].x, v.y += old[i].y, v.z += old[i].z, v.w += old[i].w;
       __stcg(reinterpret_cast<float4*>(p.y + At(tile, token)), v);
       if (!kNorms || p.norm_after.weight == nullptr) continue;
       StoreBf16(p.norm_after.out + At(tile, token), v.x * norm_weights[0], v.y * norm_weights[1], v.z * norm_weights[2],
@@ -132,17 +127,18 @@ struct Epilogue {
     if (kNorms && p.norm_after.weight != nullptr) LeaveSquares(tile, first, squares);
   }
 
-  // y is the residual stream: sums of squares of this part of it, for the norm behind.
+  // y is the residual stream: sums of squares of these two parts of it, for the norm behind.
   __device__ __forceinline__ void LeaveSquares(int tile, int first, float (&squares)[kEach]) const {
 #pragma unroll
-    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+    for (int lanes = kWarpSize / 4; lanes > 0; lanes /= 2) {
 #pragma unroll
       for (float& sum : squares) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, lanes);
     }
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int token = first + Warp() + i * kConsumers;
-      if (Lane() == 0 && token < rows) p.norm_after.squares[token * NormParts(p.w.rows) + tile] = squares[i];
+      if (Lane() % 16 != 0 || token >= rows) continue;
+      p.norm_after.squares[token * NormParts(p.w.rows) + tile * 2 + Lane() / 16] = squares[i];
     }
   }
 
@@ -210,37 +206,41 @@ struct Epilogue {
   __device__ __forceinline__ void WritePart(int tile, int first) const {
 #pragma unroll 1
     for (int at = Warp(); at < Shared::kChunk && first + at < rows; at += kConsumers) {
-      const int64_t token = first + at;
-      float squares = 0.0f;
 #pragma unroll 1
-      for (int i = Lane(); i < kUnitRows; i += kWarpSize) {
-        const int64_t row = int64_t{tile} * kUnitRows + i, place = token * p.w.rows + row;
-        if (row >= p.w.rows) break;
-        const auto scale = [&](int64_t r) {
-          return (p.w.scales != nullptr ? __ldg(p.w.scales + r) : 1.0f) * TokenScale(static_cast<int>(token));
-        };
-        float v = shared.sums[at][i] * scale(row);
-        if (p.silu_mul) {
-          if (i % kTileRows >= 8) continue;
-          const float up = shared.sums[at][i + 8] * scale(row + 8);
-          p.y_bf16[token * (p.w.rows / 2) + row / kTileRows * 8 + i % 8] = Bf16Bits(Silu(v) * up);
-          continue;
-        }
-        if (p.y_bf16 != nullptr) {
-          p.y_bf16[place] = Bf16Bits(v);
-          continue;
-        }
-        if (p.accumulate) v += __ldcg(p.y + place);
-        p.y[place] = v;
-        if (!kNorms || p.norm_after.weight == nullptr) continue;
-        p.norm_after.out[place] = Bf16Bits(v * __ldg(p.norm_after.weight + row));
-        squares = fmaf(v, v, squares);
-      }
-      if (!kNorms || p.norm_after.weight == nullptr) continue;
-      __syncwarp();
-      for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, lanes);
-      if (Lane() == 0) p.norm_after.squares[token * NormParts(p.w.rows) + tile] = squares;
+      for (int half = 0; half < kUnitRows; half += kNormPart) WriteNormPart(tile, half, at, first + at);
     }
+  }
+  __device__ __forceinline__ void WriteNormPart(int tile, int begin, int at, int64_t token) const {
+    float squares = 0.0f;
+    const int64_t first_row = int64_t{tile} * kUnitRows + begin;
+#pragma unroll 1
+    for (int i = begin + Lane(); i < begin + kNormPart; i += kWarpSize) {
+      const int64_t row = int64_t{tile} * kUnitRows + i, place = token * p.w.rows + row;
+      if (row >= p.w.rows) break;
+      const auto scale = [&](int64_t r) {
+        return (p.w.scales != nullptr ? __ldg(p.w.scales + r) : 1.0f) * TokenScale(static_cast<int>(token));
+      };
+      float v = shared.sums[at][i] * scale(row);
+      if (p.silu_mul) {
+        if (i % kTileRows >= 8) continue;
+        const float up = shared.sums[at][i + 8] * scale(row + 8);
+        p.y_bf16[token * (p.w.rows / 2) + row / kTileRows * 8 + i % 8] = Bf16Bits(Silu(v) * up);
+        continue;
+      }
+      if (p.y_bf16 != nullptr) {
+        p.y_bf16[place] = Bf16Bits(v);
+        continue;
+      }
+      if (p.accumulate) v += __ldcg(p.y + place);
+      p.y[place] = v;
+      if (!kNorms || p.norm_after.weight == nullptr) continue;
+      p.norm_after.out[place] = Bf16Bits(v * __ldg(p.norm_after.weight + row));
+      squares = fmaf(v, v, squares);
+    }
+    if (!kNorms || p.norm_after.weight == nullptr || first_row >= p.w.rows) return;
+    __syncwarp();
+    for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) squares += __shfl_xor_sync(0xFFFFFFFFu, squares, lanes);
+    if (Lane() == 0) p.norm_after.squares[token * NormParts(p.w.rows) + first_row / kNormPart] = squares;
   }
 };
 

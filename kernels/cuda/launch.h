@@ -92,7 +92,7 @@ void LaunchArgmax(const float* logits, int64_t vocab, int32_t* out, int rows, cu
 // - in the prologue: it reads x and the weight itself (ring products of up to kRingNormRows rows, small ones);
 // - squares: the product that completed x left x * weight, and sums of squares of parts of x (warpgroup products);
 // - scales: LaunchNormForSmall did, which has the bits of the prologue (tiled and small products).
-inline constexpr int kNormPart = 128;  // values of a part
+inline constexpr int kNormPart = 64;  // values of a part
 inline constexpr int kRingNormRows = 2;
 __host__ __device__ constexpr int64_t NormParts(int64_t dim) { return (dim + kNormPart - 1) / kNormPart; }
 struct NormAfter {

@@ -220,6 +220,9 @@ int32_t Reserve(LinspecCudaModel* model, const LinspecCudaStepSize* size) { retu
 int32_t Prefill(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->Prefill(*step); }
 int32_t VerifyStart(LinspecCudaModel* model, const LinspecCudaStep* step) { return model->impl->VerifyStart(*step); }
 int32_t VerifyNext(LinspecCudaModel* model) { return model->impl->VerifyNext(); }
+int32_t VerifyFollow(LinspecCudaModel* model, LinspecCudaDrafter* drafter, const LinspecCudaFollow* follow) {
+  return model->impl->VerifyFollow(drafter->impl.get(), *follow);
+}
 int32_t VerifyFinish(LinspecCudaModel* model, LinspecCudaVerifyResult* result) {
   return model->impl->VerifyFinish(result);
 }
@@ -279,6 +282,7 @@ constexpr LinspecCudaApi kApi = {
     .prefill = Prefill,
     .verify_start = VerifyStart,
     .verify_next = VerifyNext,
+    .verify_follow = VerifyFollow,
     .verify_finish = VerifyFinish,
     .commit = Commit,
     .unembed = Unembed,

@@ -8,7 +8,7 @@
 
 #include <stdint.h>
 
-#define LINSPEC_CUDA_ABI_VERSION 5
+#define LINSPEC_CUDA_ABI_VERSION 6
 #define LINSPEC_CUDA_ENTRY "linspec_cuda_api"
 
 #ifdef __cplusplus
@@ -133,11 +133,20 @@ typedef struct LinspecCudaStepSize {  // the largest steps that a model has to h
   int64_t prefill_groups;  // that the tasks of a prefill touch
 } LinspecCudaStepSize;
 
-typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until its next verify_start or _next
+typedef struct LinspecCudaTreeNode {
+  int32_t token, parent;  // parent: of the same tree; -1: none
+  float probability;      // of the path to it, as the draft heads see it
+} LinspecCudaTreeNode;
+
+typedef struct LinspecCudaVerifyResult {  // host memory of the model, valid until another step is started
   const int32_t* sampled;                 // [num_rows]; -1: no token can be chosen. null without sampling
   const float* logits;                    // [num_rows, V] after the edits, or null
   const float* hidden;                    // [num_rows, D] after the final norm, or null
-  float verify_ms, prefill_ms;            // device time of this step, and of the prefills since the verify before it
+  // Of a step of verify_follow, else null: [num_tasks] lengths that acceptance gave, and rows; in `reserved` how many
+  // nodes were drafted; [num_tasks][LINSPEC_CUDA_MAX_FOLLOW_NODES] these, likelier ones first: num_rows were verified.
+  const LinspecCudaTask* tasks;
+  const LinspecCudaTreeNode* nodes;
+  float verify_ms, prefill_ms;  // device time of this step, and of the prefills since the verify before it
 } LinspecCudaVerifyResult;
 
 // Draft heads beside a target model, whose embedding and unembedding they use and whose hidden states they start from.
@@ -171,6 +180,17 @@ typedef struct LinspecCudaDraftRow {  // one request
   int32_t token;       // the pending one, root of the draft
   int32_t hidden_row;  // of the target's last verify: the hidden state that the pending token was chosen from
 } LinspecCudaDraftRow;
+
+// The trees of a step that the device makes itself.
+typedef struct LinspecCudaFollow {
+  int32_t num_levels, top_k;  // that the heads guess; their product is at most LINSPEC_CUDA_MAX_FOLLOW_CANDIDATES
+  int32_t num_rows;           // of all trees, at least one each
+  int32_t max_nodes;          // of a tree, 2 to LINSPEC_CUDA_MAX_FOLLOW_NODES
+} LinspecCudaFollow;
+
+#define LINSPEC_CUDA_MAX_FOLLOW_TASKS 128
+#define LINSPEC_CUDA_MAX_FOLLOW_NODES 16
+#define LINSPEC_CUDA_MAX_FOLLOW_CANDIDATES 64
 
 #define LINSPEC_CUDA_MAX_DRAFT_CANDIDATES 16
 #define LINSPEC_CUDA_MAX_DRAFT_LEVELS 16  // of a recurrent head
@@ -236,6 +256,11 @@ typedef struct LinspecCudaApi {
   // is chosen after it (0 where none can be), at the next position. Nothing is uploaded and nothing waited for; no
   // other call but verify_finish may come before both are finished, or, after the first, verify_next again.
   int32_t (*verify_next)(LinspecCudaModel*);
+  // Likewise, for any trees with sampling and without logits, of at most LINSPEC_CUDA_MAX_FOLLOW_TASKS tasks: walks
+  // each tree along the tokens that were chosen, commits what that accepts, drafts behind it with heads of this model,
+  // and starts a step of the trees that come of it, whose tasks and rows its result tells. All rows of a task are
+  // chosen like its first row was, by the same edits. A tree ends with the slot's open group. May be followed again.
+  int32_t (*verify_follow)(LinspecCudaModel*, LinspecCudaDrafter*, const LinspecCudaFollow*);
   // Of the step that was started first.
   int32_t (*verify_finish)(LinspecCudaModel*, LinspecCudaVerifyResult*);
   // tasks as given to the last verify, with paths filled in; reads the k and v which that verify kept.

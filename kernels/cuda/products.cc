@@ -6,7 +6,7 @@
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxRingRows = kRingNormRows;                  // beyond, on sm_90: warpgroup instructions
+constexpr int kMaxRingRows = kRingNormRows;                  // of what is small but for few rows; beyond: warpgroups
 constexpr int kMaxOwnRows = 64, kMaxOwnRowsBf16Below90 = 8;  // beyond: cuBLASLt, where it may be used
 constexpr int kMaxOwnRowsWidened = 512;                      // the same of int8 and fp8 by warpgroup instructions
 constexpr int kMaxStreamedRows = 64;                         // of our kernels without those instructions, beyond: tiled
@@ -52,18 +52,22 @@ bool Products::UsesCublas(const LinspecCudaMatrix& w, int rows) const {
   return rows > (w.type != kLinspecCudaBf16 || WgmmaGemmRuns() ? kMaxOwnRows : kMaxOwnRowsBf16Below90);
 }
 
-// Of our kernels the fastest, or in deterministic mode one whose bits are the same for any number of rows: those of the
-// warpgroup kernel are its own, all others agree.
+// Where the chip has them. In deterministic mode by the matrix alone: their bits are their own, all others agree.
 bool Products::UsesWgmma(const LinspecCudaMatrix& w, int rows) const {
   if (!WgmmaGemmRuns() || IsSmall(w, rows) || UsesCublas(w, rows)) return false;
-  return deterministic_ ? !IsSmall(w) : rows > kMaxRingRows;
+  return !IsSmall(w) || (!deterministic_ && rows > kMaxRingRows);
 }
 
 // x is then rounded before it is scaled: in deterministic mode for all numbers of rows, of matrices where it is for
 // any.
 bool Products::NormIsPrologue(const LinspecCudaMatrix& w, int rows) const {
   if (TakesNormsAsSmall(w)) return rows <= (w.type == kLinspecCudaBf16 ? kMostPrologueRows : kMostPrologueRows8Bit);
-  return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && RingGemmTakesNorm(w, rows);
+  return !deterministic_ && !IsSmall(w, rows) && !UsesCublas(w, rows) && !UsesWgmma(w, rows) &&
+         RingGemmTakesNorm(w, rows);
+}
+
+bool Products::TurnsHeads(const LinspecCudaMatrix& w, int head_dim, int rows) const {
+  return UsesWgmma(w, rows) && WgmmaGemmTurnsHeads(head_dim);
 }
 
 void Products::LaunchOwn(const GemmParams& product, int rows) {
@@ -88,7 +92,7 @@ void Products::Matmul(const LinspecCudaMatrix& w, const uint16_t* x, float* y, b
 void Products::Qkv(const LinspecCudaMatrix& w, const uint16_t* x, const RopeRows& rope, int rows,
                    const NormBefore& before) {
   const bool prologue = before.x != nullptr;  // which warpgroup products have none of
-  if (prologue || !UsesWgmma(w, rows) || !WgmmaGemmTurnsHeads(rope)) {
+  if (prologue || !TurnsHeads(w, rope.head_dim, rows)) {
     Matmul(w, x, rope.qkv, /*accumulate=*/false, rows, before);
     return LaunchRopeNormalize(rope, rows, context_->stream());
   }

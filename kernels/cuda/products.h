@@ -22,6 +22,8 @@ class Products {
               const NormBefore& before = {});
   // rope.qkv [rows, N] = x w^T, then LaunchRopeNormalize, to the same bits whichever way.
   void Qkv(const LinspecCudaMatrix& w, const uint16_t* x, const RopeRows& rope, int rows, const NormBefore& before);
+  // Whether that is one launch, unless a norm is its prologue.
+  bool TurnsHeads(const LinspecCudaMatrix& w, int head_dim, int rows) const;
   // activated [rows, N / 2] = silu(gate) * up of w x, w in the order of PackedGateUpRow. scratch: [rows, N].
   void GateUp(const LinspecCudaMatrix& w, const uint16_t* x, uint16_t* scratch, uint16_t* activated, int rows,
               const NormBefore& before = {});

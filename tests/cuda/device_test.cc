@@ -10,6 +10,7 @@
 #include "kernels/ops.h"
 #include "tests/cuda/choice_checks.h"
 #include "tests/cuda/device_buffers.h"
+#include "tests/cuda/follow_checks.h"
 #include "tests/cuda/recurrent_checks.h"
 #include "tests/cuda/report.h"
 
@@ -177,6 +178,7 @@ int main(int argc, char** argv) {
     }
   }
   cuda::TestChoices();
+  cuda::TestFollow();
   cuda::TestRecurrentLevels(argc > 1 && std::string(argv[1]) == "--quick");
   return cuda::Summary("device_test");
 }

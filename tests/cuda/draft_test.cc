@@ -222,29 +222,40 @@ void OddWidthIsUnimplemented(const std::string& folder, const std::shared_ptr<Cu
 
 using Texts = std::map<uint64_t, std::vector<int32_t>>;
 
-// accepted: drafted tokens that became text.
+struct Run {
+  int requests = 1, tokens = 1;
+  bool plain = false;  // no penalties and no logprobs, so that the device chooses everything
+};
+struct Counts {
+  int64_t accepted = 0, ahead = 0;  // drafted tokens that became text; steps with drafts that ran ahead
+};
+
 Texts Generate(std::unique_ptr<Model> model, std::vector<std::unique_ptr<Drafter>> drafters, SpeculationMode mode,
-               int requests, int tokens, int64_t* accepted) {
+               const Run& run, Counts* counts) {
+  const int requests = run.requests;
   const int64_t vocab = model->config().vocab_size;
   EngineOptions options;
   options.max_requests = requests;
   options.speculation = mode;
   options.calibrate = false;
   auto engine = Must(Engine::Create(std::move(model), std::move(drafters), options,
-                                    [&](const StepStats& step) { *accepted += step.num_accepted_tokens; }),
+                                    [&](const StepStats& step) {
+                                      counts->accepted += step.num_accepted_tokens;
+                                      counts->ahead += step.ahead && step.num_drafts > 0;
+                                    }),
                      "engine");
   Texts texts;
   for (int id = 1; id <= requests; ++id) {
     Request request;
     request.id = id;
     request.prompt_tokens = Tokens(10 + 13 * (id % 9), vocab, id);
-    request.sampling.max_tokens = tokens;
+    request.sampling.max_tokens = run.tokens;
     request.sampling.ignore_eos = true;
     request.sampling.temperature = id % 2 == 0 ? 0.0f : 0.8f;
     request.sampling.seed = id;
     if (id % 3 == 0) request.sampling.top_p = 0.9f;
-    if (id % 4 == 0) request.sampling.repetition_penalty = 1.2f;
-    if (id % 5 == 0) request.sampling.logprobs = 2;
+    if (id % 4 == 0 && !run.plain) request.sampling.repetition_penalty = 1.2f;
+    if (id % 5 == 0 && !run.plain) request.sampling.logprobs = 2;
     request.sink = [&texts, id](RequestOutput&& output) {
       for (const SampledToken& token : output.tokens) texts[id].push_back(token.token);
       if (!output.status.ok()) Report("request failed", false, std::string(output.status.message()));
@@ -282,25 +293,27 @@ std::vector<std::unique_ptr<Drafter>> MakeDrafters(const std::string& kind, cons
   return drafters;
 }
 
-void SpeculationChangesNothing(const std::string& folder, const std::shared_ptr<CudaDevice>& device, int requests) {
+void SpeculationChangesNothing(const std::string& folder, const std::shared_ptr<CudaDevice>& device, const Run& run) {
   const auto target = [&] { return Must(LoadModel(On(folder + "/target", device)), "target"); };
-  const int tokens = requests > 8 ? 60 : 300;
-  int64_t none = 0;
-  const Texts plain = Generate(target(), {}, SpeculationMode::kOff, requests, tokens, &none);
+  Counts none;
+  const Texts plain = Generate(target(), {}, SpeculationMode::kOff, run, &none);
   const std::map<std::string, SpeculationMode> modes = {{"ngram", SpeculationMode::kNgram},
                                                         {"draft", SpeculationMode::kDraft},
                                                         {"medusa", SpeculationMode::kMedusa},
                                                         {"recurrent", SpeculationMode::kRecurrent}};
   for (const auto& [kind, mode] : modes) {
     auto model = target();
-    auto drafters = MakeDrafters(kind, folder, device, model.get(), requests);
-    int64_t accepted = 0;
-    const Texts drafted = Generate(std::move(model), std::move(drafters), mode, requests, tokens, &accepted);
+    auto drafters = MakeDrafters(kind, folder, device, model.get(), run.requests);
+    const bool ahead = run.plain && (kind == "medusa" || kind == "recurrent");
+    Counts counts;
+    const Texts drafted = Generate(std::move(model), std::move(drafters), mode, run, &counts);
     int different = 0;
     for (const auto& [id, text] : plain) different += drafted.at(id) != text;
-    Report(fmt::format("speculation {} at {} requests: same text as without", kind, requests),
-           different == 0 && accepted > 0,
-           fmt::format("{} of {} texts differ, {} drafted tokens accepted", different, plain.size(), accepted));
+    Report(fmt::format("speculation {} at {} requests{}: same text as without", kind, run.requests,
+                       run.plain ? " alike" : ""),
+           different == 0 && counts.accepted > 0 && (counts.ahead > run.tokens / 10) == ahead,
+           fmt::format("{} of {} texts differ, {} drafted tokens accepted, {} steps with drafts ran ahead", different,
+                       plain.size(), counts.accepted, counts.ahead));
   }
 }
 
@@ -324,7 +337,15 @@ int main(int argc, char** argv) {
   for (const char* name : {"full", "gqa"}) ChainsAsTheHost(name, Must(LoadModel(On(tiny + "/" + name, device)), name));
   ChainsAsTheHost("bundled draft", Must(LoadModel(On(bundled + "/draft", device)), "draft"));
   ChainsAsTheHost("grouped heads", GroupedHeads(device));
-  if (argc > 4 && std::string(argv[4]) == "--quick") return Finish("cuda_draft_test");  // for the sanitizers
-  for (const int requests : {1, 4, 16}) SpeculationChangesNothing(bundled, device, requests);
+  if (argc > 4 && std::string(argv[4]) == "--quick") {  // for the sanitizers
+    SpeculationChangesNothing(bundled, device, {.requests = 3, .tokens = 24, .plain = true});
+    return Finish("cuda_draft_test");
+  }
+  for (const int requests : {4, 16}) {
+    SpeculationChangesNothing(bundled, device, {requests, requests > 8 ? 60 : 300, /*plain=*/false});
+  }
+  for (const int requests : {1, 3, 16, 48}) {
+    SpeculationChangesNothing(bundled, device, {requests, requests > 8 ? 60 : 300, /*plain=*/true});
+  }
   return Finish("cuda_draft_test");
 }

@@ -5,51 +5,34 @@
 #include <bit>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "kernels/cuda/cublas_gemm.h"
 #include "kernels/cuda/gemm_ring.h"
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/launch.h"
-#include "tests/cuda/device_buffers.h"
-#include "tests/cuda/gemm_reference.h"
+#include "tests/cuda/gemm_case.h"
 #include "tests/cuda/report.h"
 
 namespace linspec::cuda {
 namespace {
 
-constexpr int kMaxRows = 130;
-constexpr float kWeightScale = 0.02f;
+// Sizes whose products are by pairs of blocks, which get parts of k of unequal size, and by tall tiles of unequal height.
+constexpr int kPairDepth = 656, kTallRows = 22016;
+constexpr int kFormRows[] = {33, 9}, kNormRows[] = {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65, 100};  // the most first
 
-std::vector<float> Widen(const std::vector<uint16_t>& bits) {
-  std::vector<float> values;
-  values.reserve(bits.size());
-  for (const uint16_t b : bits) values.push_back(std::bit_cast<float>(uint32_t{b} << 16));
-  return values;
-}
-
-// One matrix, its products in double for kMaxRows tokens, and the checks of every kernel on it.
-class GemmCase {
+// Every kernel's checks on a matrix.
+class GemmChecks : GemmCase {
  public:
-  // quick: fewer numbers of tokens, for the sanitizers.
-  GemmCase(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas, bool quick)
-      : quick_(quick),
-        n_(n),
-        k_(k),
-        name_("gemm type " + std::to_string(type) + " n " + std::to_string(n) + " k " + std::to_string(k)),
-        w_(int64_t{n} * k * (type == kLinspecCudaBf16 ? 2 : 1)),
-        x_(int64_t{kMaxRows} * k),
-        y_(int64_t{kMaxRows + 1} * n),
-        scales_(Normal(random_, n, 0.01f)),
-        workspace_(workspace),
-        cublas_(cublas) {
-    LaunchFill(w_.get(), int64_t{n} * k, type, kWeightScale, 1, nullptr);
-    LaunchFill(x_.get(), int64_t{kMaxRows} * k, kLinspecCudaBf16, 1.0f, 2, nullptr);
-    matrix_ = {w_.get(), type == kLinspecCudaBf16 ? nullptr : scales_.get(), n, k, type, 0};
-    const DeviceArray<double> reference(int64_t{kMaxRows} * n);
-    LaunchReferenceGemm({matrix_, x_.get(), y_.get(), false}, kMaxRows, reference.get(), nullptr);
-    Sync();
-    for (const double value : reference.Read()) reference_.push_back(static_cast<float>(value));
+  // quick: fewer numbers of tokens, for the sanitizers; forms: RunForms alone.
+  GemmChecks(int n, int k, int32_t type, uint8_t* workspace, CublasGemm* cublas, bool quick, bool forms)
+      : GemmCase(n, k, type, workspace, forms ? kFormRows[0] : kMaxRows), quick_(quick), cublas_(cublas) {}
+
+  // Of shapes that the sanitizers take too long for: what pairs of blocks do, and tall tiles.
+  void RunForms() {
+    if (!WgmmaGemmRuns()) return;
+    k_ == kPairDepth ? LeavesNorm(kFormRows) : MultipliesSiluOfNorm(kFormRows);
   }
 
   void Run() {
@@ -59,7 +42,8 @@ class GemmCase {
     if (WgmmaGemmRuns()) {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
       MultipliesNorm();
-      LeavesNorm();
+      LeavesNorm(kNormRows);
+      if (n_ % 16 == 0) MultipliesSiluOfNorm(kNormRows);
       if (n_ % 512 == 0) TurnsHeads();
     }
     NormIsPrologue("small", &LaunchSmallGemm, {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65});
@@ -69,13 +53,6 @@ class GemmCase {
   }
 
  private:
-  using Launcher = void (*)(const GemmParams&, int, cudaStream_t);
-  GemmParams Params() const { return {matrix_, x_.get(), y_.get(), false, nullptr, false, workspace_}; }
-  static std::vector<float> Head(std::vector<float> values, int64_t size) {
-    values.resize(size);
-    return values;
-  }
-
   // `all`: of kMaxRows tokens, by a kernel that must give each row the same bits.
   void CheckKernel(const std::string& kernel, Launcher launch, const std::vector<float>& all) {
     Report(name_ + " all rows for " + kernel, RelativeError(all, reference_), 1e-5);
@@ -90,18 +67,6 @@ class GemmCase {
     Accumulates(kernel, launch);
     RoundsToBf16(kernel, launch);
     if (n_ % 16 == 0) MultipliesSilu(kernel, launch);
-  }
-
-  // y of `rows` tokens; the row after them must stay as it was, a NaN pattern.
-  std::vector<float> Launch(Launcher launch, const GemmParams& params, int rows) {
-    Check(cudaMemset(y_.get(), 0xFF, y_.size() * sizeof(float)), "poison");
-    launch(params, rows, nullptr);
-    Sync();
-    std::vector<float> out = y_.Read();
-    bool clean = true;
-    for (int i = 0; i < n_; ++i) clean &= std::isnan(out[int64_t{rows} * n_ + i]);
-    Report(name_ + " rows " + std::to_string(rows) + ": writes past the end", clean ? 0.0 : 1.0, 0.0);
-    return Head(std::move(out), int64_t{rows} * n_);
   }
 
   void Accumulates(const std::string& kernel, Launcher launch) {
@@ -131,19 +96,26 @@ class GemmCase {
     }
   }
 
-  // Rows r and r + 8 of each 16 are gate and up of one output.
-  void MultipliesSilu(const std::string& kernel, Launcher launch) {
+  // silu(gate) * up of the reference, each row over roots[row]. Rows r and r + 8 of each 16 are gate and up of one
+  // output.
+  std::vector<float> ExpectedSilu(int rows, const std::vector<double>& roots) const {
     const int half = n_ / 2;
-    for (const int rows : {1, 17, 100}) {
-      std::vector<float> expected(int64_t{rows} * half);
-      for (int64_t r = 0; r < n_; ++r) {
-        const int64_t source = PackedGateUpRow(r, half);
-        if (source >= half) continue;
-        for (int m = 0; m < rows; ++m) {
-          const double gate = reference_[int64_t{m} * n_ + r], up = reference_[int64_t{m} * n_ + r + 8];
-          expected[int64_t{m} * half + source] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
-        }
+    std::vector<float> expected(int64_t{rows} * half);
+    for (int64_t r = 0; r < n_; ++r) {
+      const int64_t source = PackedGateUpRow(r, half);
+      if (source >= half) continue;
+      for (int m = 0; m < rows; ++m) {
+        const double gate = reference_[int64_t{m} * n_ + r] / roots[m],
+                     up = reference_[int64_t{m} * n_ + r + 8] / roots[m];
+        expected[int64_t{m} * half + source] = static_cast<float>(gate / (1.0 + std::exp(-gate)) * up);
       }
+    }
+    return expected;
+  }
+
+  void MultipliesSilu(const std::string& kernel, Launcher launch) {
+    for (const int rows : {1, 17, 100}) {
+      const std::vector<float> expected = ExpectedSilu(rows, std::vector<double>(rows, 1.0));
       const DeviceArray<uint16_t> y(expected.size());
       GemmParams params = Params();
       params.y_bf16 = y.get();
@@ -156,6 +128,33 @@ class GemmCase {
   }
 
   static constexpr float kEps = 1e-5f;
+
+  // The same of gates and ups over the root mean square of each token's x, as MultipliesNorm. What is not written stays
+  // NaN.
+  void MultipliesSiluOfNorm(std::span<const int> all_rows) {
+    const auto parts = static_cast<int>(NormParts(k_));
+    const std::vector<float> squares(int64_t{kMaxRows} * parts, static_cast<float>(k_) / static_cast<float>(parts) * 4);
+    const DeviceArray<float> on_device(squares);
+    const std::vector<float> expected = ExpectedSilu(all_rows[0], std::vector<double>(all_rows[0], 2.0));
+    const int64_t half = n_ / 2;
+    std::vector<uint16_t> all;
+    for (const int rows : all_rows) {
+      const DeviceArray<uint16_t> y(std::vector<uint16_t>((rows + 1) * half, 0xFFFF));
+      GemmParams params = Params();
+      params.y_bf16 = y.get();
+      params.silu_mul = true;
+      params.norm_before = {.eps = 0.0f, .squares = on_device.get()};
+      LaunchWgmmaGemm(params, rows, nullptr);
+      Sync();
+      const std::vector<uint16_t> bits = y.Read();
+      if (rows == all_rows[0]) all = bits;
+      const std::string name = name_ + " wgmma silu of norm, rows " + std::to_string(rows);
+      Report(name, RelativeError(Head(Widen(bits), rows * half), Head(expected, rows * half)), 4e-3);
+      const bool same = std::equal(bits.begin(), bits.begin() + rows * half, all.begin());
+      const bool clean = std::all_of(bits.begin() + rows * half, bits.end(), [](uint16_t b) { return b == 0xFFFF; });
+      Report(name + ": bits of all rows, none past them", same && clean ? 0.0 : 1.0, 0.0);
+    }
+  }
 
   // Results over the root mean square of each token's x, given as sums of parts.
   void MultipliesNorm() {
@@ -224,19 +223,19 @@ class GemmCase {
   }
 
   // y += product, and beside it y * weight in bf16 and the sums of squares.
-  void LeavesNorm() {
-    const auto parts = static_cast<int>(NormParts(n_)), all_rows = kMaxRows;
+  void LeavesNorm(std::span<const int> all_rows) {
+    const auto parts = static_cast<int>(NormParts(n_)), most = all_rows[0];
     const std::vector<float> weight = Normal(random_, n_, 1.0f);
-    const std::vector<float> old = Normal(random_, int64_t{all_rows} * n_, 1.0f);
-    std::vector<float> expected, expected_squares(int64_t{all_rows} * parts), all_squares;
-    for (int64_t i = 0; i < int64_t{all_rows} * n_; ++i) {
+    const std::vector<float> old = Normal(random_, int64_t{most} * n_, 1.0f);
+    std::vector<float> expected, expected_squares(int64_t{most} * parts), all_squares, all_stream;
+    for (int64_t i = 0; i < int64_t{most} * n_; ++i) {
       const double y = double{old[i]} + reference_[i];
       expected.push_back(static_cast<float>(y * weight[i % n_]));
       expected_squares[i / n_ * parts + i % n_ / kNormPart] += static_cast<float>(y * y);
     }
     std::vector<uint16_t> all_out;
     const DeviceArray<float> weights(weight);
-    for (const int rows : {kMaxRows, 1, 9, 33, 100}) {
+    for (const int rows : all_rows) {
       const DeviceArray<float> y(old), squares(int64_t{rows} * parts);
       const DeviceArray<uint16_t> out(int64_t{rows} * n_);
       GemmParams params = Params();
@@ -246,13 +245,14 @@ class GemmCase {
       LaunchWgmmaGemm(params, rows, nullptr);
       Sync();
       const std::vector<uint16_t> bits = out.Read();
-      const std::vector<float> sums = squares.Read();
+      const std::vector<float> sums = squares.Read(), stream = y.Read();
       const std::string name = name_ + " wgmma norm after, rows " + std::to_string(rows);
       Report(name, RelativeError(Widen(bits), Head(expected, int64_t{rows} * n_)), 4e-3);
       Report(name + ": squares", RelativeError(sums, Head(expected_squares, int64_t{rows} * parts)), 1e-5);
-      if (rows == all_rows) all_out = bits, all_squares = sums;
+      if (rows == most) all_out = bits, all_squares = sums, all_stream = stream;
       const bool same = std::equal(bits.begin(), bits.end(), all_out.begin()) &&
-                        std::equal(sums.begin(), sums.end(), all_squares.begin());
+                        std::equal(sums.begin(), sums.end(), all_squares.begin()) &&
+                        std::equal(stream.begin(), stream.begin() + int64_t{rows} * n_, all_stream.begin());
       Report(name + ": bits of all rows", same ? 0.0 : 1.0, 0.0);
     }
   }
@@ -318,17 +318,8 @@ class GemmCase {
     }
   }
 
-  std::mt19937 random_{7};
-  bool quick_;
-  int n_, k_;
-  std::string name_;
-  DeviceArray<uint8_t> w_;
-  DeviceArray<uint16_t> x_;
-  DeviceArray<float> y_, scales_;
-  uint8_t* workspace_;
-  CublasGemm* cublas_;
-  LinspecCudaMatrix matrix_{};
-  std::vector<float> reference_;
+  const bool quick_;
+  CublasGemm* const cublas_;
 };
 
 }  // namespace
@@ -355,10 +346,19 @@ int main(int argc, char** argv) {
                                {7, 11008},
                                {3999, 528},
                                {512, 272},
+                               {4096, 272},
+                               {4096, kPairDepth},
+                               {kTallRows, 272},
                                {4096, 4096},
                                {4096, 11008}}) {
-      if (quick && int64_t{n} * k > 300'000) continue;
-      GemmCase(n, k, type, workspace.get(), cublas.get(), quick).Run();
+      const bool large = int64_t{n} * k > 300'000, forms = quick && large;
+      if (forms && k != kPairDepth && n != kTallRows) continue;
+      GemmChecks product(n, k, type, workspace.get(), cublas.get(), quick, forms);
+      if (forms) {
+        product.RunForms();
+      } else {
+        product.Run();
+      }
     }
   }
   return Summary("gemm_test");

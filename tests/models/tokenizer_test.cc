@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "models/utf8.h"
+#include "nlohmann/json.hpp"
 
 namespace linspec {
 namespace {
@@ -23,8 +24,17 @@ std::string ReadFile(const std::string& path) {
   return out.str();
 }
 
+// What a merge makes is the next token: the file leaves it out.
+std::string WithMergedTokens(std::string_view json) {
+  auto file = nlohmann::json::parse(json);
+  auto& vocab = file["model"]["vocab"];
+  int32_t next = 256;
+  for (std::string merge : file["model"]["merges"]) vocab[merge.erase(merge.find(' '), 1)] = next++;
+  return file.dump();
+}
+
 const Tokenizer& Gpt2() {
-  static const auto tokenizer = *Tokenizer::FromFile(kGpt2 + "tokenizer.json");
+  static const auto tokenizer = *Tokenizer::FromJson(WithMergedTokens(ReadFile(kGpt2 + "tokenizer.json")));
   return *tokenizer;
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "models/draft_guesser.h"
 #include "models/drafter.h"
 
 namespace linspec {
@@ -93,6 +94,27 @@ class FakeDrafter : public Drafter {
   int64_t vocab_size_;
   Oracle oracle_;
   std::minstd_rand random_{7};
+};
+
+// Heads that only a model asks which drafts for itself.
+class FakeHeads final : public DraftGuesser {
+ public:
+  int max_levels() const override { return 4; }
+  int max_top_k() const override { return 4; }
+  bool reads_hidden() const override { return false; }
+  bool CanGuess(const DraftContext&) const override { return true; }
+  absl::StatusOr<DraftGuesses> Guess(std::span<const DraftContext* const>, int, int) override {
+    return absl::UnimplementedError("not asked");
+  }
+};
+
+class FakeHeadDrafter final : public FakeDrafter {
+ public:
+  using FakeDrafter::FakeDrafter;
+  DraftHeads heads() const override { return {&heads_, 4, 2}; }
+
+ private:
+  mutable FakeHeads heads_;
 };
 
 }  // namespace linspec

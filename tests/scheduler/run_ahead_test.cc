@@ -30,7 +30,8 @@ struct Planned {
   int refuse_after = -1;
 };
 
-Planned RandomRequest(uint64_t id, std::mt19937* random) {
+// drafts: in how many of four requests.
+Planned RandomRequest(uint64_t id, int drafts, std::mt19937* random) {
   const auto below = [&](int limit) { return static_cast<int>((*random)() % limit); };
   static const std::vector<NamedSampling> samplings = Samplings();
   Planned planned;
@@ -43,7 +44,7 @@ Planned RandomRequest(uint64_t id, std::mt19937* random) {
   if (below(2) == 0) samplings[below(static_cast<int>(samplings.size()))].set(&planned.request.sampling);
   SamplingParams& sampling = planned.request.sampling;
   sampling.max_tokens = std::max<decltype(sampling.max_tokens)>(sampling.max_tokens, sampling.min_tokens);
-  if (below(4) > 0) planned.request.speculation = SpeculationMode::kOff;
+  if (below(4) >= drafts) planned.request.speculation = SpeculationMode::kOff;
   planned.arrives = below(40);
   if (below(8) == 0) planned.request.deadline = Clock::now() + std::chrono::microseconds(below(500));
   if (below(5) == 0) planned.leaves = planned.arrives + below(20);
@@ -63,10 +64,12 @@ Received Alone(Request request) {
   return engine.results[id];
 }
 
+constexpr int kHeads = 3;
 std::vector<std::unique_ptr<Drafter>> SomeDrafters(int which) {
   std::vector<std::unique_ptr<Drafter>> drafters;
   if (which == 1) drafters.push_back(std::make_unique<NgramDrafter>());
   if (which == 2) drafters.push_back(std::make_unique<FakeDrafter>("random", kVocab));
+  if (which == kHeads) drafters.push_back(std::make_unique<FakeHeadDrafter>("random", kVocab));
   return drafters;
 }
 
@@ -75,24 +78,35 @@ void ExpectPrefix(const Received& received, const Received& alone) {
   EXPECT_TRUE(std::equal(received.tokens.begin(), received.tokens.end(), alone.tokens.begin()));
 }
 
-void RunSchedule(uint32_t seed, int* num_ahead, int* num_failures) {
-  static const char* const calls[] = {"prefill", "start", "next before its commit", "next after its commit",
-                                      "finish",  "commit"};
+struct Counts {
+  int ahead = 0, drafted_ahead = 0, failures = 0;
+};
+
+void RunSchedule(uint32_t seed, Counts* counts) {
+  static const char* const calls[] = {"prefill",
+                                      "start",
+                                      "next before its commit",
+                                      "next after its commit",
+                                      "drafted before its commit",
+                                      "drafted after its commit",
+                                      "finish",
+                                      "commit"};
   std::mt19937 random(seed);
   EngineOptions options = TestEngine::StaticOptions();
   options.max_requests = 1 + static_cast<int>(random() % 4);
   options.max_step_tokens = 4 + static_cast<int>(random() % 12);
   options.prefix_cache_entries = static_cast<int>(random() % 3);
   options.calibrate = random() % 2 == 0;
+  const int drafters = static_cast<int>(random() % 4);
   auto made = MakeModel<RunAheadModel>();
   RunAheadModel* model = made.get();
-  TestEngine engine(options, SomeDrafters(static_cast<int>(random() % 3)), std::move(made));
+  TestEngine engine(options, SomeDrafters(drafters), std::move(made));
   if (random() % 3 == 0) {
     model->fails = calls[random() % std::size(calls)];
     model->fails_after = static_cast<int>(random() % 20);
   }
   std::vector<Planned> planned;
-  for (uint64_t id = 1; id <= 8; ++id) planned.push_back(RandomRequest(id, &random));
+  for (uint64_t id = 1; id <= 8; ++id) planned.push_back(RandomRequest(id, drafters == kHeads ? 4 : 1, &random));
   const int steps = random() % 4 == 0 ? static_cast<int>(random() % 60) : 400;  // or the engine ends before they do
   for (int step = 0; step < steps; ++step) {
     for (Planned& p : planned) {
@@ -118,19 +132,21 @@ void RunSchedule(uint32_t seed, int* num_ahead, int* num_failures) {
       EXPECT_EQ(reason, p.leaves < steps ? FinishReason::kCancelled : alone.last.finish_reason);
     }
   }
-  *num_ahead += model->num_ahead;
-  *num_failures += model->num_failures;
+  counts->ahead += model->num_ahead;
+  counts->drafted_ahead += model->num_drafted_ahead;
+  counts->failures += model->num_failures;
 }
 
 TEST(RunAhead, EveryRequestGetsWhatItGetsWithoutUnderRandomSchedules) {
-  int num_ahead = 0, num_failures = 0;
-  for (uint32_t seed = 1; seed <= 400; ++seed) {
+  Counts counts;
+  for (uint32_t seed = 1; seed <= 600; ++seed) {
     SCOPED_TRACE(seed);
-    RunSchedule(seed, &num_ahead, &num_failures);
+    RunSchedule(seed, &counts);
     if (testing::Test::HasFailure()) return;
   }
-  EXPECT_GT(num_ahead, 4000);
-  EXPECT_GT(num_failures, 50);
+  EXPECT_GT(counts.ahead, 4000);
+  EXPECT_GT(counts.drafted_ahead, 1000);
+  EXPECT_GT(counts.failures, 50);
 }
 
 // Steps that are started ahead for one request of 20 tokens.

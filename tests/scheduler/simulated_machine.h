@@ -17,8 +17,9 @@ struct SimulatedDrafter {
   double decay = 0.85;                // acceptance of a level beside that of the level above
   int siblings = 0;                   // tokens beside each of the chain, as the second guess
   int depth = 6;
-  bool free = false;  // asked before the others, for what it promises
-  double stated = 0;  // of each token, whatever the truth; 0: somewhat more than the truth
+  bool own_heads = false;  // of the model, which can draft with them ahead of its results
+  bool free = false;       // asked before the others, for what it promises
+  double stated = 0;       // of each token, whatever the truth; 0: somewhat more than the truth
 
   double Ms(int contexts, int levels) const {
     return (first_ms + level_ms * (levels - 1)) * (1 + more_contexts * (contexts - 1));
@@ -31,6 +32,7 @@ struct SimulatedMachine {
   double any_draft = 1;                 // factor on steps with more rows than requests
   std::function<int(int)> padded = {};  // rows that a step of so many rows computes
   double ahead = 1;                     // factor on plain steps that are started ahead; 1: none is
+  double drafts_ahead = 1;              // factor on steps with drafts of own heads that are; 1: none is
   double noise = 0.05;                  // standard deviation of the logarithm of a step's time
   double interruptions = 0.01;          // share of steps that take three times as long
   double hidden_ms = 0;                 // of each request drafted for, which no observation of a draft shows

@@ -259,6 +259,40 @@ TEST(RunAheadTest, DraftsAreMeasuredByStepsThatRunAhead) {
   }
 }
 
+// Steps with drafts of the model's own heads that run ahead too. What they save makes heads pay that did not.
+TEST(RunAheadTest, OwnHeadsAreUsedForWhatTheyBringAhead) {
+  const std::vector<SimulatedText> texts = {{0.67, 0.72, 0.3}, {0.45, 0.4, 0.02}, {0.05, 0.05, 0.05}, {0.2, 0.1, 0.75}};
+  for (const int batch : {1, 4, 16}) {
+    SimulatedMachine machine = OneLaunch(), waits = OneLaunch();
+    machine.ahead = waits.ahead = 0.85;
+    machine.drafts_ahead = 0.8;
+    machine.drafters[1].own_heads = true;
+    for (int text = 0; text < std::ssize(texts); ++text) {
+      const auto fixed = [&](const SimulatedMachine& on, int drafter, int nodes) {
+        return SpeculationSimulator(on, texts, batch, 400, 7).RunFixed(drafter, nodes, 1000, text).rate();
+      };
+      const double plain = fixed(machine, -1, 1);
+      double best = plain, best_waiting = plain;
+      for (int drafter = 0; drafter < 3; ++drafter) {
+        for (const int nodes : {4, 8}) {
+          best = std::max(best, fixed(machine, drafter, nodes));
+          best_waiting = std::max(best_waiting, fixed(waits, drafter, nodes));
+        }
+      }
+      for (const uint32_t seed : {1, 2}) {
+        SpeculationSimulator simulator(machine, texts, batch, 400, seed);
+        SpeculationController controller(simulator.Free());
+        simulator.Calibrate(&controller, 0.1);
+        simulator.Run(&controller, 400, text);
+        const double rate = simulator.Run(&controller, 3000, text).rate();
+        EXPECT_GT(rate, 0.975 * plain) << batch << " " << text << " " << seed;
+        EXPECT_GT(rate, 0.9 * best) << batch << " " << text << " " << seed;
+        EXPECT_TRUE(best < 1.1 * best_waiting || rate > best_waiting) << batch << " " << text << " " << seed;
+      }
+    }
+  }
+}
+
 TEST(SlowdownTest, NoRequestWaitsLongForTheDraftsOfOthers) {
   const std::vector<SimulatedText> texts = {{0.05}, {0.85}};
   for (const int batch : {16, 64}) {

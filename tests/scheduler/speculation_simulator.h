@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "scheduler/speculation_controller.h"
+#include "tests/scheduler/simulated_drafts.h"
 #include "tests/scheduler/simulated_machine.h"
 
 namespace linspec {
@@ -55,7 +56,15 @@ class SpeculationSimulator {
       const bool alone = Refill(controller, text) || machine_.ahead == 1;
       const std::vector<SpeculationRequest> requests = Describe();
       start_ = alone ? StepStart::kAlone : controller->StaysPlain() ? StepStart::kAhead : StepStart::kWaited;
-      Step(requests, controller->Choose(requests, 1000, start_), controller, &totals);
+      continued_ = !alone && MayContinue(*controller);
+      if (continued_) {
+        start_ = StepStart::kWaited;
+        controller->Continue(static_cast<int>(requests.size()));
+        choices_.resize(requests.size(), choices_.front());
+      } else {
+        choices_ = controller->Choose(requests, 1000, start_);
+      }
+      Step(requests, choices_, controller, &totals);
     }
     return totals;
   }
@@ -72,6 +81,7 @@ class SpeculationSimulator {
     for (int step = 0; step < steps; ++step) {
       const bool alone = Refill(nullptr, text);
       start_ = alone || drafter >= 0 ? StepStart::kAlone : StepStart::kAhead;
+      continued_ = !alone && drafter >= 0 && machine_.drafters[drafter].own_heads;
       const std::vector<SpeculationRequest> requests = Describe();
       std::vector<SpeculationChoice> choices(requests.size());
       for (size_t r = 0; r < requests.size() && drafter >= 0; ++r) {
@@ -124,66 +134,20 @@ class SpeculationSimulator {
     return requests;
   }
 
-  double Uniform() { return std::uniform_real_distribution<double>()(random_); }
-
-  // A chain and other guesses beside each of its nodes. levels: computed.
-  DraftTree Draft(const SimulatedDrafter& drafter, double quality, const SpeculationChoice& choice, int* levels) {
-    struct Node {
-      double stated, truth;
-      int parent;
-    };
-    std::vector<Node> nodes = {{1, 1, -1}};
-    double path = 1, mean = quality;
-    int parent = 0;
-    *levels = 0;
-    for (int level = 0; level < std::min({drafter.depth, choice.nodes - 1, choice.max_levels});
-         ++level, mean *= drafter.decay) {
-      if (level > 0 && path * 0.65 < choice.min_level_probability) break;
-      ++*levels;
-      const double spread = 0.9 * std::min(mean, 1 - mean);
-      const double p = mean + spread * (2 * Uniform() - 1);
-      const double stated =
-          drafter.stated > 0 ? drafter.stated : std::pow(p, 0.7);  // drafters are too sure of themselves
-      const int above = parent;
-      if (path * stated < choice.min_probability) break;
-      parent = static_cast<int>(nodes.size());
-      nodes.push_back({path * stated, p, above});
-      for (int s = 0; s < drafter.siblings; ++s) {
-        const double share = std::pow(0.5, s + 1);
-        if (path * (1 - stated) * share >= choice.min_probability) {
-          nodes.push_back({path * (1 - stated) * share, 0.8 * (1 - p) * share, above});
-        }
-      }
-      path *= stated;
-    }
-    std::vector<int> order;
-    for (size_t i = 1; i < nodes.size(); ++i) order.push_back(static_cast<int>(i));
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return nodes[a].stated > nodes[b].stated; });
-    order.resize(std::min<size_t>(order.size(), choice.nodes - 1));
-    DraftTree tree = DraftTree::Root(0);
-    tree.probabilities = {1.0f};
-    std::vector<int> place(nodes.size(), 0);
-    for (const int i : order) {
-      place[i] = tree.Add(static_cast<int32_t>(std::lround(1e6 * nodes[i].truth)), place[nodes[i].parent]);
-      tree.probabilities.push_back(static_cast<float>(nodes[i].stated));
-    }
-    return tree;
+  // As Speculator::DraftsOn.
+  bool MayContinue(const SpeculationController& controller) const {
+    if (machine_.drafts_ahead == 1 || of_all_ == kAnyDrafter || nodes_ < 0.5) return false;
+    return machine_.drafters[of_all_].own_heads && controller.MayContinue(of_all_, choices_.front().trial);
   }
 
-  // A node's token says how likely it is, in millionths, so that this survives pruning.
-  std::vector<int32_t> Walk(const DraftTree& tree) {
-    std::vector<int32_t> path = {0};
-    for (bool moved = true; moved;) {
-      moved = false;
-      double draw = 1e6 * Uniform();
-      for (int child = path.back() + 1; child < tree.num_nodes() && !moved; ++child) {
-        if (tree.parents[child] != path.back()) continue;
-        moved = draw < tree.tokens[child];
-        draw -= tree.tokens[child];
-        if (moved) path.push_back(child);
-      }
-    }
-    return path;
+  // Whom all requests used, and how many nodes were verified for each.
+  void NoteDrafterOfAll(std::span<const SpeculationChoice> choices, int rows) {
+    if (continued_) return;
+    const SpeculationChoice& first = choices.front();
+    const bool all = std::ranges::all_of(
+        choices, [&](const auto& choice) { return choice.nodes > 1 && choice.drafter == first.drafter; });
+    of_all_ = all && !machine_.drafters[first.drafter].free ? first.drafter : kAnyDrafter;
+    nodes_ = static_cast<double>(rows) / static_cast<double>(choices.size()) - 1;
   }
 
   // What a step spends on drafts; seconds: as the controller sees it, but for what is hidden.
@@ -203,13 +167,15 @@ class SpeculationSimulator {
     bool used = false;
     for (size_t r = 0; r < requests.size(); ++r) {
       SpeculationChoice& choice = (*choices)[r];
-      const bool watched = start_ == StepStart::kAhead && r < std::max<size_t>(8, requests.size() / 8);
-      const bool wanted = start_ != StepStart::kAhead && !choice.trial;
+      const bool runs = start_ == StepStart::kAhead || continued_;
+      const bool watched = runs && r < std::max<size_t>(8, requests.size() / 8);
+      const bool wanted = !runs && !choice.trial;
       if (!watched && (!wanted || (!controller->AsksAll(d) && choice.free_trial != d))) continue;
       if (requests[r].max_nodes < 2) continue;
       ++asked;
       int levels = 0;
-      DraftTree tree = Draft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels);
+      DraftTree tree =
+          SimulateDraft(drafter, (*running_[r].text)[d], {.nodes = requests[r].max_nodes}, &levels, &random_);
       if (tree.num_nodes() < 2) continue;
       const double gain = controller->Gain({requests[r].sequence_id, d, false, &tree}) - choice.gain;
       const bool trial = gain <= 0 && choice.free_trial == d;
@@ -222,7 +188,7 @@ class SpeculationSimulator {
     }
     if (asked == 0) return;
     const double ms = drafter.Ms(asked, 1);
-    if (start_ == StepStart::kAhead) return controller->ObserveFree(d, asked, gains, false, 1e-3 * ms);
+    if (start_ == StepStart::kAhead || continued_) return controller->ObserveFree(d, asked, gains, false, 1e-3 * ms);
     drafting->ms += ms;
     drafting->seconds += 1e-3 * ms;
     drafting->expected_seconds += 1e-3 * ms;
@@ -242,10 +208,10 @@ class SpeculationSimulator {
       trial |= choices[r].trial;
     }
     const int contexts = static_cast<int>(drafted.size());
-    if (contexts == 0 || (!trial && !controller->StillPays(d, contexts))) return;
+    if (contexts == 0 || (!trial && !continued_ && !controller->StillPays(d, contexts))) return;
     for (const int r : drafted) {
       int own = 0;
-      drafting->trees[r] = Draft(drafter, (*running_[r].text)[d], choices[r], &own);
+      drafting->trees[r] = SimulateDraft(drafter, (*running_[r].text)[d], choices[r], &own, &random_);
       levels = std::max(levels, own);
       catch_up += requests[r].catch_up_tokens[d];
       running_[r].unseen[d] = 0;
@@ -263,6 +229,10 @@ class SpeculationSimulator {
     const double seconds = 1e-3 * ms * Noise();
     drafting->seconds += seconds;
     drafting->expected_seconds += controller->draft_costs(d).Seconds(contexts, levels);
+    if (continued_) {
+      for (const int r : drafted) Cut(&drafting->trees[r], 1 + std::max(1, static_cast<int>(std::lround(nodes_))));
+      return;
+    }
     if (catch_up > DraftCosts::kLongCatchUp * contexts) {
       drafting->reading_seconds += controller->draft_costs(d).PerCatchUpToken() * static_cast<double>(catch_up);
     }
@@ -286,11 +256,12 @@ class SpeculationSimulator {
       if (trees[r].num_nodes() < 2) continue;
       drafting.proposals.push_back({requests[r].sequence_id, choices[r].drafter, choices[r].trial, &trees[r]});
     }
-    if (controller != nullptr) controller->Prune(drafting.proposals, batch, drafting.expected_seconds);
+    if (controller != nullptr && continued_) controller->Expect(drafting.proposals);
+    if (controller != nullptr && !continued_) controller->Prune(drafting.proposals, batch, drafting.expected_seconds);
     int rows = 0, step_tokens = 0;
     for (int r = 0; r < batch; ++r) {
       rows += trees[r].num_nodes();
-      const std::vector<int32_t> path = Walk(trees[r]);
+      const std::vector<int32_t> path = SimulateWalk(trees[r], &random_);
       const int tokens = std::min<int>(static_cast<int>(path.size()), running_[r].tokens_left);
       step_tokens += tokens;
       totals->drafts += trees[r].num_nodes() > 1;
@@ -301,17 +272,19 @@ class SpeculationSimulator {
           {requests[r].sequence_id, choices[r].drafter, &trees[r], path, running_[r].tokens_left > 0});
     }
     totals->tokens += step_tokens;
+    NoteDrafterOfAll(choices, rows);
+    const double ahead = continued_ ? machine_.drafts_ahead : 1;
     // Noise and drift mislead the controller; what counts is what the steps take without them.
     const double plain_ms = machine_.VerifyMs(batch, batch),
                  verify_ms = machine_.VerifyMs(rows, batch) * (start_ == StepStart::kAhead ? machine_.ahead : 1);
     const double prompts_ms = std::exchange(prompts_ms_, 0), hidden_ms = machine_.hidden_ms * drafting.contexts;
-    const double ms = verify_ms + prompts_ms + drafting.ms + hidden_ms;
+    const double ms = ahead * (verify_ms + drafting.ms) + prompts_ms + hidden_ms;
     totals->ms += ms;
     totals->slowest = std::max(totals->slowest, (verify_ms + drafting.ms) / plain_ms);
     const int64_t prompt_tokens = std::exchange(prompt_tokens_, 0);
     if (controller == nullptr) return;
-    const double seconds = 1e-3 * (verify_ms + prompts_ms) * Noise();
-    const double draft_seconds = drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
+    const double seconds = 1e-3 * (ahead * verify_ms + prompts_ms) * Noise();
+    const double draft_seconds = ahead * drafting.seconds + 1e-3 * hidden_ms * std::exp(speed_);
     controller->ObserveStep({.rows = rows,
                              .requests = batch,
                              .tokens = static_cast<double>(step_tokens),
@@ -322,7 +295,9 @@ class SpeculationSimulator {
                              .draft_seconds = draft_seconds,
                              .seconds = seconds + draft_seconds,
                              .expected_seconds = drafting.expected_seconds + drafting.reading_seconds +
-                                                 controller->step_costs().Estimate(rows, batch)});
+                                                 controller->step_costs().Estimate(rows, batch),
+                             .drafter_of_all = of_all_,
+                             .ahead = continued_});
   }
 
   // The drafter of at least half of the requests, none of them on trial; -1: none.
@@ -342,7 +317,7 @@ class SpeculationSimulator {
   double Noise() {
     std::normal_distribution<double> normal;
     speed_ = std::clamp(speed_ + machine_.drift * normal(random_), -0.7, 0.7);
-    return std::exp(speed_ + machine_.noise * normal(random_)) * (Uniform() < machine_.interruptions ? 3 : 1);
+    return std::exp(speed_ + machine_.noise * normal(random_)) * (Uniform(&random_) < machine_.interruptions ? 3 : 1);
   }
 
  public:
@@ -357,8 +332,12 @@ class SpeculationSimulator {
   std::vector<Running> running_;
   uint64_t next_id_ = 1;
   StepStart start_ = StepStart::kAlone;  // of the step under way
-  double speed_ = 0;                     // logarithm
-  double prompts_ms_ = 0;                // of reading the prompts of requests that are new
+  bool continued_ = false;               // it has drafts and runs ahead
+  std::vector<SpeculationChoice> choices_;
+  int of_all_ = kAnyDrafter;
+  double nodes_ = 0;
+  double speed_ = 0;       // logarithm
+  double prompts_ms_ = 0;  // of reading the prompts of requests that are new
   int64_t prompt_tokens_ = 0;
 };
 
