@@ -41,7 +41,8 @@ struct HeldState {
   template <int step>
   __device__ __forceinline__ void LoadStep(const T* state) {
     if constexpr (step < kSteps) {
-      LoadRows<step>(state + Layout::Row(0) * kDim + Layout::Column(), std::make_integer_sequence<int, 4>());
+      const auto own = static_cast<unsigned>(Layout::Row(0) * kDim + Layout::Column());  // one register, not two
+      LoadRows<step>(state + own, std::make_integer_sequence<int, 4>());
     }
   }
   // Before the next step is asked for.
@@ -90,14 +91,14 @@ struct HeldState {
     }
   }
 
-  // partial[part][row][column] of q S.
-  template <int kRows>
+  // partial[part][row][column] of q S, rows kStride apart.
+  template <int kRows, int kStride>
   __device__ __forceinline__ static void Store(const Vec4 (&y)[(kRows + 7) / 8 * 2], float* partial) {
-    float* out = partial + Layout::Part() * kRows * kDim + Layout::Column();
+    float* out = partial + Layout::Part() * kRows * kStride + Layout::Column();
 #pragma unroll
     for (int i = 0; i < (kRows + 7) / 8 * 2; ++i) {
       const int row = i / 2 * 8 + 2 * (static_cast<int>(threadIdx.x) % 4) + i % 2;
-      if (row < kRows) Store4(out + row * kDim, y[i]);
+      if (row < kRows) Store4(out + row * kStride, y[i]);
     }
   }
 

@@ -27,6 +27,8 @@ constexpr int kBlocks(int rows) { return rows == kLargeTreeRows ? 1 : 2; }  // o
 
 constexpr int kMaxRawTasks = 2;  // of VerifyTakesRawRows
 
+constexpr int kLine = 128;  // bytes that the banks hold side by side: windows begin with one
+
 // The warp that finds out what the items of the next rounds are. It is none of WindowFetch's.
 constexpr int kItemWarp = 3;
 
@@ -35,10 +37,12 @@ template <int kDim, int kRows, typename T>
 struct Layout {
   using Tile = WindowTile<kDim, kRows, T>;
   // Masks and taps of two rounds: the next ones arrive while these are in use. kState: q S, by parts of the rows; then
-  // z and the local sum of each row in its first two parts.
+  // z and the local sum of each row in its first two parts. Eight lanes store q S together, pairs two rows apart.
+  static constexpr int kStateStride = kRows > 1 ? kDim + 4 : kDim;
   static constexpr int kMasks = 0, kQueries = kMasks + 4 * kMaxNodes, kState = kQueries + kRows * Tile::kQueryStride;
-  static constexpr int kLocal = kState + HeldState<kDim, T>::kParts * kRows * kDim;
-  static constexpr int kGrouped = kLocal + kRows * Tile::kCapacity, kKeys = kGrouped + kRows * Tile::kCapacity;
+  static constexpr int kLocal = kState + HeldState<kDim, T>::kParts * kRows * kStateStride;
+  static constexpr int kGrouped = kLocal + kRows * Tile::kCapacity;
+  static constexpr int kKeys = (kGrouped + kRows * Tile::kCapacity + kLine / 4 - 1) / (kLine / 4) * (kLine / 4);
 
   __host__ __device__ static int Values(const VerifyWork& work) { return kKeys + WindowSize(work); }
   __host__ __device__ static int Taps(const VerifyWork& work) { return kKeys + 2 * WindowSize(work); }
@@ -57,7 +61,7 @@ struct Layout {
 
 // What a block shares about its items; round r is in items[r % 3]. Barriers of a round: what has landed.
 template <int kRows>
-struct Schedule {
+struct alignas(kLine) Schedule {
   Item items[3];
   RowInfo rows[3][kRows];
   CopyBarrier keys, values;
@@ -69,7 +73,8 @@ struct Verifier {
   using State = HeldState<kDim, T>;
   using At = Layout<kDim, kRows, T>;
   static constexpr int kWarpRows = Tile::kWarpRows, kChannels = Tile::kChannels;
-  using Fetch = WindowFetch<kDim, T, kRaw>;
+  static constexpr RowCopies kPrepared = kRows == 1 ? RowCopies::kBulk : RowCopies::kLanes;
+  using Fetch = WindowFetch<kDim, T, kRaw ? RowCopies::kRaw : kPrepared, Tile::kQueryStride>;
   using Sums = float[Tile::kSumRows][Tile::kSumChannels];
 
   const AttentionParams& p;
@@ -84,7 +89,9 @@ struct Verifier {
   }
   __device__ __forceinline__ bool Has(int round) const { return IndexOf(round) < work.items; }
   __device__ __forceinline__ Task TaskOf(int round) const {
-    return p.tasks[static_cast<unsigned>(IndexOf(round)) / work.splits / work.kv_heads];
+    const auto index = static_cast<unsigned>(IndexOf(round));
+    const unsigned place = VerifyWork::Quotient(index, work.splits, work.splits_inverse, kRows > 1);
+    return p.tasks[VerifyWork::Quotient(place, work.kv_heads, work.kv_heads_inverse, kRows > 1)];
   }
   __device__ __forceinline__ const Item& ItemOf(int round) const { return schedule.items[round % 3]; }
 
@@ -96,6 +103,7 @@ struct Verifier {
   }
   __device__ __forceinline__ Fetch FetchOf(int round) const {
     return {p,
+            work,
             reinterpret_cast<T*>(shared + At::kKeys),
             reinterpret_cast<T*>(shared + At::Values(work)),
             shared + At::kQueries,
@@ -104,12 +112,13 @@ struct Verifier {
             schedule.keys,
             schedule.values};
   }
-  __device__ __forceinline__ Tile TileOf(int round) const {
+  __device__ __forceinline__ Tile TileOf(int round, const Item& item) const {
+    const int first = Fetch::First(item, p.layer) * kDim;
     return {p.layer,
-            ItemOf(round),
+            item,
             schedule.rows[round % 3],
-            reinterpret_cast<T*>(shared + At::kKeys),
-            reinterpret_cast<T*>(shared + At::Values(work)),
+            reinterpret_cast<T*>(shared + At::kKeys) + first,
+            reinterpret_cast<T*>(shared + At::Values(work)) + first,
             shared + At::kQueries,
             Masks(round),
             Taps(round),
@@ -123,8 +132,9 @@ struct Verifier {
     if (Lane() == 0) schedule.items[round % 3] = item;
     if (Lane() < item.rows) {
       RowInfo& info = schedule.rows[round % 3][Lane()];
-      info.node = item.NodeOf(Lane());
-      info.head = item.HeadOf(Lane());
+      info.node = item.NodeOf(Lane(), work, kRows > 1);
+      info.head = item.first_row + Lane() - info.node * item.heads;
+      info.query = info.node * work.query_stride + info.head * kDim;
       info.out = (item.out_begin + info.node) * p.layer.num_heads + item.kv_head * item.heads + info.head;
     }
   }
@@ -163,31 +173,38 @@ struct Verifier {
     const bool behind = StaysBehind();
     s.template LoadStep<0>(state);
     AwaitStep<0>(s, behind);
-    s.template LoadStep<1>(state);
+    if constexpr (kRows == 1) s.template LoadStep<1>(state);  // nothing to copy but one row
     __syncthreads();
     const Fetch fetch = FetchOf(0);
     const Item& item = ItemOf(0);
     fetch.OldKeys(item, schedule.rows[0]);
     fetch.OldValues(item);
+    const auto rows = fetch.RowsOf(item, schedule.rows[0]);
+    if constexpr (kRows > 1) s.template LoadStep<1>(state);
     AwaitStep<1>(s, behind);
     s.template LoadStep<2>(state);
     AwaitStep<2>(s, behind);
     s.template LoadStep<3>(state);
     GridWait();
-    fetch.NewKeys(item);
-    fetch.NewValues(item);
+    fetch.NewKeys(item, schedule.rows[0], rows);
+    fetch.NewValues(item, rows);
   }
 
   // Once no warp needs the round's any more, those of the next.
   __device__ __forceinline__ void FetchKeys(int round) const {
     if constexpr (kRaw) OrderAfterStores();
-    FetchOf(round + 1).OldKeys(ItemOf(round + 1), schedule.rows[(round + 1) % 3]);
-    FetchOf(round + 1).NewKeys(ItemOf(round + 1));
+    const Fetch fetch = FetchOf(round + 1);
+    const Item& item = ItemOf(round + 1);
+    RowInfo* rows = schedule.rows[(round + 1) % 3];
+    fetch.OldKeys(item, rows);
+    fetch.NewKeys(item, rows, fetch.RowsOf(item, rows));
   }
   __device__ __forceinline__ void FetchValues(int round) const {
     if constexpr (kRaw) OrderAfterStores();
-    FetchOf(round + 1).OldValues(ItemOf(round + 1));
-    FetchOf(round + 1).NewValues(ItemOf(round + 1));
+    const Fetch fetch = FetchOf(round + 1);
+    const Item& item = ItemOf(round + 1);
+    fetch.OldValues(item);
+    fetch.NewValues(item, fetch.RowsOf(item, schedule.rows[(round + 1) % 3]));
   }
 
   // z of a row and some channels, given the grouped sum of its window. from: q S of them.
@@ -197,7 +214,7 @@ struct Verifier {
 #pragma unroll
     for (int part = 0; part < State::kParts; ++part) {
       float x[Tile::kSumChannels];
-      LoadChannels(from + part * kRows * kDim, x);
+      LoadChannels(from + part * kRows * At::kStateStride, x);
 #pragma unroll
       for (int i = 0; i < Tile::kSumChannels; ++i) sum[i] += x[i];
     }
@@ -214,16 +231,16 @@ struct Verifier {
   __device__ __forceinline__ void Sum(const Item& item, const Tile& tile) const {
     const bool crosses = item.may_cross(p.layer.group_size);
     const int first = Tile::SumPlace().row;
-    float* to = shared + At::kState + first * kDim + Tile::SumPlace().channel;
+    float* to = shared + At::kState + first * At::kStateStride + Tile::SumPlace().channel;
     Sums local = {}, z = {};
     tile.Accumulate(tile.local, local);
     if (crosses) tile.Accumulate(tile.grouped, z);
 #pragma unroll
     for (int i = 0; i < Tile::kSumRows; ++i) {
       const int folds = crosses && first + i < item.rows ? tile.Row(first + i).group : 0;
-      if (item.reads_state) AddState(item, to + i * kDim, folds, z[i]);
-      StoreChannels(to + i * kDim, z[i]);
-      StoreChannels(to + (kRows + i) * kDim, local[i]);
+      if (item.reads_state) AddState(item, to + i * At::kStateStride, folds, z[i]);
+      StoreChannels(to + i * At::kStateStride, z[i]);
+      StoreChannels(to + (kRows + i) * At::kStateStride, local[i]);
     }
   }
 
@@ -231,7 +248,7 @@ struct Verifier {
   __device__ __forceinline__ void Finish(const RowInfo& row, const float* sums) const {
     float local[kChannels], z[kChannels];
     LoadChannels(sums, z);
-    LoadChannels(sums + kRows * kDim, local);
+    LoadChannels(sums + kRows * At::kStateStride, local);
     float scale = p.layer.global_factor;
     if (p.layer.global == Global::kRmsNorm) {
       float squares = 0.0f;
@@ -258,18 +275,19 @@ struct Verifier {
   // kMore: another round follows.
   template <bool kMore>
   __device__ __forceinline__ void Round(int round, State& s) const {
-    const Item& item = ItemOf(round);
-    const Tile tile = TileOf(round);
+    const Item item = ItemOf(round);
+    const Tile tile = TileOf(round, item);
     const T* next = kMore ? static_cast<const T*>(ItemOf(round + 1).state) : nullptr;
     Vec4 y[(kRows + 7) / 8 * 2];
     schedule.keys.Wait(round);
     s.template Multiply<kRows>(tile.queries, tile.kQueryStride, y);
+    if constexpr (kRows == 1) __syncwarp();  // keeps nvcc from changing the order of the loads, which costs up to 5 %
     if constexpr (kMore) s.template LoadStep<0>(next);
     if (item.rows > 0) tile.Score();
     __syncthreads();  // keys and queries are used up, and no warp is in the round before any more
     if constexpr (kMore) s.template LoadStep<1>(next);
     if constexpr (kMore) FetchKeys(round);
-    if (item.reads_state) State::template Store<kRows>(y, shared + At::kState);
+    if (item.reads_state) State::template Store<kRows, At::kStateStride>(y, shared + At::kState);
     const bool publishes = kMore && Warp() == kItemWarp && Has(round + 2);
     Task task{};
     if (publishes) task = TaskOf(round + 2);
@@ -278,8 +296,8 @@ struct Verifier {
       if (Tile::RowOf(i) < item.rows) tile.Weigh(Tile::RowOf(i), tile.Row(Tile::RowOf(i)));
     }
     if (publishes) Publish(round + 2, Item(p, task, IndexOf(round + 2), work, kRows));
-    if constexpr (kMore) s.template LoadStep<2>(next);
     __syncthreads();
+    if constexpr (kMore) s.template LoadStep<2>(next);
     if (Tile::SumPlace().row < item.rows) {
       schedule.values.Wait(round);
       Sum(item, tile);
@@ -290,7 +308,8 @@ struct Verifier {
 #pragma unroll
     for (int i = 0; i < kWarpRows; ++i) {
       if (Tile::RowOf(i) >= item.rows) break;
-      Finish(schedule.rows[round % 3][Tile::RowOf(i)], shared + At::kState + Tile::RowOf(i) * kDim + Tile::Channel());
+      Finish(schedule.rows[round % 3][Tile::RowOf(i)],
+             shared + At::kState + Tile::RowOf(i) * At::kStateStride + Tile::Channel());
     }
   }
 };
@@ -298,8 +317,8 @@ struct Verifier {
 template <int kDim, int kRows, typename T, bool kRaw>
 __global__ void __launch_bounds__(kThreads, kBlocks(kRows))
     VerifyTileKernel(const AttentionParams p, const VerifyWork work) {
-  extern __shared__ __align__(16) float shared[];
-  __shared__ __align__(16) Schedule<kRows> schedule;
+  extern __shared__ __align__(kLine) float shared[];
+  __shared__ Schedule<kRows> schedule;
   GridLaunchDependents();
   const Verifier<kDim, kRows, T, kRaw> program{p, work, shared, schedule};
   HeldState<kDim, T> s;
@@ -315,9 +334,15 @@ VerifyWork WorkOf(const AttentionParams& p, int num_tasks, int rows) {
   const int nodes = p.max_rows > 0 && p.max_rows < kMaxNodes ? p.max_rows : kMaxNodes;
   const int queries = p.last_rows > 0 && p.last_rows < nodes ? p.last_rows : nodes;
   const int splits = (queries * heads + rows - 1) / rows;
+  const int of_keys = 2 * p.layer.num_kv_heads * p.layer.head_dim;
+  const int of_row = p.layer.num_heads * p.layer.head_dim + of_keys;
   return {num_tasks * p.layer.num_kv_heads * splits,
           (p.layer.group_size + nodes + 3) / 4 * 4,  // rows of weights stay aligned to 16 bytes
-          static_cast<unsigned>(splits), static_cast<unsigned>(p.layer.num_kv_heads), static_cast<unsigned>(heads)};
+          static_cast<unsigned>(splits),
+          static_cast<unsigned>(p.layer.num_kv_heads),
+          static_cast<unsigned>(heads),
+          of_row,
+          p.kv != nullptr ? of_keys : of_row};
 }
 
 template <int kDim, int kRows, typename T>

@@ -39,7 +39,9 @@ __device__ __forceinline__ void StoreChannels(float* to, const float (&x)[4]) { 
 template <int kDim, int kRows, typename T>
 struct WindowTile {
   // Keys and values lie as in the ring, for copies in one piece.
-  static constexpr int kStride = kDim, kQueryStride = kDim + 4;
+  static constexpr int kStride = kDim;
+  // Two rows of queries are read at a time, 64 bytes each of fp32, every other 16 of 128 bytes beside bf16.
+  static constexpr int kQueryStride = kDim + (kRows > 1 && sizeof(T) == sizeof(float) ? 16 : 4);
   static constexpr int kCapacity = 2 * kMaxNodes + 4;  // tokens; rows of scores start in different banks
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kTiles = (kRows + 7) / 8;                   // of 8 rows, the columns of an instruction
@@ -86,21 +88,30 @@ struct WindowTile {
     return {mask, position, position >> group_shift, taps + row.head * layer.conv_kernel};
   }
 
-  // Scores become the weights of every token, for one row by one warp.
+  // Scores become the weights of every token, for one row by one warp; past the end, up to a multiple of four, they are
+  // 0. Without branches, which lanes would go through one after the other, and of many rows two tokens a lane together:
+  // while the block beside this one reads values, each read of shared memory waits behind those.
   __device__ __forceinline__ void Weigh(int index, const QueryRow& row) const {
-    const bool crosses = item.may_cross(layer.group_size);
+    const int end = (item.tokens() + 3) / 4 * 4;
+    float *in_local = local + index * kCapacity, *in_grouped = grouped + index * kCapacity;
+    if constexpr (kRows == 1) {
 #pragma unroll 1
-    for (int token = Lane(); token < item.tokens(); token += 32) {
-      float &in_local = local[index * kCapacity + token], &in_grouped = grouped[index * kCapacity + token];
-      const int node = token - item.ring_tokens();
-      const int key = node < 0 ? token - item.history : Position(node), lag = row.position - key;
-      const bool seen = node < 0 || (row.mask >> node & 1) != 0, counts = seen && token >= item.history;
-      const float tap = seen && lag < layer.conv_kernel ? row.taps[lag] : 0.0f;
-      const float score = counts ? in_local + in_grouped : 0.0f;
-      const bool past = crosses && key >> group_shift != row.group;
-      const float positive = layer.local != 0 && !past ? fmaxf(score, 0.0f) : 0.0f;
-      in_local = fmaf(positive, positive, tap);
-      if (crosses) in_grouped = past ? Decayed(score, row.group - 1 - (key >> group_shift)) : 0.0f;
+      for (int token = Lane(); token < end; token += 32) {
+        Put(in_local, in_grouped, row, Look(row, token), token, end, in_local[token] + in_grouped[token]);
+      }
+    } else {
+      Seen seen[2] = {Look(row, Lane()), Look(row, Lane() + 32)};
+#pragma unroll 1
+      for (int first = Lane(); first < end;) {
+        float lower[2], upper[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) lower[i] = in_local[first + 32 * i], upper[i] = in_grouped[first + 32 * i];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) Put(in_local, in_grouped, row, seen[i], first + 32 * i, end, lower[i] + upper[i]);
+        first += 64;
+        if (first - Lane() >= end) break;
+        seen[0] = Look(row, first), seen[1] = Look(row, first + 32);
+      }
     }
     __syncwarp();
   }
@@ -127,28 +138,56 @@ struct WindowTile {
       float value[4][kSumChannels];
 #pragma unroll
       for (int i = 0; i < 4; ++i) LoadChannels(v + (token + i) * kStride, value[i]);
-#pragma unroll
-      for (int i = 0; i < kSumRows; ++i) {
-        const Vec4 x = Load4(w + i * kCapacity + token);
-        Add(x.x, value[0], sum[i]);
-        Add(x.y, value[1], sum[i]);
-        Add(x.z, value[2], sum[i]);
-        Add(x.w, value[3], sum[i]);
-      }
+      AddTokens(w + token, value, sum);
     }
+    if (token == tokens) return;
+    float value[4][kSumChannels];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      const int last = min(token + i, tokens - 1);
-      float value[kSumChannels];
-      LoadChannels(v + last * kStride, value);
-#pragma unroll
-      for (int j = 0; j < kSumRows; ++j) Add(token + i < tokens ? w[j * kCapacity + last] : 0.0f, value, sum[j]);
-    }
+    for (int i = 0; i < 4; ++i) LoadChannels(v + min(token + i, tokens - 1) * kStride, value[i]);
+    AddTokens(w + token, value, sum);
   }
 
  private:
   __device__ __forceinline__ int Position(int node) const { return item.phase + __popcll(masks[node]) - 1; }
 
+  // A token, any up to kCapacity, as a row sees it.
+  struct Seen {
+    bool counts;  // its score does
+    int group;
+    float tap;
+  };
+  __device__ __forceinline__ Seen Look(const QueryRow& row, int token) const {
+    const int node = token - item.ring_tokens(), at = min(max(node, 0), kMaxNodes - 1), of_node = Position(at);
+    const int key = node < 0 ? token - item.history : of_node, lag = row.position - key;
+    const auto half = static_cast<uint32_t>(at < 32 ? row.mask : row.mask >> 32);
+    const bool seen = (token < item.tokens()) & ((node < 0) | ((half >> (at % 32) & 1) != 0));
+    Seen result = {static_cast<bool>(seen & (token >= item.history)), key >> group_shift, 0.0f};
+    if (seen & (lag < layer.conv_kernel)) result.tap = row.taps[lag];
+    return result;
+  }
+  // Weights of a token before `end`.
+  __device__ __forceinline__ void Put(float* in_local, float* in_grouped, const QueryRow& row, const Seen& seen,
+                                      int token, int end, float score) const {
+    const bool crosses = item.may_cross(layer.group_size);
+    if (!seen.counts) score = 0.0f;
+    const bool past = crosses & (seen.group != row.group);
+    const float positive = (layer.local != 0) & !past ? fmaxf(score, 0.0f) : 0.0f;
+    if (token < end) in_local[token] = fmaf(positive, positive, seen.tap);
+    if (crosses && token < end) in_grouped[token] = past ? Decayed(score, row.group - 1 - seen.group) : 0.0f;
+  }
+
+  // Four tokens. weights: of the first row.
+  __device__ __forceinline__ static void AddTokens(const float* weights, const float (&value)[4][kSumChannels],
+                                                   float (&sum)[kSumRows][kSumChannels]) {
+#pragma unroll
+    for (int i = 0; i < kSumRows; ++i) {
+      const Vec4 x = Load4(weights + i * kCapacity);
+      Add(x.x, value[0], sum[i]);
+      Add(x.y, value[1], sum[i]);
+      Add(x.z, value[2], sum[i]);
+      Add(x.w, value[3], sum[i]);
+    }
+  }
   template <int kCount>
   __device__ __forceinline__ static void Add(float weight, const float (&value)[kCount], float (&sum)[kCount]) {
 #pragma unroll
