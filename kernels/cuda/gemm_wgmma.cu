@@ -142,16 +142,17 @@ Workspace WorkspaceAt(void* of_products) {
 }
 
 // Of a pair's block in shared memory; what the tile's end takes there grows with the tokens.
-constexpr int kPairRingBytes = 205 << 10, kPairRingBytes8Bit = 148 << 10, kPairRingBytes64 = 178 << 10;
+constexpr int kPairRingBytes = 205 << 10, kPairRingBytes8Bit = 161 << 10, kPairRingBytes64 = 193 << 10;
 constexpr int kTallRingBytes = 224 << 10, kTallRingBytes8Bit = 148 << 10;
 
+// An even number: gemm_wgmma_pair.h.
 template <typename Unit>
 constexpr int PairStages() {
   constexpr int kBytes = (Unit::kTokens > 32 ? kPairRingBytes64
                           : Unit::kWidens    ? kPairRingBytes8Bit
                                              : kPairRingBytes) -
                          1024;
-  return std::min(kBytes / Unit::kBytes, Unit::kMostStages);
+  return std::min(kBytes / Unit::kBytes, Unit::kMostStages) / kGroups * kGroups;
 }
 
 // Pairs of blocks that run at once: those of any product, whose rings all leave a multiprocessor to one.
@@ -225,6 +226,7 @@ void LaunchPairs(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens, Form::kPair>;
   constexpr int kStages = PairStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
   static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
+  static_assert(sizeof(typename PairEnd<kTokens>::Sums) <= kStages * Unit::kBytes);
   const auto kernel = &WgmmaPairKernel<kType, kTokens>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   const Maps<kType, kTokens> maps(p, rows, kGroupRows);

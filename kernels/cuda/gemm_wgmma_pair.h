@@ -2,6 +2,10 @@
 // its two groups of warps half of that, in units of 64 rows. The four sums meet in the blocks' shared memory; each
 // block ends the tile for half of the tokens. sm_90a only.
 //
+// Slots of the ring are a group's for good, every other one: their number is even. Groups do not wait for each other:
+// with an odd number, one could come round to a slot in which the other's unit had not landed yet, and take that phase
+// of the barrier, of which only the parity is told, for its own (garbage, or the launch failed: 11 slots, an H200).
+//
 // A group's k is that of one of four shares of a tile, its instructions are those of a group there, and the four are
 // added in the same order: the bits are those of a launch of four blocks for every 128 rows (gemm_wgmma_consumer.h).
 #pragma once
@@ -12,6 +16,17 @@
 namespace linspec::cuda {
 
 inline constexpr int kPairBlocks = 2, kPairSums = kPairBlocks * kGroups;
+
+// In shared memory, at the same place in both blocks.
+template <int kTokens>
+struct PairEnd {
+  static constexpr int kOwn = kTokens > 8 ? kTokens / 16 : 1;  // columns, of 8 tokens, that a block ends; 8: its first
+  static constexpr int kBytes = kGroups * kOwn * kGroupThreads * static_cast<int>(sizeof(float4));  // from the other
+  float4 parts[kPairSums][kOwn][kGroupThreads];  // as threads hold them
+  uint64_t there;                                // barrier: the other block's parts are
+  // Where the ring was. Banks: the four lanes that hold a row's tokens 2 s write 8 apart.
+  using Sums = float[kOwn * 8][kGroupRows + 4];
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -30,16 +45,6 @@ struct PairUnits {
   __device__ __forceinline__ int OfGroup(int group) const { return (count + group) / 2; }
 };
 
-// In shared memory, at the same place in both blocks.
-template <int kTokens>
-struct PairEnd {
-  static constexpr int kOwn = kTokens > 8 ? kTokens / 16 : 1;  // columns, of 8 tokens, that a block ends; 8: its first
-  static constexpr int kBytes = kGroups * kOwn * kGroupThreads * static_cast<int>(sizeof(float4));  // from the other
-  float4 parts[kPairSums][kOwn][kGroupThreads];  // as threads hold them
-  float sums[kOwn * 8][kGroupRows + 4];          // banks: the four lanes that hold a row's tokens 2 s write 8 apart
-  uint64_t there;                                // barrier: the other block's parts are
-};
-
 // What the warps that multiply do.
 template <int kType, int kTokens>
 struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
@@ -53,6 +58,7 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
   const int rows, rank;
   const PairUnits& units;
   End& end;
+  typename End::Sums& sums_of_tokens;
 
   // Each half of a warp takes a token's 64 rows, a lane four of them.
   __device__ static __forceinline__ int Own(int i) { return (Warp() + i * kConsumers) * 2 + Lane() / 16; }
@@ -79,7 +85,7 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
     Write(scales, weights, old);
   }
 
-  // Sums of the tokens that this block ends: end.sums.
+  // Sums of the tokens that this block ends.
   __device__ __forceinline__ void Exchange(int group, const float (&sums)[kColumns][4]) {
     const int at = static_cast<int>(threadIdx.x) % kGroupThreads;
     float4(&parts)[kOwn][kGroupThreads] = end.parts[rank * kGroups + group];
@@ -91,7 +97,7 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
     for (int j = 0; j < kColumns; ++j) {
       if (rank == j / kOwn) parts[j % kOwn][at] = make_float4(sums[j][0], sums[j][1], sums[j][2], sums[j][3]);
     }
-    ConsumerBarrier();
+    ConsumerBarrier();  // also: all have multiplied what lies where the sums go
     if (rank * kOwn >= kColumns) return;
     BarrierWait(&end.there, 0);
     const int row = Warp() % 4 * kTileRows + Lane() / 4, token = Lane() % 4 * 2;
@@ -104,10 +110,10 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
         const float4 part = end.parts[q][j][at];
         all.x += part.x, all.y += part.y, all.z += part.z, all.w += part.w;
       }
-      end.sums[j * 8 + token][row] = all.x;
-      end.sums[j * 8 + token + 1][row] = all.y;
-      end.sums[j * 8 + token][row + 8] = all.z;
-      end.sums[j * 8 + token + 1][row + 8] = all.w;
+      sums_of_tokens[j * 8 + token][row] = all.x;
+      sums_of_tokens[j * 8 + token + 1][row] = all.y;
+      sums_of_tokens[j * 8 + token][row + 8] = all.z;
+      sums_of_tokens[j * 8 + token + 1][row + 8] = all.w;
     }
     ConsumerBarrier();
   }
@@ -131,7 +137,7 @@ struct PairConsumer : Multiplier<Unit<kType, kTokens, Form::kPair>> {
     if (rank * kOwn >= kColumns) return;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      float4 v = *reinterpret_cast<const float4*>(&end.sums[min(Own(i), kOwn * 8 - 1)][Lane() % 16 * 4]);
+      float4 v = *reinterpret_cast<const float4*>(&sums_of_tokens[min(Own(i), kOwn * 8 - 1)][Lane() % 16 * 4]);
       v.x = fmaf(v.x, scales.x, old[i].x), v.y = fmaf(v.y, scales.y, old[i].y);
       v.z = fmaf(v.z, scales.z, old[i].z), v.w = fmaf(v.w, scales.w, old[i].w);
       const bool ends = Ends(i);
@@ -163,7 +169,9 @@ __global__ void __launch_bounds__(Unit<kType, kTokens, Form::kPair>::kThreads)
   __shared__ __align__(16) PairEnd<kTokens> end;
   const int rank = static_cast<int>(blockIdx.x) % kPairBlocks, warp = UniformWarp();
   const PairUnits units(depth, static_cast<int>(blockIdx.x) / kPairBlocks, rank);
-  const Ring ring{(SharedAddress(shared) + 1023) / 1024 * 1024, SharedAddress(barriers), stages};
+  const uint32_t misaligned = SharedAddress(shared) % 1024;
+  uint8_t* const buffers = shared + (misaligned == 0 ? 0 : 1024 - misaligned);
+  const Ring ring{SharedAddress(buffers), SharedAddress(barriers), stages};
   if (threadIdx.x == 0) {
     MakeRing<Unit>(ring);
     BarrierInit(&end.there, 1);
@@ -173,7 +181,8 @@ __global__ void __launch_bounds__(Unit<kType, kTokens, Form::kPair>::kThreads)
   Cluster().Sync();  // also: the other block, into whose memory this one writes, runs
   GridLaunchDependents();
   if (warp < kConsumers) {
-    PairConsumer<kType, kTokens>{{ring}, p, rows, rank, units, end}.Run(warp / (kConsumers / kGroups));
+    auto& sums = *reinterpret_cast<typename PairEnd<kTokens>::Sums*>(buffers);
+    PairConsumer<kType, kTokens>{{ring}, p, rows, rank, units, end, sums}.Run(warp / (kConsumers / kGroups));
   } else if (threadIdx.x % kWarpSize == 0) {
     Producer<Unit, PairUnits>{weights, tokens, units, ring}.Run(warp - kConsumers);
   }

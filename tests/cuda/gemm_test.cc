@@ -21,6 +21,7 @@ namespace {
 // Sizes whose products are by pairs of blocks, which get parts of k of unequal size, and by tall tiles of unequal
 // height.
 constexpr int kPairDepth = 656, kTallRows = 22016;
+constexpr int64_t kLarge = 300'000, kHuge = 10'000'000;                                          // weights
 constexpr int kFormRows[] = {33, 9}, kNormRows[] = {kMaxRows, 1, 2, 8, 9, 17, 33, 64, 65, 100};  // the most first
 
 // Every kernel's checks on a matrix.
@@ -44,6 +45,7 @@ class GemmChecks : GemmCase {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
       MultipliesNorm();
       LeavesNorm(kNormRows);
+      if (int64_t{n_} * k_ > kHuge) KeepsOrderInARow();
       if (n_ % 16 == 0) MultipliesSiluOfNorm(kNormRows);
       if (n_ % 512 == 0) TurnsHeads();
     }
@@ -258,6 +260,35 @@ class GemmChecks : GemmCase {
     }
   }
 
+  // Launches behind each other, each begun before the one ahead has ended, while copies keep the memory busy: parts of
+  // weights land late and out of order. The sums of all, by 64 tokens against by 16 at a time, to the bit.
+  void KeepsOrderInARow() {
+    constexpr int kLaunches = 3000, kTokens = 64, kEach[] = {kTokens, 16};
+    constexpr int64_t kCopied = int64_t{64} << 20;
+    const DeviceArray<uint8_t> from(2 * kCopied);
+    cudaStream_t busy = nullptr;
+    Check(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking), "stream");
+    std::vector<float> sums[2];
+    for (int kind = 0; kind < 2; ++kind) {
+      const DeviceArray<float> y(std::vector<float>(int64_t{kTokens} * n_, 1.0f));
+      for (int i = 0; i < kLaunches; ++i) {
+        if (i % 8 == 0) cudaMemcpyAsync(from.get() + kCopied, from.get(), kCopied, cudaMemcpyDeviceToDevice, busy);
+        for (int first = 0; first < kTokens; first += kEach[kind]) {
+          GemmParams params = Params();
+          params.x += int64_t{first} * k_;
+          params.y = y.get() + int64_t{first} * n_;
+          params.accumulate = true;
+          LaunchWgmmaGemm(params, kEach[kind], nullptr);
+        }
+      }
+      Sync();
+      sums[kind] = y.Read();
+    }
+    Check(cudaStreamDestroy(busy), "stream");
+    Report(name_ + " wgmma " + std::to_string(kLaunches) + " in a row beside copies", sums[0] == sums[1] ? 0.0 : 1.0,
+           0.0);
+  }
+
   // w as qkv with a k and a v head for each two of q: the product that turns heads itself, against a launch behind it.
   void TurnsHeads() {
     constexpr int kDim = 128;
@@ -352,7 +383,7 @@ int main(int argc, char** argv) {
                                {kTallRows, 272},
                                {4096, 4096},
                                {4096, 11008}}) {
-      const bool large = int64_t{n} * k > 300'000, forms = quick && large;
+      const bool large = int64_t{n} * k > kLarge, forms = quick && large;
       if (forms && k != kPairDepth && n != kTallRows) continue;
       GemmChecks product(n, k, type, workspace.get(), cublas.get(), quick, forms);
       if (forms) {
