@@ -66,18 +66,18 @@ absl::StatusOr<std::unique_ptr<Server>> Server::Start(const ServerConfig& config
   return server;
 }
 
+// HTTP last: who finds /ready answered may call over gRPC too.
 absl::Status Server::Listen(const ServerConfig& config) {
-  api_ = std::make_unique<HttpApi>(service_.get(), auth_.get());
-  if (config.network.http_port >= 0) {
-    auto http = HttpServer::Start(
-        HttpOptions(config, api_.get(), metrics_.get()),
-        [this](HttpRequest request, HttpNotify notify) { return api_->Handle(std::move(request), std::move(notify)); });
-    if (!http.ok()) return http.status();
-    http_ = *std::move(http);
-  }
   auto grpc = GrpcFrontEnd::Start(service_.get(), auth_.get());
   if (!grpc.ok()) return grpc.status();
   grpc_ = *std::move(grpc);
+  api_ = std::make_unique<HttpApi>(service_.get(), auth_.get());
+  if (config.network.http_port < 0) return absl::OkStatus();
+  auto http = HttpServer::Start(
+      HttpOptions(config, api_.get(), metrics_.get()),
+      [this](HttpRequest request, HttpNotify notify) { return api_->Handle(std::move(request), std::move(notify)); });
+  if (!http.ok()) return http.status();
+  http_ = *std::move(http);
   return absl::OkStatus();
 }
 

@@ -121,10 +121,8 @@ class Traffic:
                 self.pause()
 
     def run(self, prometheus):
-        # "min" is how long an attempt to connect may take: a stopped process answers when it is continued.
-        backoff = {"initial": 200, "min": 5000, "max": 200}
-        options = [(f"grpc.{what}_reconnect_backoff_ms", ms) for what, ms in backoff.items()]
-        with grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}", options=options) as channel:
+        backoff = [(f"grpc.{what}_reconnect_backoff_ms", 200) for what in ("initial", "min", "max")]
+        with grpc.insecure_channel(f"127.0.0.1:{self.server.grpc_port}", options=backoff) as channel:
             self.actions = (RestClient(self.server, self.answers).actions +
                             RpcClient(self.pb_grpc.LinSpecStub(channel), self.pb, self.answers).actions)
             threads = [threading.Thread(target=self.work, args=(seed,)) for seed in range(WORKERS)]
