@@ -25,6 +25,7 @@ struct SpeculationTally {
 
   int64_t tokens = 0, request_steps = 0, drafted = 0;
   double seconds = 0, cpu_seconds = 0, draft_s = 0, verify_s = 0, accept_s = 0;
+  double saved_s = 0;  // as the ledger has it
   std::array<int64_t, kDepths> drafted_per_depth{}, accepted_per_depth{};
   Steps plain, unused, speculative;  // nothing drafted; drafts of which none was worth verifying; verified
   std::vector<double> rates;         // tokens per second of each load
@@ -33,6 +34,7 @@ struct SpeculationTally {
   void Add(const SpeculationTally& load);
   double TokensPerStep() const;
   double TokensPerSecond() const { return static_cast<double>(tokens) / seconds; }
+  double BookedSpeedUp() const { return 1 + saved_s / seconds; }
   double TokensPerCpuSecond() const { return static_cast<double>(tokens) / cpu_seconds; }
 };
 

@@ -226,7 +226,7 @@ void LaunchPairs(const GemmParams& p, int rows, cudaStream_t stream) {
   using Unit = Unit<kType, kTokens, Form::kPair>;
   constexpr int kStages = PairStages<Unit>(), kShared = kStages * Unit::kBytes + 1024;
   static_assert(!Unit::kPaced || Unit::kWindow <= kStages);
-  static_assert(sizeof(typename PairEnd<kTokens>::Sums) <= kStages * Unit::kBytes);
+  static_assert(kStages % kGroups == 0 && sizeof(typename PairEnd<kTokens>::Sums) <= kStages * Unit::kBytes);
   const auto kernel = &WgmmaPairKernel<kType, kTokens>;
   cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   const Maps<kType, kTokens> maps(p, rows, kGroupRows);
