@@ -12,6 +12,9 @@ namespace {
 
 constexpr int kManyRequests = 128;  // more items of work than a device has blocks
 constexpr int kChain = 8;
+// Small trees of several requests: rows by which other products are taken, again and again for what depends on when
+// memory answers.
+constexpr int kTreeNodes = 4, kTreeRequests[] = {2, 4, 8, 16, 32}, kTreeTimes = 8;
 
 // The same text for every way. Its last kChain tokens lie within a group, the first have filled another.
 class SelfCheck {
@@ -101,7 +104,26 @@ class SelfCheck {
     }
     VerifyBatch batch;
     for (const StateSlot& slot : slots) batch.Add(slot.id(), DraftTree::Root(tokens_.back()));
-    return Compare("a request among many", batch, [](int request) { return request; });
+    if (absl::Status many = Compare("a request among many", batch, [](int request) { return request; }); !many.ok()) {
+      return many;
+    }
+    return TreesOfMany(slots);
+  }
+
+  // slots: whose last token is not committed.
+  absl::Status TreesOfMany(std::span<const StateSlot> slots) {
+    DraftTree tree = DraftTree::Root(tokens_.back());
+    while (tree.num_nodes() < kTreeNodes) tree.Add(tokens_[tree.num_nodes()], tree.num_nodes() - 1);
+    for (const int requests : kTreeRequests) {
+      if (requests > std::ssize(slots)) break;
+      VerifyBatch batch;
+      for (const StateSlot& slot : slots.first(requests)) batch.Add(slot.id(), tree);
+      const auto root = [](int request) { return request * kTreeNodes; };
+      for (int time = 0; time < kTreeTimes; ++time) {
+        if (absl::Status status = Compare("a tree among many", batch, root); !status.ok()) return status;
+      }
+    }
+    return absl::OkStatus();
   }
 
   // row_of(request): the row that looks at the whole text.

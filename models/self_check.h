@@ -1,9 +1,10 @@
 // Whether a model computes one thing in every way it can: a request token by token, by prefill, as a tree, and beside
-// many others. A device runs kernels that no test saw on this chip, driver and shape; this is the test that comes
-// along.
+// many others, trees too. A device runs kernels that no test saw on this chip, driver and shape; this is the test that
+// comes along.
 //
 // It finds what is wrong, not what is rounded: logits may differ by kSelfCheckTolerance of their spread, ten times what
-// bf16 activations cause. Takes a few hundred rows and, for the many, whatever slots are free up to 128; all come back.
+// bf16 activations cause. Takes a few thousand rows and, for the many, whatever slots are free up to 128; all come
+// back.
 // Threads: engine thread only.
 #pragma once
 

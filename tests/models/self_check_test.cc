@@ -30,6 +30,7 @@ class BrokenModel : public Model {
     if (!result.ok()) return result;
     logits_.assign(result->logits.begin(), result->logits.end());
     if (fault_ == "many" && batch.num_requests() > 3) logits_[3 * config().vocab_size + 5] += 1e3f;
+    if (fault_ == "now and then" && batch.num_rows() == 64 && ++steps_ == 5) logits_[20 * config().vocab_size] = NAN;
     if (fault_ == "nan") logits_[0] = std::nanf("");
     result->logits = logits_;
     return result;
@@ -43,6 +44,7 @@ class BrokenModel : public Model {
  private:
   const std::unique_ptr<Model> model_;
   const std::string fault_;
+  int steps_ = 0;
   std::vector<float> logits_;
 };
 
@@ -65,6 +67,7 @@ TEST(SelfCheckTest, EveryFaultIsNamed) {
   ExpectError(Check("tree", 8), absl::StatusCode::kInternal, "self-check: a tree gives logits");
   ExpectError(Check("commit", 8), absl::StatusCode::kInternal, "after a path of a tree gives logits");
   ExpectError(Check("many", 8), absl::StatusCode::kInternal, "request 3 of 8");
+  ExpectError(Check("now and then", 40), absl::StatusCode::kInternal, "a tree among many gives logits");
   ExpectError(Check("nan", 8), absl::StatusCode::kInternal, "not finite");
   ExpectError(Check("error", 8), absl::StatusCode::kUnavailable, "the device failed");
 }
