@@ -96,11 +96,17 @@ void SpeculationTally::Add(const SpeculationTally& load) {
 
 double SpeculationTally::TokensPerStep() const { return PerStep(static_cast<double>(tokens), request_steps); }
 
+std::optional<double> SpeculationTally::BookedSpeedUp() const {
+  if (saved_s == 0) return std::nullopt;
+  return 1 + saved_s / seconds;
+}
+
 json ToJson(const SpeculationTally& tally, const SpeculationTally& plain) {
   json acceptance = json::array();
   for (size_t d = 0; d < SpeculationTally::kDepths && tally.drafted_per_depth[d] > 0; ++d) {
     acceptance.push_back(PerStep(static_cast<double>(tally.accepted_per_depth[d]), tally.drafted_per_depth[d]));
   }
+  const std::optional<double> booked = tally.BookedSpeedUp();
   return {
       {"tokens", tally.tokens},
       {"seconds", tally.seconds},
@@ -109,7 +115,7 @@ json ToJson(const SpeculationTally& tally, const SpeculationTally& plain) {
       {"speed_up", tally.TokensPerSecond() / plain.TokensPerSecond()},
       {"median_speed_up", MedianSpeedUp(tally, plain)},
       {"cpu_speed_up", tally.TokensPerCpuSecond() / plain.TokensPerCpuSecond()},
-      {"booked_speed_up", tally.BookedSpeedUp()},
+      {"booked_speed_up", booked ? json(*booked) : json()},
       {"drafted_per_step", PerStep(static_cast<double>(tally.drafted), tally.request_steps)},
       {"draft_share", tally.draft_s / tally.seconds},
       {"verify_share", tally.verify_s / tally.seconds},
@@ -129,9 +135,11 @@ std::string TallyRow(const std::string& cell, const json& figures) {
   std::string acceptance;
   for (const json& rate : figures["accepted_per_depth"]) acceptance += fmt::format(" {:.2f}", rate.get<double>());
   const auto figure = [&](const char* name) { return figures[name].get<double>(); };
-  return fmt::format("{} {:.2f} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {:.2f} | {:.0f} % |{} |\n", cell,
+  const std::string booked =
+      figures["booked_speed_up"].is_null() ? "" : fmt::format("{:.2f} ", figure("booked_speed_up"));
+  return fmt::format("{} {:.2f} | {:.0f} | {:.2f} | {:.2f} | {:.2f} | {}| {:.0f} % |{} |\n", cell,
                      figure("tokens_per_step"), figure("tokens_per_s"), figure("speed_up"), figure("median_speed_up"),
-                     figure("cpu_speed_up"), figure("booked_speed_up"), 100 * figure("draft_share"), acceptance);
+                     figure("cpu_speed_up"), booked, 100 * figure("draft_share"), acceptance);
 }
 
 std::string ExpectationHeader() {

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,7 +35,8 @@ struct SpeculationTally {
   void Add(const SpeculationTally& load);
   double TokensPerStep() const;
   double TokensPerSecond() const { return static_cast<double>(tokens) / seconds; }
-  double BookedSpeedUp() const { return 1 + saved_s / seconds; }
+  // Of a drafter that the ledger watched: plain decoding has none, nor have drafters that always draft.
+  std::optional<double> BookedSpeedUp() const;
   double TokensPerCpuSecond() const { return static_cast<double>(tokens) / cpu_seconds; }
 };
 

@@ -53,7 +53,7 @@ std::array<const Buffer*, 9> DeviceModel::ScratchBuffers() const {
 }
 
 uint64_t DeviceModel::ScratchStamp() const {
-  uint64_t stamp = 0;
+  uint64_t stamp = kept_rows_;  // by which the layers of kept_kv_ lie apart
   for (const Buffer* buffer : ScratchBuffers()) stamp += buffer->generation();
   return stamp;
 }

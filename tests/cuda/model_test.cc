@@ -245,8 +245,6 @@ void GreedyTextAsTheCpus(const std::string& folder, const std::shared_ptr<CudaDe
                      near_ties, widest));
 }
 
-// Matrices beyond the kernel of small ones, which all other models here fit: warpgroup products, and norms that ride on
-// them (sm_90). Random weights, the same on both machines.
 // A layer of LLaMA-2-7B, whose products take the forms that large matrices have.
 void LargeLayer(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<CpuOps>& ops) {
   ModelConfig config;
@@ -272,6 +270,8 @@ void LargeLayer(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr
   }
 }
 
+// Matrices beyond the kernel of small ones, which all other models here fit: warpgroup products, and norms that ride on
+// them (sm_90). Random weights, the same on both machines.
 void WideModel(const std::shared_ptr<CudaDevice>& device, const std::shared_ptr<CpuOps>& ops) {
   const ModelConfig config = Must(ParseModelConfig(R"({"model_type": "llama", "hidden_size": 2304,
       "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 18, "num_key_value_heads": 18,
