@@ -13,6 +13,7 @@
 #include "kernels/cuda/gemm_wgmma.h"
 #include "kernels/cuda/launch.h"
 #include "tests/cuda/gemm_case.h"
+#include "tests/cuda/gemm_order.h"
 #include "tests/cuda/report.h"
 
 namespace linspec::cuda {
@@ -45,7 +46,7 @@ class GemmChecks : GemmCase {
       CheckKernel("wgmma", &LaunchWgmmaGemm, Launch(&LaunchWgmmaGemm, Params(), kMaxRows));
       MultipliesNorm();
       LeavesNorm(kNormRows);
-      if (int64_t{n_} * k_ > kHuge) KeepsOrderInARow();
+      if (int64_t{n_} * k_ > kHuge) KeepsOrderInARow(name_, Params());
       if (n_ % 16 == 0) MultipliesSiluOfNorm(kNormRows);
       if (n_ % 512 == 0) TurnsHeads();
     }
@@ -258,41 +259,6 @@ class GemmChecks : GemmCase {
                         std::equal(stream.begin(), stream.begin() + int64_t{rows} * n_, all_stream.begin());
       Report(name + ": bits of all rows", same ? 0.0 : 1.0, 0.0);
     }
-  }
-
-  // Launches behind each other, each begun before the one ahead has ended, while copies keep the memory busy: parts of
-  // weights land late and out of order. The sums of all, by 64 and by 32 tokens against by 16 at a time, to the bit.
-  void KeepsOrderInARow() {
-    constexpr int kLaunches = 3000, kTokens = 64;
-    constexpr int64_t kCopied = int64_t{64} << 20;
-    const DeviceArray<uint8_t> from(2 * kCopied);
-    cudaStream_t busy = nullptr;
-    Check(cudaStreamCreateWithFlags(&busy, cudaStreamNonBlocking), "stream");
-    std::vector<float> expected;
-    for (const int each : {16, 32, kTokens}) {
-      const DeviceArray<float> y(std::vector<float>(int64_t{kTokens} * n_, 1.0f));
-      for (int i = 0; i < kLaunches; ++i) {
-        if (i % 8 == 0) {
-          Check(cudaMemcpyAsync(from.get() + kCopied, from.get(), kCopied, cudaMemcpyDeviceToDevice, busy), "copy");
-        }
-        for (int first = 0; first < kTokens; first += each) {
-          GemmParams params = Params();
-          params.x += int64_t{first} * k_;
-          params.y = y.get() + int64_t{first} * n_;
-          params.accumulate = true;
-          LaunchWgmmaGemm(params, each, nullptr);
-        }
-      }
-      Sync();
-      const std::vector<float> sums = y.Read();
-      if (expected.empty()) {
-        expected = sums;
-        continue;
-      }
-      Report(name_ + " wgmma " + std::to_string(kLaunches) + " in a row by " + std::to_string(each) + " beside copies",
-             sums == expected ? 0.0 : 1.0, 0.0);
-    }
-    Check(cudaStreamDestroy(busy), "stream");
   }
 
   // w as qkv with a k and a v head for each two of q: the product that turns heads itself, against a launch behind it.
